@@ -1,0 +1,23 @@
+"""Fixed-point forward gradients: adapt networks where backpropagation cannot go."""
+
+from fgrad import estimators, evaluation, fixed_point, perturbations, transform
+from fgrad.evaluation import dual_forward
+from fgrad.fixed_point import QTensor, dequantize, quantize
+from fgrad.transform import fixed_point_forward_grad, quantized_update, qzo_ff
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QTensor",
+    "dequantize",
+    "dual_forward",
+    "estimators",
+    "evaluation",
+    "fixed_point",
+    "fixed_point_forward_grad",
+    "perturbations",
+    "quantize",
+    "quantized_update",
+    "qzo_ff",
+    "transform",
+]

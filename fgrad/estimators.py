@@ -1,0 +1,197 @@
+"""From losses and seeds to a gradient: SPSA and sign-m-SPSA.
+
+``ĝ = 1/m Σᵢ cᵢ zᵢ``, where an estimator gives the coefficient cᵢ of a pair of losses.
+The perturbations are regenerated from their addresses, never stored. With integer
+coefficients the sum is an exact integer sum on the grid of z, equation (7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fgrad import evaluation, perturbations
+from fgrad.fixed_point import is_qtensor
+
+# estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
+Estimator = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def sign_m_spsa(
+    loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.Array
+) -> jax.Array:
+    r"""Coefficient ``sign(L₊ - L₋)`` of sign-m-SPSA, an exact integer.
+
+    .. math:: ĝ = \frac{1}{m} \sum_i sign(L(w + εz_i) - L(w - εz_i)) z_i
+
+    Args:
+      loss_plus: losses at w + εz, any shape.
+      loss_minus: losses at w - εz, same shape.
+      epsilon: not used.
+
+    Returns:
+      int32 array in {-1, 0, 1}.
+
+    Example:
+      >>> sign_m_spsa(jnp.array([2.0, 1.0]), jnp.array([1.0, 1.0]), 1e-3)
+      Array([1, 0], dtype=int32)
+
+    Reference:
+      Equation (4) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
+    """
+    del epsilon
+    return jnp.sign(loss_plus - loss_minus).astype(jnp.int32)
+
+
+def spsa(loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.Array) -> jax.Array:
+    r"""Coefficient ``(L₊ - L₋) / (2ε)`` of SPSA: its mean over z is the gradient.
+
+    .. math:: ĝ = \frac{1}{m} \sum_i \frac{L(w + εz_i) - L(w - εz_i)}{2ε} z_i
+
+    Args:
+      loss_plus: losses at w + εz, any shape.
+      loss_minus: losses at w - εz, same shape.
+      epsilon: perturbation scale ε.
+
+    Returns:
+      float32 array.
+
+    Example:
+      >>> spsa(jnp.array([2.0]), jnp.array([1.0]), 0.5)
+      Array([1.], dtype=float32)
+
+    Reference:
+      Equation (3) of Feng et al. 2024; Spall 1992.
+    """
+    return ((loss_plus - loss_minus) / (2 * epsilon)).astype(jnp.float32)
+
+
+class Estimate(NamedTuple):
+    """A gradient and what it was made of.
+
+    Attributes:
+      gradient: pytree like params: float leaves in their own dtype; for a `QTensor`
+        leaf a `QTensor` with float32 ``qvalue``, in units of loss per unit of the
+        weight's value (not per grid step), and a zero ``scale``.
+      loss: float32 scalar, mean of the finite pairs' losses.
+      loss_differences: float32 [m], ``L₊ - L₋`` of each pair.
+      nonfinite_pairs: int32 scalar, pairs left out for a NaN or infinite loss.
+    """
+
+    gradient: Any
+    loss: jax.Array
+    loss_differences: jax.Array
+    nonfinite_pairs: jax.Array
+
+
+def forward_gradient(
+    value_fn: Callable[..., jax.Array],
+    params: Any,
+    key: jax.Array,
+    *,
+    step: jax.typing.ArrayLike = 0,
+    epsilon: jax.typing.ArrayLike = 1e-3,
+    num_perturbations: int = 3,
+    perturbation: perturbations.Perturbation | None = None,
+    estimator: Estimator = sign_m_spsa,
+    vectorize: int = 1,
+    mask: evaluation.Mask = None,
+    on_nonfinite: str = "skip",
+    kwargs: Mapping[str, Any] | None = None,
+) -> Estimate:
+    """Estimates a gradient from ``2 * num_perturbations`` forward passes.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs) -> scalar loss``.
+      params: pytree of float arrays and `QTensor`.
+      key: with ``step`` and the index of the perturbation it addresses z.
+      step: step of the training run.
+      epsilon: perturbation scale ε in units of the weights.
+      num_perturbations: m, the number of directions.
+      perturbation: where z comes from; ``perturbations.normal()`` by default.
+      estimator: `sign_m_spsa` or `spsa`.
+      vectorize: how many directions are evaluated at once, 1 to m. It trades memory
+        for speed and leaves the result as it is.
+      mask: leaves to train, as in `evaluation.dual_forward`.
+      on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss, "raise"
+        stops the program.
+      kwargs: passed to ``value_fn``.
+
+    Returns:
+      An `Estimate`.
+
+    Example:
+      >>> w = jnp.array([3.0, -1.0])
+      >>> estimate = forward_gradient(
+      ...     lambda w: jnp.sum(w**2),
+      ...     w,
+      ...     jax.random.key(0),
+      ...     num_perturbations=2000,
+      ...     estimator=spsa,
+      ...     vectorize=100,
+      ... )
+      >>> jnp.round(estimate.gradient)  # the gradient is 2w
+      Array([ 6., -2.], dtype=float32)
+    """
+    perturbation = perturbations.normal() if perturbation is None else perturbation
+    mask = evaluation.resolve_mask(mask, params)
+    kwargs = dict(kwargs or {})
+
+    def pair(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z_key = perturbations.sample_key(key, step, index)
+        return evaluation.dual_forward(
+            lambda p: value_fn(p, **kwargs),
+            params,
+            z_key,
+            epsilon,
+            perturbation,
+            mask=mask,
+        )
+
+    indices = jnp.arange(num_perturbations)
+    batch_size = vectorize if vectorize > 1 else None
+    plus, minus = jax.lax.map(pair, indices, batch_size=batch_size)
+    finite = jnp.isfinite(plus) & jnp.isfinite(minus)
+    if on_nonfinite == "raise":
+        jax.debug.callback(_raise_nonfinite, finite, plus, minus, step)
+    coefficients = jnp.where(finite, estimator(plus, minus, epsilon), 0)
+
+    def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
+        if not trained:
+            return jax.tree.map(jnp.zeros_like, leaf)
+
+        shape = jnp.shape(leaf)
+
+        def add(index: Any, total: jax.Array) -> jax.Array:
+            z_key = perturbations.sample_key(key, step, index)
+            z = perturbation.sample(perturbations.leaf_key(z_key, path), shape)
+            return total + coefficients[index] * z.astype(coefficients.dtype)
+
+        total = jnp.zeros(shape, coefficients.dtype)
+        total = jax.lax.fori_loop(0, num_perturbations, add, total)
+        gradient = total.astype(jnp.float32) * (perturbation.step / num_perturbations)
+        if is_qtensor(leaf):
+            zero = jnp.zeros_like(leaf.scale)
+            return dataclasses.replace(leaf, qvalue=gradient, scale=zero)
+        return gradient.astype(jnp.result_type(leaf))
+
+    both = jnp.stack([plus, minus]).astype(jnp.float32)
+    return Estimate(
+        gradient=evaluation.map_leaves(leaf_fn, params, mask),
+        loss=jnp.mean(both, where=finite),
+        loss_differences=(plus - minus).astype(jnp.float32),
+        nonfinite_pairs=jnp.sum(~finite, dtype=jnp.int32),
+    )
+
+
+def _raise_nonfinite(finite: Any, plus: Any, minus: Any, step: Any) -> None:
+    if not finite.all():
+        raise FloatingPointError(
+            f"non-finite loss at step {int(step)}: L(w + εz) = {plus.tolist()}, "
+            f"L(w - εz) = {minus.tolist()}. Lower the learning rate or epsilon, or "
+            'use on_nonfinite="skip" to leave such pairs out.'
+        )

@@ -1,0 +1,389 @@
+"""The optax links: estimate a gradient, land on the weight grid, and both in one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fgrad import estimators, evaluation, fixed_point, perturbations
+from fgrad.fixed_point import is_qtensor
+
+Epsilon = float | jax.Array | Callable[[jax.Array], jax.Array]
+
+
+class ForwardGradState(NamedTuple):
+    """State of `fixed_point_forward_grad`.
+
+    Attributes:
+      key: the key that, with ``count``, addresses every z.
+      count: int32 scalar, steps taken.
+      loss: float32 scalar, mean over the last step's 2m evaluations; inf before it.
+      loss_differences: float32 [m], ``L₊ - L₋`` of the last step's pairs.
+      nonfinite_pairs: int32 scalar, pairs that the last step left out.
+      frozen_fraction: float32 scalar, share of the trained weights that the last
+        step's epsilon could not move (``ε_q = 0``).
+    """
+
+    key: jax.Array
+    count: jax.Array
+    loss: jax.Array
+    loss_differences: jax.Array
+    nonfinite_pairs: jax.Array
+    frozen_fraction: jax.Array
+
+
+class QuantizedUpdateState(NamedTuple):
+    """State of `quantized_update`.
+
+    Attributes:
+      moved_fraction: float32 scalar, share of the trained weights whose stored value
+        the last update changed.
+    """
+
+    moved_fraction: jax.Array
+
+
+def fixed_point_forward_grad(
+    key: jax.Array,
+    *,
+    epsilon: Epsilon = 1e-3,
+    num_perturbations: int = 3,
+    perturbation: perturbations.Perturbation | None = None,
+    estimator: estimators.Estimator = estimators.sign_m_spsa,
+    vectorize: int = 1,
+    mask: evaluation.Mask = None,
+    on_nonfinite: str = "skip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the incoming updates by a gradient made of forward passes only.
+
+    .. math:: ĝ = \frac{1}{m} \sum_{i=1}^m sign(L(w + εz_i) - L(w - εz_i)) z_i
+
+    The gradient has the structure of params and is in units of loss per unit of
+    weight, for float and `QTensor` leaves alike, so any optax optimizer can follow.
+
+    Args:
+      key: PRNG key; z is a function of it, the step, the index i, the leaf's path
+        and shape.
+      epsilon: perturbation scale ε in units of the weights, or an optax schedule.
+      num_perturbations: m, the number of directions; a step costs 2m forward passes.
+      perturbation: where z comes from; ``perturbations.normal()`` by default.
+      estimator: `estimators.sign_m_spsa` or `estimators.spsa`.
+      vectorize: how many directions are evaluated at once, 1 to m. It trades memory
+        for speed and leaves the result as it is.
+      mask: leaves to train: a pytree of bools, a prefix of one, or a function from
+        params to it. Use it rather than ``optax.masked``, which would hide leaves
+        from ``value_fn``.
+      on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss and counts it
+        in the state; "raise" stops the program.
+
+    Returns:
+      A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
+      ``value_fn(params, **those of the extra arguments that it names)``. Jit the
+      step that calls it: outside ``jax.jit`` every call compiles its loops anew.
+
+    Raises:
+      TypeError, ValueError: here for bad options; in ``init`` for an integer leaf
+        that is no `QTensor` and for an epsilon of at most half a weight step; in
+        ``update`` without params or value_fn, and for a loss that is no scalar.
+
+    Example:
+      >>> tx = optax.chain(
+      ...     fixed_point_forward_grad(jax.random.key(0), epsilon=1e-2),
+      ...     optax.sgd(0.01),
+      ...     quantized_update(),
+      ... )
+      >>> params = fixed_point.quantize({"w": jnp.array([1.0, -2.0])}, bits=16)
+      >>> state = tx.init(params)
+      >>> loss_fn = lambda params, batch: jnp.sum((params["w"] * batch) ** 2)
+      >>> zeros = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, state = tx.update(
+      ...     zeros, state, params, value_fn=loss_fn, batch=jnp.ones(2)
+      ... )
+      >>> optax.apply_updates(params, updates)["w"].qvalue.dtype
+      dtype('int16')
+
+    Reference:
+      Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024, section 3.
+    """
+    _check_key(key)
+    perturbation = perturbations.normal() if perturbation is None else perturbation
+    if not isinstance(perturbation, perturbations.Perturbation):
+        raise TypeError(
+            f"perturbation must come from fgrad.perturbations, got {perturbation!r}; "
+            "use for example fgrad.perturbations.normal()."
+        )
+    if not callable(estimator):
+        raise TypeError(
+            f"estimator must be a function, got {estimator!r}; use "
+            "fgrad.estimators.sign_m_spsa or fgrad.estimators.spsa."
+        )
+    _check_count("num_perturbations", num_perturbations)
+    _check_count("vectorize", vectorize)
+    if vectorize > num_perturbations:
+        raise ValueError(
+            f"vectorize={vectorize} exceeds num_perturbations={num_perturbations}; "
+            "it is the number of perturbations evaluated at once."
+        )
+    if on_nonfinite not in ("skip", "raise"):
+        raise ValueError(
+            f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
+        )
+    if not callable(epsilon) and fixed_point.is_concrete(epsilon) and not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+
+    def epsilon_at(count: jax.Array) -> jax.Array:
+        value = epsilon(count) if callable(epsilon) else epsilon
+        return jnp.asarray(value, jnp.float32)
+
+    def init_fn(params: Any) -> ForwardGradState:
+        full_mask = evaluation.resolve_mask(mask, params)
+        evaluation.check_params(params, full_mask)
+        count = jnp.zeros([], jnp.int32)
+        evaluation.check_epsilon(params, epsilon_at(count), full_mask)
+        return ForwardGradState(
+            key=jnp.array(key, copy=True),
+            count=count,
+            loss=jnp.array(jnp.inf, jnp.float32),
+            loss_differences=jnp.zeros([num_perturbations], jnp.float32),
+            nonfinite_pairs=jnp.zeros([], jnp.int32),
+            frozen_fraction=jnp.zeros([], jnp.float32),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: ForwardGradState,
+        params: Any = None,
+        *,
+        value_fn: Callable[..., jax.Array] | None = None,
+        obj_fn: Callable[..., jax.Array] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ForwardGradState]:
+        del updates
+        if params is None:
+            raise ValueError(
+                "fixed_point_forward_grad needs the parameters: call "
+                "tx.update(updates, state, params, value_fn=...)."
+            )
+        if (value_fn is None) == (obj_fn is None):
+            raise ValueError(
+                "fixed_point_forward_grad needs the loss: call tx.update(updates, "
+                "state, params, value_fn=loss_fn, batch=...), with value_fn or its "
+                "alias obj_fn, not both."
+            )
+        value_fn = obj_fn if value_fn is None else value_fn
+        assert value_fn is not None
+        full_mask = evaluation.resolve_mask(mask, params)
+        step_epsilon = epsilon_at(state.count)
+        estimate = estimators.forward_gradient(
+            value_fn,
+            params,
+            state.key,
+            step=state.count,
+            epsilon=step_epsilon,
+            num_perturbations=num_perturbations,
+            perturbation=perturbation,
+            estimator=estimator,
+            vectorize=vectorize,
+            mask=full_mask,
+            on_nonfinite=on_nonfinite,
+            kwargs=_named_arguments(value_fn, extra_args),
+        )
+        return estimate.gradient, ForwardGradState(
+            key=state.key,
+            count=optax.safe_increment(state.count),
+            loss=estimate.loss,
+            loss_differences=estimate.loss_differences,
+            nonfinite_pairs=estimate.nonfinite_pairs,
+            frozen_fraction=evaluation.frozen_fraction(params, step_epsilon, full_mask),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def quantized_update(
+    *, mask: evaluation.Mask = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rounds updates to the weight grid; the last link of the chain.
+
+    .. math:: \bar w_q = \lfloor u / Δ_w \rceil, \quad
+      u_q = clip(w_q + \bar w_q) - w_q
+
+    For a `QTensor` leaf the update becomes an int32 number of grid steps, so that
+    ``optax.apply_updates`` keeps int16 or int8 storage and never leaves the grid. A
+    NaN in an update counts as no change. Float leaves pass through.
+
+    Args:
+      mask: leaves that may move, as in `fixed_point_forward_grad`; the update of any
+        other is exactly zero, whatever the links before did.
+
+    Returns:
+      A transformation whose state holds ``moved_fraction``.
+
+    Raises:
+      ValueError: in ``update`` without params.
+
+    Example:
+      >>> params = fixed_point.quantize(jnp.array([1.0]), bits=8, headroom=1.0)
+      >>> tx = quantized_update()
+      >>> updates = dataclasses.replace(params, qvalue=jnp.array([-0.02]))
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> updates.qvalue, float(state.moved_fraction)  # -0.02 / (1 / 127) = -2.54
+      (Array([-3], dtype=int32), 1.0)
+
+    Reference:
+      Equation (8) of Feng et al. 2024.
+    """
+
+    def init_fn(params: Any) -> QuantizedUpdateState:
+        evaluation.resolve_mask(mask, params)
+        return QuantizedUpdateState(moved_fraction=jnp.zeros([], jnp.float32))
+
+    def update_fn(
+        updates: Any,
+        state: QuantizedUpdateState,
+        params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, QuantizedUpdateState]:
+        del state, extra_args
+        if params is None:
+            raise ValueError(
+                "quantized_update needs the parameters: call "
+                "tx.update(updates, state, params, ...)."
+            )
+        moved, total = jnp.float32(0), 0
+
+        def leaf_fn(leaf: Any, update: Any, trained: bool) -> Any:
+            nonlocal moved, total
+            if not trained:
+                zeros = jax.tree.map(jnp.zeros_like, update)
+                return (
+                    dataclasses.replace(zeros, qvalue=zeros.qvalue.astype(jnp.int32))
+                    if is_qtensor(leaf)
+                    else zeros
+                )
+            total += jnp.size(leaf)
+            if not is_qtensor(leaf):
+                changed = (leaf + update).astype(jnp.result_type(leaf)) != leaf
+                moved += jnp.sum(changed, dtype=jnp.float32)
+                return update
+            steps = jnp.nan_to_num(jnp.round(update.qvalue / leaf.scale), nan=0.0)
+            steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
+            steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
+            moved += jnp.sum(steps != 0, dtype=jnp.float32)
+            return dataclasses.replace(
+                leaf, qvalue=steps, scale=jnp.zeros_like(leaf.scale)
+            )
+
+        full_mask = evaluation.resolve_mask(mask, params)
+        updates = jax.tree.map(leaf_fn, params, updates, full_mask, is_leaf=is_qtensor)
+        return updates, QuantizedUpdateState(moved_fraction=moved / max(total, 1))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def qzo_ff(
+    learning_rate: optax.ScalarOrSchedule,
+    key: jax.Array,
+    *,
+    epsilon: Epsilon = 1e-3,
+    num_perturbations: int = 3,
+    perturbation: perturbations.Perturbation | None = None,
+    estimator: estimators.Estimator = estimators.sign_m_spsa,
+    vectorize: int = 1,
+    mask: evaluation.Mask = None,
+    on_nonfinite: str = "skip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""QZO-FF: sign-m-SPSA with SGD, in fixed point where the leaves are.
+
+    .. math:: w_q \leftarrow clip(w_q - \lfloor η ĝ / Δ_w \rceil)
+
+    The chain `fixed_point_forward_grad`, ``optax.sgd``, `quantized_update`, with the
+    paper's defaults.
+
+    Args:
+      learning_rate: η in units of the weights, or an optax schedule.
+      key: PRNG key.
+      epsilon: see `fixed_point_forward_grad`, as for all that follow.
+      num_perturbations: m.
+      perturbation: where z comes from.
+      estimator: how losses become coefficients of z.
+      vectorize: how many directions are evaluated at once.
+      mask: leaves to train.
+      on_nonfinite: what to do with a NaN or infinite loss.
+
+    Returns:
+      A transformation; see `fixed_point_forward_grad` for its ``update``.
+
+    Example:
+      >>> loss_fn = lambda w: jnp.sum(jnp.asarray(w) ** 2)
+      >>> tx = qzo_ff(1e-2, jax.random.key(0))
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(params, state, params, value_fn=loss_fn)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = fixed_point.quantize(jnp.array([1.0, -2.0]), bits=16)
+      >>> state = tx.init(params)
+      >>> for _ in range(300):
+      ...     params, state = step(params, state)
+      >>> bool(abs(params.dequantize()).max() < 0.05)
+      True
+
+    Reference:
+      Feng et al. 2024, equations (6) to (8).
+    """
+    return optax.chain(
+        fixed_point_forward_grad(
+            key,
+            epsilon=epsilon,
+            num_perturbations=num_perturbations,
+            perturbation=perturbation,
+            estimator=estimator,
+            vectorize=vectorize,
+            mask=mask,
+            on_nonfinite=on_nonfinite,
+        ),
+        optax.sgd(learning_rate),
+        quantized_update(mask=mask),
+    )
+
+
+def _check_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
+    ):
+        raise TypeError(f"key must be a PRNG key, got {key!r}; use jax.random.key(0).")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _named_arguments(
+    value_fn: Callable[..., Any], extra_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of the extra arguments that ``value_fn`` names, after its params."""
+    try:
+        named = list(inspect.signature(value_fn).parameters.values())[1:]
+    except (TypeError, ValueError):  # no signature to be had: a C function
+        return extra_args
+    if any(p.kind is p.VAR_KEYWORD for p in named):
+        return extra_args
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    keywords = [p for p in named if p.kind in kinds]
+    missing = [
+        p.name for p in keywords if p.default is p.empty and p.name not in extra_args
+    ]
+    if missing:
+        raise TypeError(
+            f"value_fn needs {', '.join(missing)}, which update() did not receive: "
+            f"call tx.update(..., value_fn=value_fn, {missing[0]}=...)."
+        )
+    return {p.name: extra_args[p.name] for p in keywords if p.name in extra_args}
