@@ -1,6 +1,14 @@
 """Fixed-point forward gradients: adapt networks where backpropagation cannot go."""
 
-from fgrad import estimators, evaluation, fixed_point, perturbations, transform
+from fgrad import (
+    estimators,
+    evaluation,
+    fixed_point,
+    layers,
+    perturbations,
+    products,
+    transform,
+)
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, quantize
 from fgrad.transform import fixed_point_forward_grad, quantized_update, qzo_ff
@@ -15,7 +23,9 @@ __all__ = [
     "evaluation",
     "fixed_point",
     "fixed_point_forward_grad",
+    "layers",
     "perturbations",
+    "products",
     "quantize",
     "quantized_update",
     "qzo_ff",

@@ -18,11 +18,11 @@ from fgrad import evaluation, perturbations
 from fgrad.fixed_point import is_qtensor
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
-Estimator = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Estimator = Callable[[jax.Array, jax.Array, jax.typing.ArrayLike], jax.Array]
 
 
 def sign_m_spsa(
-    loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.Array
+    loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.typing.ArrayLike
 ) -> jax.Array:
     r"""Coefficient ``sign(L₊ - L₋)`` of sign-m-SPSA, an exact integer.
 
@@ -47,7 +47,9 @@ def sign_m_spsa(
     return jnp.sign(loss_plus - loss_minus).astype(jnp.int32)
 
 
-def spsa(loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.Array) -> jax.Array:
+def spsa(
+    loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.typing.ArrayLike
+) -> jax.Array:
     r"""Coefficient ``(L₊ - L₋) / (2ε)`` of SPSA: its mean over z is the gradient.
 
     .. math:: ĝ = \frac{1}{m} \sum_i \frac{L(w + εz_i) - L(w - εz_i)}{2ε} z_i
@@ -67,7 +69,7 @@ def spsa(loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.Array) -> jax
     Reference:
       Equation (3) of Feng et al. 2024; Spall 1992.
     """
-    return ((loss_plus - loss_minus) / (2 * epsilon)).astype(jnp.float32)
+    return ((loss_plus - loss_minus) / (2 * jnp.asarray(epsilon))).astype(jnp.float32)
 
 
 class Estimate(NamedTuple):

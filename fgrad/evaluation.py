@@ -85,7 +85,7 @@ def perturb(
     epsilon: jax.typing.ArrayLike,
     perturbation: perturbations.Perturbation,
     *,
-    sign: jax.typing.ArrayLike = 1,
+    sign: int | jax.Array = 1,
     mask: Mask = None,
 ) -> Any:
     """The parameters ``w + sign * εz``, each leaf in its own arithmetic.

@@ -303,7 +303,7 @@ def calibrate_scale(
     if channel_axis is not None:
         axes = tuple(a for a in axes if a != range(x.ndim)[channel_axis])
     bound = calibration(x, axes, bits)
-    bound = jnp.where(bound > 0, bound, zero_bound)
+    bound = jnp.where(bound == 0, zero_bound, bound)
     if channel_axis is None:
         bound = bound.reshape(())
     return (bound * headroom / limit).astype(jnp.float32)

@@ -31,7 +31,7 @@ class ForwardGradState(NamedTuple):
     """
 
     key: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, and tuple's
     loss: jax.Array
     loss_differences: jax.Array
     nonfinite_pairs: jax.Array

@@ -1,0 +1,186 @@
+"""Products of quantized tensors on int8 hardware: dot and convolution.
+
+Activations are int8. A weight of up to 8 bits is one int8 product. A wider weight is
+two: with ``q = 256 h + (l + 128)``, h and l are int8 for every 16-bit q, and
+
+    x · q = 256 (x · h) + (x · l) + 128 Σ x.
+
+Each of the three sums is exact in int32 for up to 2**17 terms; they are joined in
+float32, where the scales are applied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fgrad.fixed_point import QTensor
+
+# |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
+MAX_TERMS = 2**17
+
+
+def dot_general(lhs: QTensor, rhs: QTensor, dimension_numbers: Any) -> jax.Array:
+    """``lax.dot_general`` of quantized operands, exact in integers.
+
+    Args:
+      lhs: activations of up to 8 bits, one scale per tensor.
+      rhs: weights of up to 16 bits (or activations), one scale per tensor or per
+        entry of axes that are not contracted.
+      dimension_numbers: as for ``jax.lax.dot_general``.
+
+    Returns:
+      float32 array of the dequantized product. Its only rounding is the join of the
+      integer sums in float32 and the two scales: a relative error below 2**-21 of
+      ``|lhs| · |rhs|``.
+
+    Raises:
+      ValueError: for wider operands, a scale that varies along a contracted axis, or
+        more than 2**17 terms.
+
+    Example:
+      >>> x = QTensor(jnp.array([[3, -2]], jnp.int8), jnp.float32(0.5))
+      >>> w = QTensor(jnp.array([[1000], [32767]], jnp.int16), jnp.float32(1.0))
+      >>> dot_general(x, w, (((1,), (0,)), ((), ())))
+      Array([[-31267.]], dtype=float32)
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    terms = math.prod(rhs.shape[axis] for axis in rhs_contract)
+    _check_operands(lhs, rhs, rhs_contract, terms)
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            x, w, dimension_numbers, preferred_element_type=jnp.int32
+        )
+
+    free = [a for a in range(rhs.ndim) if a not in (*rhs_contract, *rhs_batch)]
+    lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
+
+    def sum_of_lhs() -> jax.Array:
+        ones = jnp.ones_like(rhs.qvalue, jnp.int8, shape=_ones_except(rhs.shape, free))
+        return product(lhs.qvalue, ones)
+
+    scale = rhs.scale
+    if scale.ndim:
+        shape = [scale.shape[a] for a in rhs_batch]
+        shape += [1] * lhs_free + [scale.shape[a] for a in free]
+        scale = scale.transpose((*rhs_batch, *free, *rhs_contract)).reshape(shape)
+    return _limbs(lhs.qvalue, rhs, product, sum_of_lhs) * (lhs.scale * scale)
+
+
+def conv_general_dilated(
+    lhs: QTensor,
+    rhs: QTensor,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+) -> jax.Array:
+    """``lax.conv_general_dilated`` of quantized operands, exact in integers.
+
+    Strided, dilated, grouped and depthwise convolutions.
+
+    Args:
+      lhs: activations of up to 8 bits, one scale per tensor.
+      rhs: kernel of up to 16 bits, one scale per tensor or per output channel.
+      window_strides: as for ``jax.lax.conv_general_dilated``, like all that follow.
+      padding: "SAME", "VALID" or pairs.
+      lhs_dilation: dilation of the input.
+      rhs_dilation: dilation of the kernel.
+      dimension_numbers: layout of input, kernel and output.
+      feature_group_count: number of groups.
+
+    Returns:
+      float32 array of the dequantized convolution, with the error of `dot_general`.
+
+    Raises:
+      ValueError: as `dot_general`.
+    """
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    out_feature, in_feature, *spatial = numbers.rhs_spec
+    contract = (in_feature, *spatial)
+    terms = math.prod(rhs.shape[axis] for axis in contract)
+    _check_operands(lhs, rhs, contract, terms)
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            w,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            numbers,
+            feature_group_count,
+            preferred_element_type=jnp.int32,
+        )
+
+    feature_axis = numbers.out_spec[1]
+
+    def sum_of_lhs() -> jax.Array:
+        shape = list(rhs.shape)
+        repeats = shape[out_feature] // feature_group_count
+        shape[out_feature] = feature_group_count
+        sums = product(lhs.qvalue, jnp.ones(shape, jnp.int8))
+        return jnp.repeat(sums, repeats, feature_axis) if repeats > 1 else sums
+
+    scale = rhs.scale
+    if scale.ndim:
+        shape = [1] * rhs.ndim
+        shape[feature_axis] = scale.size
+        scale = scale.reshape(shape)
+    return _limbs(lhs.qvalue, rhs, product, sum_of_lhs) * (lhs.scale * scale)
+
+
+def _limbs(
+    x: jax.Array,
+    w: QTensor,
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    sum_of_lhs: Callable[[], jax.Array],
+) -> jax.Array:
+    """``x · w.qvalue`` as float32, from int8 products with int32 accumulators."""
+    if w.bits <= 8:
+        return product(x, w.qvalue.astype(jnp.int8)).astype(jnp.float32)
+    qvalue = w.qvalue.astype(jnp.int16)
+    high = (qvalue >> 8).astype(jnp.int8)
+    low = ((qvalue & 255) - 128).astype(jnp.int8)
+    joined = product(x, high).astype(jnp.float32) * 256
+    joined += product(x, low).astype(jnp.float32)
+    return joined + 128 * sum_of_lhs().astype(jnp.float32)
+
+
+def _ones_except(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+
+
+def _check_operands(
+    lhs: QTensor, rhs: QTensor, contract: Sequence[int], terms: int
+) -> None:
+    if lhs.bits > 8:
+        raise ValueError(
+            f"the left operand has {lhs.bits} bits; integer products take activations "
+            "of at most 8."
+        )
+    if lhs.scale.size != 1:
+        raise ValueError(
+            "the left operand of an integer product takes one scale per tensor, got "
+            f"shape {lhs.scale.shape}."
+        )
+    if rhs.scale.ndim and any(rhs.scale.shape[axis] != 1 for axis in contract):
+        raise ValueError(
+            f"the kernel's scale of shape {rhs.scale.shape} varies along contracted "
+            f"axes {tuple(contract)}, so it cannot be taken out of the sum; quantize "
+            "per tensor or per output channel (channel_axis=-1 for Flax kernels)."
+        )
+    if terms > MAX_TERMS:
+        raise ValueError(
+            f"a product of {terms} terms could overflow its int32 accumulator; the "
+            f"bound is {MAX_TERMS}. Split the contraction."
+        )
