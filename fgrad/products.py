@@ -6,7 +6,8 @@ two: with ``q = 256 h + (l + 128)``, h and l are int8 for every 16-bit q, and
     x · q = 256 (x · h) + (x · l) + 128 Σ x.
 
 Each of the three sums is exact in int32 for up to 2**17 terms; they are joined in
-float32, where the scales are applied.
+float32, where the scales are applied. Depthwise convolutions are shifted
+multiply-adds in int32.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fgrad.fixed_point import QTensor
 
 # |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
 MAX_TERMS = 2**17
+# Taps up to which a kernel with one input channel is unrolled. Far below the 516 terms
+# of 127 * 32767 that an int32 holds.
+MAX_SHIFTS = 64
 
 
 def dot_general(lhs: QTensor, rhs: QTensor, dimension_numbers: Any) -> jax.Array:
@@ -122,21 +127,92 @@ def conv_general_dilated(
             preferred_element_type=jnp.int32,
         )
 
-    feature_axis = numbers.out_spec[1]
-
     def sum_of_lhs() -> jax.Array:
-        shape = list(rhs.shape)
-        repeats = shape[out_feature] // feature_group_count
-        shape[out_feature] = feature_group_count
-        sums = product(lhs.qvalue, jnp.ones(shape, jnp.int8))
-        return jnp.repeat(sums, repeats, feature_axis) if repeats > 1 else sums
+        # The same for all channels of a group: add up its inputs, then the window.
+        batch, feature, *image = numbers.lhs_spec
+        x = lhs.qvalue.transpose((batch, feature, *image)).astype(jnp.int32)
+        x = x.reshape(x.shape[0], feature_group_count, -1, *x.shape[2:]).sum(2)
+        sums = lax.reduce_window(
+            x,
+            0,
+            lax.add,
+            (1, 1, *(rhs.shape[axis] for axis in spatial)),
+            (1, 1, *window_strides),
+            padding if isinstance(padding, str) else ((0, 0), (0, 0), *padding),
+            (1, 1, *(lhs_dilation or [1] * len(spatial))),
+            (1, 1, *(rhs_dilation or [1] * len(spatial))),
+        )
+        sums = jnp.repeat(sums, rhs.shape[out_feature] // feature_group_count, 1)
+        return sums.transpose(np.argsort(numbers.out_spec))
 
     scale = rhs.scale
     if scale.ndim:
         shape = [1] * rhs.ndim
-        shape[feature_axis] = scale.size
+        shape[numbers.out_spec[1]] = scale.size
         scale = scale.reshape(shape)
-    return _limbs(lhs.qvalue, rhs, product, sum_of_lhs) * (lhs.scale * scale)
+    if rhs.shape[in_feature] == 1 and terms <= MAX_SHIFTS:
+        joined = _shifted_multiply_adds(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, numbers
+        )
+    else:
+        joined = _limbs(lhs.qvalue, rhs, product, sum_of_lhs)
+    return joined * (lhs.scale * scale)
+
+
+def _shifted_multiply_adds(
+    lhs: QTensor,
+    rhs: QTensor,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    numbers: lax.ConvDimensionNumbers,
+) -> jax.Array:
+    """Convolution with one input channel per group: depthwise, or a grey image.
+
+    ``Σ_taps x[shifted by the tap] * w[tap]`` in int32, without limbs. XLA fuses it into
+    one pass where a convolution of such a shape would leave the hardware idle.
+    """
+    batch, feature, *image = numbers.lhs_spec
+    out_feature, in_feature, *spatial = numbers.rhs_spec
+    x = lhs.qvalue.transpose((batch, *image, feature))
+    w = rhs.qvalue.transpose((*spatial, in_feature, out_feature)).astype(jnp.int32)
+    window, groups = w.shape[: len(spatial)], x.shape[-1]
+    w = w.reshape(*window, groups, -1)
+    base = lhs_dilation or [1] * len(spatial)
+    dilation = rhs_dilation or [1] * len(spatial)
+    if isinstance(padding, str):
+        dilated = [(n - 1) * d + 1 for n, d in zip(x.shape[1:-1], base, strict=True)]
+        reach = [(n - 1) * d + 1 for n, d in zip(window, dilation, strict=True)]
+        padding = lax.padtype_to_pads(dilated, reach, window_strides, padding)
+    pads = [(*pad, d - 1) for pad, d in zip(padding, base, strict=True)]
+    x = lax.pad(x, jnp.int8(0), [(0, 0, 0), *pads, (0, 0, 0)])
+    out = [
+        (size - (n - 1) * d - 1) // stride + 1
+        for size, n, d, stride in zip(
+            x.shape[1:-1], window, dilation, window_strides, strict=True
+        )
+    ]
+    total = jnp.zeros((), jnp.int32)
+    for tap in np.ndindex(*window):
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        stop = [
+            s + (n - 1) * stride + 1
+            for s, n, stride in zip(start, out, window_strides, strict=True)
+        ]
+        shifted = lax.slice(
+            x,
+            (0, *start, 0),
+            (x.shape[0], *stop, groups),
+            (1, *window_strides, 1),
+        )
+        total += shifted[..., None].astype(jnp.int32) * w[tap]
+    y = total.reshape(*total.shape[:-2], -1)
+    # From [batch, *image, feature] to the layout of the output.
+    order = np.argsort(
+        [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
+    )
+    return y.transpose(order).astype(jnp.float32)
 
 
 def _limbs(

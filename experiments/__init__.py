@@ -1,0 +1,1 @@
+"""What the paper did, on real data: experiments built on `fgrad`."""
