@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import evaluation, perturbations
+from fgrad import evaluation, fixed_point, perturbations
 from fgrad.fixed_point import is_qtensor
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
@@ -162,15 +162,16 @@ def forward_gradient(
         jax.debug.callback(_raise_nonfinite, finite, plus, minus, step)
     coefficients = jnp.where(finite, estimator(plus, minus, epsilon), 0)
 
+    z_keys = jax.vmap(lambda i: perturbations.sample_key(key, step, i))(indices)
+    leaf_keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
+
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return jax.tree.map(jnp.zeros_like, leaf)
-
-        shape = jnp.shape(leaf)
+        name, shape = fixed_point.path_str(path), jnp.shape(leaf)
 
         def add(index: Any, total: jax.Array) -> jax.Array:
-            z_key = perturbations.sample_key(key, step, index)
-            z = perturbation.sample(perturbations.leaf_key(z_key, path), shape)
+            z = perturbation.sample(leaf_keys[name][index], shape)
             return total + coefficients[index] * z.astype(coefficients.dtype)
 
         total = jnp.zeros(shape, coefficients.dtype)

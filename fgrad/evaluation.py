@@ -101,11 +101,13 @@ def perturb(
     Returns:
       A pytree like ``params``, with the same dtypes.
     """
+    mask = resolve_mask(mask, params)
+    keys = trained_keys(key, params, mask)
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return leaf
-        z = perturbation.sample(perturbations.leaf_key(key, path), jnp.shape(leaf))
+        z = perturbation.sample(keys[fixed_point.path_str(path)], jnp.shape(leaf))
         if is_qtensor(leaf):
             qvalue = fixed_point.perturb_qvalue(
                 leaf.qvalue,
@@ -118,7 +120,20 @@ def perturb(
         scale = jnp.float32(perturbation.step) * epsilon * sign
         return (leaf + scale * z.astype(jnp.float32)).astype(jnp.result_type(leaf))
 
-    return map_leaves(leaf_fn, params, resolve_mask(mask, params))
+    return map_leaves(leaf_fn, params, mask)
+
+
+def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]:
+    """The key of z for each trained leaf, by the text of its path."""
+    names: list[str] = []
+
+    def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
+        if trained:
+            names.append(fixed_point.path_str(path))
+        return leaf
+
+    map_leaves(collect, params, mask)
+    return perturbations.leaf_keys(key, names)
 
 
 def quantized_epsilon(

@@ -429,6 +429,9 @@ def requantize(
     _check_range("multiplier", multiplier, 0, 2**31 - 1)
     _check_range("shift", shift, 0, 63)
     acc = jnp.asarray(acc, jnp.int32)
+    limit = 2 ** (bits - 1) - 1
+    if isinstance(multiplier, int) and multiplier == 1 and isinstance(shift, int):
+        return jnp.clip(_rounding_shift(acc, shift), -limit, limit)
     high, low = _multiply_u32(_magnitude(acc), jnp.asarray(multiplier, jnp.uint32))
     shift = jnp.asarray(shift, jnp.uint32)
     high_q, low_q = _shift_right(high, low, shift)
@@ -438,7 +441,7 @@ def requantize(
     mask_high, mask_low = _low_mask(below)
     sticky = ((high & mask_high) | (low & mask_low)) != 0
     round_up = (half == 1) & (sticky | ((low_q & 1) == 1))
-    limit = jnp.uint32(2 ** (bits - 1) - 1)
+    limit = jnp.uint32(limit)
     # low_q + 1 cannot wrap where it is used: it is used only below the limit.
     saturated = (high_q != 0) | (low_q >= limit)
     magnitude = jnp.where(saturated, limit, low_q + round_up).astype(jnp.int32)
@@ -535,6 +538,19 @@ def _scale_shape(q: QTensor) -> tuple[int, ...]:
 def _check_range(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, int) and not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+
+
+def _rounding_shift(x: jax.Array, shift: int) -> jax.Array:
+    """``⌊x / 2**shift⌉`` of int32, ties to even, in a handful of instructions."""
+    if shift == 0:
+        return x
+    if shift > 31:
+        return jnp.zeros_like(x)  # |x| / 2**shift is at most one half, and 0 is even
+    floor = x >> shift
+    remainder = (x & (2**shift - 1)).astype(jnp.uint32)
+    half = jnp.uint32(2 ** (shift - 1))
+    up = (remainder > half) | ((remainder == half) & ((floor & 1) == 1))
+    return floor + up
 
 
 def _magnitude(x: jax.Array) -> jax.Array:

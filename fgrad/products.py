@@ -25,7 +25,7 @@ from fgrad.fixed_point import QTensor
 
 # |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
 MAX_TERMS = 2**17
-# Taps up to which a kernel with one input channel is unrolled. Far below the 516 terms
+# Taps up to which a depthwise kernel is unrolled. Far below the 516 terms
 # of 127 * 32767 that an int32 holds.
 MAX_SHIFTS = 64
 
@@ -150,7 +150,8 @@ def conv_general_dilated(
         shape = [1] * rhs.ndim
         shape[numbers.out_spec[1]] = scale.size
         scale = scale.reshape(shape)
-    if rhs.shape[in_feature] == 1 and terms <= MAX_SHIFTS:
+    depthwise = rhs.shape[in_feature] == 1 and feature_group_count > 1
+    if depthwise and terms <= MAX_SHIFTS:
         joined = _shifted_multiply_adds(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, numbers
         )
@@ -168,17 +169,18 @@ def _shifted_multiply_adds(
     rhs_dilation: Sequence[int] | None,
     numbers: lax.ConvDimensionNumbers,
 ) -> jax.Array:
-    """Convolution with one input channel per group: depthwise, or a grey image.
+    """Depthwise convolution: ``Σ_taps x[shifted by the tap] * w[tap]`` in int32.
 
-    ``Σ_taps x[shifted by the tap] * w[tap]`` in int32, without limbs. XLA fuses it into
-    one pass where a convolution of such a shape would leave the hardware idle.
+    No limbs are needed, and XLA fuses the sum into one pass over the image, where its
+    depthwise convolution leaves the hardware idle.
     """
     batch, feature, *image = numbers.lhs_spec
     out_feature, in_feature, *spatial = numbers.rhs_spec
     x = lhs.qvalue.transpose((batch, *image, feature))
     w = rhs.qvalue.transpose((*spatial, in_feature, out_feature)).astype(jnp.int32)
     window, groups = w.shape[: len(spatial)], x.shape[-1]
-    w = w.reshape(*window, groups, -1)
+    # Fused into the sum, whatever made the weights would run again for every pixel.
+    w = lax.optimization_barrier(w.reshape(*window, groups, -1))
     base = lhs_dilation or [1] * len(spatial)
     dilation = rhs_dilation or [1] * len(spatial)
     if isinstance(padding, str):

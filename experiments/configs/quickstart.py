@@ -1,0 +1,82 @@
+"""Digits: from upright to rotated by 30 degrees, four ways.
+
+A small CNN is pre-trained on upright digits with backpropagation, then adapted to the
+rotated ones by backpropagation, by forward gradients in float32, in 16w8a fixed point,
+and in 8w8a, the paper's negative control: there updates below half a weight step are
+lost. Learning rates are chosen per method on the validation split.
+
+    python -m experiments.main \
+        --config=experiments/configs/quickstart.py --workdir=workdir/quickstart
+
+A smoke run of some seconds: ``--config=experiments/configs/quickstart.py:smoke``.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration.
+
+    Args:
+      variant: "full", or "smoke" for a run of some seconds that shows no result.
+    """
+    if variant not in ("full", "smoke"):
+        raise ValueError(f'variant must be "full" or "smoke", got {variant!r}.')
+    smoke = variant == "smoke"
+    config = ConfigDict()
+
+    config.network = "cnn"  # 15,082 parameters
+    config.dataset = "digits"  # scikit-learn's 1,797 real images
+    config.source = "upright"  # domain of pre-training
+    config.target = "rotated_30"  # domain of adaptation
+    config.data_dir = config_dict.placeholder(str)  # <workdir>/data by default
+
+    config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
+    config.tuning_seed = 100  # a run of its own chooses the learning rates
+    config.tuning_fraction = 0.2  # its length, as a share of a run's steps
+    config.parallel_runs = 2  # runs at a time; one per core
+    config.num_evals = 2 if smoke else 10  # points of the curves
+
+    # One pre-trained network, where all runs start. Noise and soft labels make its
+    # minimum wide: with neither, adaptation by forward gradients takes twice as long.
+    config.pretrain = ConfigDict()
+    config.pretrain.seed = 0
+    config.pretrain.gradient = "backward"
+    config.pretrain.optimizer = "adam"
+    config.pretrain.learning_rate = 3e-3  # decays linearly to 0, like all here
+    config.pretrain.steps = 30 if smoke else 600
+    config.pretrain.batch_size = 128
+    config.pretrain.input_noise = 0.3  # standard deviation; pixels lie in [0, 1]
+    config.pretrain.label_smoothing = 0.1
+
+    backward = ConfigDict()
+    backward.gradient = "backward"
+    backward.optimizer = "momentum"  # SGD with momentum 0.9
+    backward.bits = None  # float32
+    backward.steps = 20 if smoke else 300
+    backward.batch_size = 128
+    backward.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
+
+    forward = ConfigDict()
+    forward.gradient = "forward"
+    forward.optimizer = "sgd"
+    forward.bits = None
+    forward.steps = 20 if smoke else 800
+    forward.batch_size = 96
+    forward.learning_rates = (1.5e-2, 2.5e-2, 3.5e-2)
+    forward.num_perturbations = 8  # m; a step costs 2m forward passes
+    forward.vectorize = 1  # perturbations evaluated at once
+    forward.epsilon = 3e-2  # in units of the weights
+    forward.headroom = 1.5  # weights may grow to this multiple of max|w|
+    forward.activation_headroom = 1.5  # and activations
+
+    # Methods to run, in the order of the table.
+    config.run = ("backprop", "forward_fp32", "forward_16w8a", "forward_8w8a")
+    config.methods = ConfigDict()
+    config.methods.backprop = backward
+    config.methods.forward_fp32 = forward
+    config.methods.forward_16w8a = forward.copy_and_resolve_references()
+    config.methods.forward_16w8a.bits = (16, 8)
+    config.methods.forward_8w8a = forward.copy_and_resolve_references()
+    config.methods.forward_8w8a.bits = (8, 8)
+    return config

@@ -1,0 +1,29 @@
+"""Launches an experiment.
+
+python -m experiments.main --config=experiments/configs/quickstart.py \
+        --workdir=workdir/quickstart --config.seeds=0,1,2,3,4
+"""
+
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file; values are overridden by --config.name=value."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the experiment that the flags name."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    train.run(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

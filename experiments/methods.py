@@ -1,0 +1,157 @@
+"""Ways to train a network: backpropagation or forward gradients, float or fixed point.
+
+A method is a `ConfigDict` (see ``configs/quickstart.py``) that becomes a `Learner`:
+pure functions that start a run, take a step and count what is right. The learning rate
+and the number of steps are arguments of the step, so one compilation serves all runs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import fgrad
+from experiments.data.arrays import Split
+from fgrad import layers
+
+
+class TrainState(NamedTuple):
+    """State of a run.
+
+    Attributes:
+      params: weights, float or `fgrad.QTensor`.
+      opt_state: state of the optax chain.
+      scales: scales of activations; empty for float networks.
+      key: PRNG key of the batches.
+      count: int32 scalar, steps taken.
+    """
+
+    params: Any
+    opt_state: Any
+    scales: Any
+    key: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple has a count, too
+
+
+class Learner(NamedTuple):
+    """A method applied to a network.
+
+    Attributes:
+      init: ``init(params, calibration_images, seed) -> TrainState`` from float params.
+      step: ``step(state, learning_rate, steps, split) -> TrainState``; not jitted.
+      accuracy: ``accuracy(state, split) -> `` share of right answers; jitted.
+      passes_per_step: forward passes of a step; a backward pass counts as two.
+    """
+
+    init: Callable[[Any, jax.Array, int], TrainState]
+    step: Callable[[TrainState, jax.Array, jax.Array, Split], TrainState]
+    accuracy: Callable[[TrainState, Split], jax.Array]
+    passes_per_step: int
+
+
+def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learner:
+    """Builds the functions of a method.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+      network: ``network(bits=...)`` gives the Flax module.
+    """
+    if method.gradient not in ("backward", "forward"):
+        raise ValueError(
+            f'gradient must be "backward" or "forward", got {method.gradient!r}.'
+        )
+    forward = method.gradient == "forward"
+    bits = method.get("bits")
+    model = network(bits=tuple(bits) if bits else None)
+
+    def loss_fn(params: Any, scales: Any, batch: Split) -> jax.Array:
+        logits = model.apply({"params": params, **scales}, batch.images)
+        labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
+        labels = optax.smooth_labels(labels, method.get("label_smoothing", 0.0))
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
+    def optimizer(
+        learning_rate: Any, steps: Any, key: jax.Array
+    ) -> optax.GradientTransformationExtraArgs:
+        links = [_OPTIMIZERS[method.optimizer](_linear_decay(learning_rate, steps))]
+        if forward:
+            estimate = fgrad.fixed_point_forward_grad(
+                key,
+                epsilon=method.epsilon,
+                num_perturbations=method.num_perturbations,
+                vectorize=method.vectorize,
+            )
+            links = [estimate, *links, fgrad.quantized_update()]
+        return optax.with_extra_args_support(optax.chain(*links))
+
+    def init(params: Any, images: jax.Array, seed: int) -> TrainState:
+        batch_key, z_key = jax.random.split(jax.random.key(seed))
+        scales = {}
+        if bits:
+            params = fgrad.quantize(params, bits=bits[0], headroom=method.headroom)
+            variables = layers.calibrate(
+                model, {"params": params}, images, headroom=method.activation_headroom
+            )
+            scales = {layers.SCALES: variables[layers.SCALES]}
+        params = jax.tree.map(jnp.copy, params)  # the step donates its own
+        opt_state = optimizer(0.0, 1, z_key).init(params)
+        return TrainState(params, opt_state, scales, batch_key, jnp.int32(0))
+
+    def step(
+        state: TrainState, learning_rate: jax.Array, steps: jax.Array, split: Split
+    ) -> TrainState:
+        batch = _sample(method, jax.random.fold_in(state.key, state.count), split)
+        tx = optimizer(learning_rate, steps, state.key)
+        if forward:
+            updates, opt_state = tx.update(
+                state.params,
+                state.opt_state,
+                state.params,
+                value_fn=loss_fn,
+                scales=state.scales,
+                batch=batch,
+            )
+        else:
+            gradient = jax.grad(loss_fn)(state.params, state.scales, batch)
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        return state._replace(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            count=state.count + 1,
+        )
+
+    @jax.jit
+    def accuracy(state: TrainState, split: Split) -> jax.Array:
+        logits = model.apply({"params": state.params, **state.scales}, split.images)
+        return jnp.mean(jnp.argmax(logits, axis=-1) == split.labels)
+
+    passes = 2 * method.num_perturbations if forward else 3
+    return Learner(init, step, accuracy, passes)
+
+
+def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:
+    index_key, noise_key = jax.random.split(key)
+    indices = jax.random.randint(
+        index_key, (method.batch_size,), 0, split.labels.shape[0]
+    )
+    images = split.images[indices]
+    if noise := method.get("input_noise", 0.0):
+        images += noise * jax.random.normal(noise_key, images.shape)
+    return Split(images, split.labels[indices])
+
+
+def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:
+    """From the learning rate to 0; unlike optax's, ``steps`` may be traced."""
+    return lambda count: learning_rate * jnp.maximum(1 - count / steps, 0)
+
+
+_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}

@@ -1,0 +1,110 @@
+"""What a run shows and leaves behind: progress bar, table, figure, JSON."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import rich
+import rich.progress
+import rich.table
+from matplotlib import figure
+from ml_collections import ConfigDict
+
+mpl.use("Agg")
+
+_COLUMNS = (
+    "method",
+    "accuracy",
+    "forward passes",
+    "learning rate",
+    "seconds",
+    "temporaries MiB",
+)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar of ``total`` steps; yields what advances it."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns) as bar:
+        task = bar.add_task("training steps", total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) -> None:
+    """Prints the table; writes results.json, config.json, table.md and accuracy.png.
+
+    Args:
+      results: as `experiments.train.run` returns them.
+      config: the configuration behind them.
+      directory: the workdir.
+    """
+    rows = [_row(name, result) for name, result in results.items()]
+    note = (
+        f"{config.source} to {config.target}, test accuracy in % as mean ± standard "
+        f"deviation over {len(config.seeds)} seeds; a backward pass counts as two "
+        f"forward passes; seconds per run with {config.parallel_runs} runs at a time; "
+        "temporaries of the compiled step."
+    )
+    table = rich.table.Table(*_COLUMNS, caption=note, caption_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    rich.print(table)
+
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    (directory / "table.md").write_text(_markdown(rows, note))
+    _figure(results, directory / "accuracy.png")
+    rich.print(
+        f"Written to {directory}: results.json, config.json, table.md, accuracy.png"
+    )
+
+
+def _row(name: str, result: dict[str, Any]) -> list[str]:
+    accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['accuracy_std']:.1f}"
+    if "steps" not in result:
+        return [name, accuracy, "0", "", "", ""]
+    return [
+        name,
+        accuracy,
+        f"{result['forward_passes']:,}",
+        f"{result['learning_rate']:g}",
+        f"{result['seconds']:.1f}",
+        f"{result['temporaries_mib']:.2f}",
+    ]
+
+
+def _markdown(rows: list[list[str]], note: str) -> str:
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+
+
+def _figure(results: dict[str, Any], path: pathlib.Path) -> None:
+    fig = figure.Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = fig.subplots()
+    for name, result in results.items():
+        if "curves" not in result:
+            continue
+        curves = 100 * np.array(result["curves"])
+        passes = np.linspace(0, result["forward_passes"], curves.shape[1])
+        mean, std = curves.mean(0), curves.std(0, ddof=1)
+        (line,) = axes.plot(passes, mean, label=name)
+        axes.fill_between(
+            passes, mean - std, mean + std, alpha=0.2, color=line.get_color()
+        )
+    zero_shot = 100 * results["zero_shot"]["accuracy"]
+    axes.axhline(zero_shot, color="grey", linestyle=":", label="zero_shot")
+    axes.set(xlabel="forward passes", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    fig.savefig(path, dpi=120)

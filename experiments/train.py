@@ -1,0 +1,240 @@
+"""The loop: pre-train on the source, tune and adapt on the target, report."""
+
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from experiments import report
+from experiments.data import arrays, digits
+from experiments.methods import Learner, TrainState, make_learner
+from experiments.models import cnn
+
+NETWORKS = {"cnn": cnn.CNN}
+DATASETS = {"digits": digits.Digits}
+
+Splits = Mapping[str, arrays.Split]
+
+
+class Run(NamedTuple):
+    """One run of a method.
+
+    Attributes:
+      state: where it ended.
+      validation: accuracy on the validation split at its end.
+      curve: test accuracies, at the start and after each part of the run.
+      seconds: wall time of the steps, without compilation and evaluation.
+    """
+
+    state: TrainState
+    validation: float
+    curve: list[float]
+    seconds: float
+
+
+class Trainer:
+    """A learner with its step compiled once for data of given shapes.
+
+    Attributes:
+      learner: the method's functions.
+      config: the method.
+      temporaries: scratch memory of the compiled step in bytes, beside its arguments.
+    """
+
+    def __init__(self, config: ConfigDict, network: Any, params: Any, data: Splits):
+        """Compiles the step.
+
+        Args:
+          config: the method, see ``configs/quickstart.py``.
+          network: ``network(bits=...)`` gives the Flax module.
+          params: float parameters, for their shapes.
+          data: the splits to train on.
+        """
+        self.config = config
+        self.learner: Learner = make_learner(config, network)
+        self._data = data
+        state = self.learner.init(params, data["train"].images, 0)
+        step = jax.jit(self.learner.step, donate_argnums=0)
+        lowered = step.lower(state, jnp.float32(0), jnp.float32(1), data["train"])
+        self._step = lowered.compile()
+        memory: Any = self._step.memory_analysis()
+        self.temporaries = memory.temp_size_in_bytes
+
+    def run(
+        self,
+        params: Any,
+        seed: int,
+        learning_rate: float,
+        *,
+        steps: int,
+        num_evals: int,
+        progress: Callable[[int], None],
+    ) -> Run:
+        """Trains from float parameters.
+
+        Args:
+          params: where the run starts.
+          seed: of batches and perturbations.
+          learning_rate: at the start; it decays linearly to 0.
+          steps: length of the run.
+          num_evals: points of the curve after the start.
+          progress: called with the number of steps just taken.
+        """
+        state = self.learner.init(params, self._data["train"].images, seed)
+        curve, seconds = [self._accuracy(state, "test")], 0.0
+        ends = np.linspace(0, steps, num_evals + 1).astype(int)
+        rate, horizon = jnp.float32(learning_rate), jnp.float32(steps)
+        for start, end in itertools.pairwise(ends):
+            began = time.perf_counter()
+            for _ in range(start, end):
+                state = self._step(state, rate, horizon, self._data["train"])
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - began
+            curve.append(self._accuracy(state, "test"))
+            progress(int(end - start))
+        return Run(state, self._accuracy(state, "validation"), curve, seconds)
+
+    def _accuracy(self, state: TrainState, split: str) -> float:
+        return float(self.learner.accuracy(state, self._data[split]))
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Runs an experiment and writes its results into the workdir.
+
+    Args:
+      config: see ``configs/quickstart.py``.
+      workdir: results.json, config.json, table.md and accuracy.png go here.
+
+    Returns:
+      What results.json holds: by method (and "zero_shot") the accuracy on the target's
+      test split as mean, standard deviation and list over seeds, and what it cost.
+    """
+    directory = pathlib.Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    source = _load(config, config.source, directory)
+    target = _load(config, config.target, directory)
+    network = NETWORKS[config.network]
+    with report.progress(_total_steps(config)) as advance:
+        start = _pretrain(config, network, source, advance)
+        results = {
+            name: _adapt(config, config.methods[name], network, start, target, advance)
+            for name in config.run
+        }
+    first = next(iter(results.values()))
+    zero_shot = [curve[0] for curve in first["curves"]]
+    results = {"zero_shot": {**_summary(zero_shot), "forward_passes": 0}, **results}
+    report.write(results, config, directory)
+    return results
+
+
+def _pretrain(
+    config: ConfigDict, network: Any, data: Splits, advance: Callable[[int], None]
+) -> Any:
+    """The float parameters where all runs start."""
+    key = jax.random.key(config.pretrain.seed)
+    params = network(bits=None).init(key, data["train"].images[:1])["params"]
+    trainer = Trainer(config.pretrain, network, params, data)
+    pretrained = trainer.run(
+        params,
+        config.pretrain.seed,
+        config.pretrain.learning_rate,
+        steps=config.pretrain.steps,
+        num_evals=1,
+        progress=advance,
+    )
+    return pretrained.state.params
+
+
+def _adapt(
+    config: ConfigDict,
+    method: ConfigDict,
+    network: Any,
+    start: Any,
+    data: Splits,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Chooses a learning rate on the validation split, then runs every seed."""
+    trainer = Trainer(method, network, start, data)
+
+    def tune(learning_rate: float) -> float:
+        return trainer.run(
+            start,
+            config.tuning_seed,
+            learning_rate,
+            steps=_tuning_steps(config, method),
+            num_evals=1,
+            progress=advance,
+        ).validation
+
+    def adapt(seed: int) -> Run:
+        return trainer.run(
+            start,
+            seed,
+            learning_rate,
+            steps=method.steps,
+            num_evals=config.num_evals,
+            progress=advance,
+        )
+
+    tuned = _parallel(config, tune, method.learning_rates)
+    learning_rate = method.learning_rates[int(np.argmax(tuned))]
+    runs = _parallel(config, adapt, config.seeds)
+    return {
+        **_summary([r.curve[-1] for r in runs]),
+        "validation_accuracies": [r.validation for r in runs],
+        "learning_rate": learning_rate,
+        "tuning": {
+            str(rate): accuracy
+            for rate, accuracy in zip(method.learning_rates, tuned, strict=True)
+        },
+        "steps": method.steps,
+        "forward_passes": method.steps * trainer.learner.passes_per_step,
+        "seconds": float(np.mean([r.seconds for r in runs])),
+        "temporaries_mib": trainer.temporaries / 2**20,
+        "curves": [r.curve for r in runs],
+    }
+
+
+def _summary(accuracies: list[float]) -> dict[str, Any]:
+    return {
+        "accuracy": float(np.mean(accuracies)),
+        "accuracy_std": float(np.std(accuracies, ddof=1)),
+        "accuracies": accuracies,
+    }
+
+
+def _parallel(config: ConfigDict, fn: Callable[[Any], Any], items: Any) -> list[Any]:
+    with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
+        return list(pool.map(fn, items))
+
+
+def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
+    tfds.disable_progress_bar()
+    data_dir = config.data_dir or str(directory / "data")
+    # array_record is read without TensorFlow.
+    builder = DATASETS[config.dataset](
+        config=domain, data_dir=data_dir, file_format="array_record"
+    )
+    return arrays.load(builder)
+
+
+def _tuning_steps(config: ConfigDict, method: ConfigDict) -> int:
+    return max(1, int(method.steps * config.tuning_fraction))
+
+
+def _total_steps(config: ConfigDict) -> int:
+    """Steps of all runs together, for the progress bar."""
+    total = config.pretrain.steps
+    for name in config.run:
+        method = config.methods[name]
+        total += len(method.learning_rates) * _tuning_steps(config, method)
+        total += len(config.seeds) * method.steps
+    return total
