@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import evaluation, fixed_point, perturbations
+from fgrad import evaluation, perturbations
 from fgrad.fixed_point import is_qtensor
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
@@ -168,7 +168,7 @@ def forward_gradient(
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return jax.tree.map(jnp.zeros_like, leaf)
-        name, shape = fixed_point.path_str(path), jnp.shape(leaf)
+        name, shape = jax.tree_util.keystr(path), jnp.shape(leaf)
 
         def add(index: Any, total: jax.Array) -> jax.Array:
             z = perturbation.sample(leaf_keys[name][index], shape)

@@ -107,7 +107,7 @@ def perturb(
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return leaf
-        z = perturbation.sample(keys[fixed_point.path_str(path)], jnp.shape(leaf))
+        z = perturbation.sample(keys[jax.tree_util.keystr(path)], jnp.shape(leaf))
         if is_qtensor(leaf):
             qvalue = fixed_point.perturb_qvalue(
                 leaf.qvalue,
@@ -124,12 +124,12 @@ def perturb(
 
 
 def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]:
-    """The key of z for each trained leaf, by the text of its path."""
+    """The key of z for each trained leaf, by ``keystr`` of its path."""
     names: list[str] = []
 
     def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if trained:
-            names.append(fixed_point.path_str(path))
+            names.append(jax.tree_util.keystr(path))
         return leaf
 
     map_leaves(collect, params, mask)

@@ -49,7 +49,7 @@ class QTensor:
         A float array that holds integers is read as well (simulated quantization) and
         follows the same trajectory.
       scale: float32 weight step Δ_w, in units of the value per grid step; a scalar, or
-        an array that broadcasts against ``qvalue`` with one entry per channel.
+        an array with as many axes as ``qvalue``, of length 1 where a scale is shared.
       bits: width of the grid, 2 to 16; inferred from an int8 or int16 ``qvalue``.
 
     Example:
@@ -237,8 +237,9 @@ def quantize_to_scale(x: jax.Array, scale: jax.Array, bits: int) -> QTensor:
 def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """Value of `quantize_to_scale` with a straight-through gradient.
 
-    The rounding has the gradient of the identity, clipped values have none: AQT's
-    ``IntSymmetric`` numerics. For training a network that will run in fixed point.
+    The rounding (AQT's ``IntSymmetric`` numerics) has the gradient of the identity,
+    values that are clipped by more than half a step have none. For training a network
+    that will run in fixed point.
 
     Args:
       x: float array.
@@ -248,13 +249,13 @@ def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     Returns:
       ``scale * clip(⌊x / scale⌉)`` in the dtype of ``x``.
     """
-    max_qvalue(bits)
+    limit = max_qvalue(bits)
     numerics = int_numerics.IntSymmetric(
         bits=bits,
         preserve_zero=True,
         preserve_max_val=True,
         clip=True,
-        clip_gradient=True,
+        clip_gradient=False,
         round=True,
         noise_fn=None,
     )
@@ -263,12 +264,14 @@ def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     def clip_and_round(v: jax.Array) -> jax.Array:
         return numerics.vjp_fwd(v, None)[0]
 
+    # AQT would cut the gradient at the limit itself, where x / scale of the largest
+    # value often lands one rounding error outside.
     clip_and_round.defvjp(
-        lambda v: numerics.vjp_fwd(v, None),
-        lambda residual, g: numerics.vjp_bwd(residual, g)[:1],
+        lambda v: (clip_and_round(v), v),
+        lambda v, g: (jnp.where(jnp.abs(v) <= limit + 0.5, g, 0),),
     )
     scale = jax.lax.stop_gradient(scale)
-    return clip_and_round(x / scale) * scale
+    return (clip_and_round(x / scale) * scale).astype(x.dtype)
 
 
 def calibrate_scale(
@@ -303,10 +306,13 @@ def calibrate_scale(
     if channel_axis is not None:
         axes = tuple(a for a in axes if a != range(x.ndim)[channel_axis])
     bound = calibration(x, axes, bits)
+    # A percentile of a sparse tensor can be 0 where the tensor is not.
+    bound = jnp.where(bound == 0, abs_max(x, axes, bits), bound)
     bound = jnp.where(bound == 0, zero_bound, bound)
     if channel_axis is None:
         bound = bound.reshape(())
-    return (bound * headroom / limit).astype(jnp.float32)
+    scale = (bound * headroom / limit).astype(jnp.float32)
+    return jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
 
 
 def quantize(
@@ -455,7 +461,7 @@ def fixed_point_ratio(ratio: float) -> tuple[int, int]:
     dyadic ratio, such as the default perturbation step 2**-5, is exact and small.
 
     Args:
-      ratio: positive and finite, in (2**-32, 2**31).
+      ratio: positive and finite, in (2**-32, 2**30].
 
     Returns:
       Python integers for `requantize`.
@@ -464,8 +470,8 @@ def fixed_point_ratio(ratio: float) -> tuple[int, int]:
       >>> fixed_point_ratio(2**-5), fixed_point_ratio(0.75)
       ((1, 5), (3, 2))
     """
-    if not 2.0**-32 < ratio < 2.0**31:
-        raise ValueError(f"ratio must lie in (2**-32, 2**31), got {ratio}.")
+    if not 2.0**-32 < ratio <= 2.0**30:
+        raise ValueError(f"ratio must lie in (2**-32, 2**30], got {ratio}.")
     mantissa, exponent = math.frexp(ratio)
     multiplier, shift = round(mantissa * 2**31), 31 - exponent
     while multiplier % 2 == 0 and shift > 0:
@@ -489,15 +495,21 @@ def perturb_qvalue(
       qvalue: weights w_q on the b-bit grid; int8, int16, or floats holding integers.
       z: int8 perturbation z_q, with the sign of the evaluation applied or not.
       epsilon_q: int32 ``⌊ε/Δ_w⌉``, negative for ``w - εz``; broadcasts.
-      z_step: Δ_z. A power of two makes ``1_q Δ_z = 1`` exact and the division a shift.
+      z_step: Δ_z in [1/64, 1]. A power of two makes ``1_q Δ_z = 1`` exact and the
+        division a shift.
       bits: width b of the weight grid.
 
     Returns:
       The perturbed integers in the dtype of ``qvalue``.
 
+    Raises:
+      ValueError: if ``z_step`` is out of range.
+
     Reference:
       Equation (6) of Feng et al. 2024.
     """
+    if not 1 / 64 <= z_step <= 1:
+        raise ValueError(f"z_step must lie in [1/64, 1], got {z_step}.")
     one_q = round(1 / z_step)
     # Beyond this a single unit of z crosses the whole grid: the result is clipped
     # anyway, and the accumulator stays inside int32.

@@ -130,15 +130,6 @@ class _Product(nn.Module):
 
     operands: ClassVar[tuple[str, ...]] = ("lhs",)  # those that are activations
 
-    def __post_init__(self) -> None:
-        _check_bits(self.bits)
-        if self.activation_scale not in ("static", "dynamic"):
-            raise ValueError(
-                'activation_scale must be "static" or "dynamic", got '
-                f"{self.activation_scale!r}."
-            )
-        super().__post_init__()
-
     @property
     def activation_bits(self) -> int:
         """Bits of activations; 0 where they stay floats."""
@@ -417,6 +408,10 @@ class Embed(nn.Embed):
     activation_scale: str = "static"
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
+    def __post_init__(self) -> None:
+        _product_class(self, DotGeneral)
+        super().__post_init__()
+
     def setup(self) -> None:
         """Creates Flax's table, and the product that ``attend`` needs."""
         super().setup()
@@ -486,6 +481,10 @@ class MultiHeadDotProductAttention(nn.Module):
     bits: Bits = None
     activation_scale: str = "static"
     calibration: fixed_point.Calibration = fixed_point.abs_max
+
+    def __post_init__(self) -> None:
+        _product_class(self, DotGeneral)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -582,6 +581,10 @@ class LSTMCell(nn.RNNCellBase):
     activation_scale: str = "static"
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
+    def __post_init__(self) -> None:
+        _product_class(self, DotGeneral)
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, jax.Array], inputs: jax.Array
@@ -656,7 +659,13 @@ class RNN(nn.RNN):
 
 
 def _product_class(layer: Any, product: type[_Product]) -> Callable[[], _Product]:
+    """Makes the product with the layer's settings, which it checks."""
     _check_bits(layer.bits)
+    if layer.activation_scale not in ("static", "dynamic"):
+        raise ValueError(
+            'activation_scale must be "static" or "dynamic", got '
+            f"{layer.activation_scale!r}."
+        )
     return functools.partial(
         product,
         bits=layer.bits,
@@ -668,7 +677,7 @@ def _product_class(layer: Any, product: type[_Product]) -> Callable[[], _Product
 def _check_bits(bits: Any) -> None:
     if bits is None:
         return
-    if not isinstance(bits, tuple) or len(bits) != 2:
+    if not isinstance(bits, tuple | list) or len(bits) != 2:  # Flax makes tuples
         raise ValueError(
             "bits must be None or (bits of weights, bits of activations), for example "
             f"(16, 8); got {bits!r}."

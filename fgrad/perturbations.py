@@ -12,9 +12,9 @@ makes 32-bit words, and a word four values (two for `binomial`, 32 for `rademach
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import statistics
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +52,7 @@ def normal(bits: int = 8, z_max: float | None = None) -> Perturbation:
     The tails end at 2.9, which makes the kurtosis 2.9 rather than 3.
 
     Args:
-      bits: width b of z_q, 2 to 8.
+      bits: width b of z_q, 3 to 8.
       z_max: the value of the largest integer, ``Δ_z = z_max / (2**(b - 1) - 1)``.
         The paper's example is 3.5. By default ``Δ_z = 2**(3 - b)``, for 8 bits
         2**-5 (z_max = 3.97): then 1.0 is a whole number of steps and equation (6)
@@ -74,14 +74,21 @@ def normal(bits: int = 8, z_max: float | None = None) -> Perturbation:
     Reference:
       Section 3.2 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
-    if bits > 8:
-        raise ValueError(f"a perturbation has at most 8 bits, got bits={bits}.")
     limit = fixed_point.max_qvalue(bits)
-    if z_max is not None and not 1 <= z_max < math.inf:
+    if not 3 <= bits <= 8:
+        raise ValueError(f"a normal perturbation has 3 to 8 bits, got bits={bits}.")
+    if z_max is not None and not 2 <= z_max < math.inf:
         raise ValueError(
-            f"z_max must be at least 1, one standard deviation, got {z_max}."
+            f"z_max must be at least 2 standard deviations, got {z_max}: below, no "
+            "clipped normal has unit variance."
         )
     step = 2.0 ** (3 - bits) if z_max is None else z_max / limit
+    one = round(1 / step) * step
+    if abs(one - 1) > 0.02:
+        raise ValueError(
+            f"z_max={z_max} with bits={bits} makes 1.0 = {one:.3f} on z's grid, which "
+            "would rescale the weights by as much; leave z_max out."
+        )
     table = _normal_table(step, limit)
 
     def sample(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -135,27 +142,19 @@ def sample_key(key: jax.Array, step: Any, index: Any) -> jax.Array:
 
 
 def leaf_keys(key: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Keys of leaves: ``key`` with a 32-bit hash of the leaf's path folded in.
+    """Keys of leaves: ``key`` with a 64-bit hash of the leaf's path folded in.
 
     The keys of all leaves are computed at once, since each ``fold_in`` by itself costs
     compilation time; the key of a leaf depends on its own path only.
 
     Args:
       key: from `sample_key`.
-      names: paths of the leaves, as text.
-
-    Raises:
-      ValueError: if two paths have the same hash, so that they would share z.
+      names: paths of the leaves, as text; all different.
     """
-    hashes = [zlib.crc32(name.encode()) for name in names]
-    if len(set(hashes)) < len(hashes):
-        twins = [n for n, h in zip(names, hashes, strict=True) if hashes.count(h) > 1]
-        raise ValueError(
-            f"the leaves {twins} have the same hash of their paths and would share "
-            "their perturbation; rename one."
-        )
-    folded = jnp.array(hashes, jnp.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, folded)
+    digests = [hashlib.blake2b(n.encode(), digest_size=8).digest() for n in names]
+    words = np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, words[:, 0])
+    keys = jax.vmap(jax.random.fold_in)(keys, words[:, 1])
     return {name: keys[i] for i, name in enumerate(names)}
 
 

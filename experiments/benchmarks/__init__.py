@@ -1,0 +1,1 @@
+"""Measurements of cost; each prints its table and writes JSON if asked."""

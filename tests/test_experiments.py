@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+from sklearn import datasets
+
+from experiments import train
+from experiments.configs import quickstart
+from experiments.data import arrays, digits
+from experiments.methods import make_learner
+from experiments.models import cnn
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def load(domain, data_dir):
+    builder = digits.Digits(
+        config=domain, data_dir=data_dir, file_format="array_record"
+    )
+    return arrays.load(builder)
+
+
+def as_set(split):
+    return {np.asarray(image).tobytes() for image in split.images}
+
+
+def test_digits_are_scikit_learns(data_dir):
+    splits = load("upright", data_dir)
+    assert {k: len(v.labels) for k, v in splits.items()} == {
+        "train": 1078,
+        "validation": 300,
+        "test": 419,
+    }
+    images, labels = datasets.load_digits(return_X_y=True)
+    both = zip(images.reshape(-1, 8, 8, 1), labels, strict=True)
+    expected = sorted((np.rint(x * (255 / 16)).tobytes(), int(y)) for x, y in both)
+    found = sorted(
+        (np.rint(np.asarray(x, np.float64) * 255).tobytes(), int(y))
+        for split in splits.values()
+        for x, y in zip(split.images, split.labels, strict=True)
+    )
+    assert found == expected
+    # The splits are of scikit-learn's images, a few of which occur twice.
+    assert len(as_set(splits["train"]) & as_set(splits["test"])) <= 2
+
+
+def test_rotated_digits_are_the_upright_ones_rotated(data_dir):
+    upright, rotated = load("upright", data_dir), load("rotated_30", data_dir)
+    for split in upright:
+        np.testing.assert_array_equal(upright[split].labels, rotated[split].labels)
+    image = np.asarray(upright["test"].images[0, ..., 0]) * 16
+    expected = ndimage.rotate(image, 30, reshape=False, order=1) / 16
+    found = np.asarray(rotated["test"].images[0, ..., 0])
+    # Both were rounded to 256 levels.
+    np.testing.assert_allclose(found, expected, atol=1.01 / 255)
+
+
+def test_nothing_imports_tensorflow(tmp_path):
+    code = (
+        "import sys; from experiments.data import arrays, digits;"
+        "builder = digits.Digits(config='upright', data_dir=sys.argv[1],"
+        " file_format='array_record'); arrays.load(builder);"
+        "import experiments.train; assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_the_network_has_the_documented_size():
+    params = cnn.CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 15_082
+
+
+def test_the_learning_rate_decays_to_zero_within_the_run(data_dir):
+    config = quickstart.get_config("smoke")
+    learner = make_learner(config.methods.backprop, cnn.CNN)
+    splits = load("upright", data_dir)
+    params = cnn.CNN().init(jax.random.key(0), splits["train"].images[:1])["params"]
+    state = learner.init(params, splits["train"].images, 0)
+    state = jax.jit(learner.step)(
+        state, jnp.float32(0.1), jnp.float32(1), splits["train"]
+    )
+    moved = jax.jit(learner.step)(
+        state, jnp.float32(0.1), jnp.float32(1), splits["train"]
+    )
+    momentum_only = jax.tree.map(jnp.subtract, moved.params, state.params)
+    # At count 1 of 1 the rate is 0: SGD scales the momentum by it, too.
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(momentum_only))
+
+
+def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
+    config = quickstart.get_config("smoke")
+    config.data_dir = data_dir
+    results = train.run(config, str(tmp_path))
+    names = ["zero_shot", "backprop", "forward_fp32", "forward_16w8a", "forward_8w8a"]
+    assert list(results) == names
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    for name in names:
+        result = results[name]
+        accuracies = result["accuracies"]
+        assert len(accuracies) == len(config.seeds)
+        np.testing.assert_allclose(result["accuracy"], np.mean(accuracies))
+        np.testing.assert_allclose(result["accuracy_std"], np.std(accuracies, ddof=1))
+        assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+    forward = config.methods.forward_fp32
+    passes = 2 * forward.num_perturbations * forward.steps
+    assert results["forward_16w8a"]["forward_passes"] == passes
+    assert results["backprop"]["forward_passes"] == 3 * config.methods.backprop.steps
+    for name in names[1:]:
+        assert results[name]["learning_rate"] in config.methods[name].learning_rates
+        assert results[name]["temporaries_mib"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert all(name in table for name in names)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    config_written = json.loads((tmp_path / "config.json").read_text())
+    assert config_written["target"] == "rotated_30"
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match='variant must be "full" or "smoke"'):
+        quickstart.get_config("fast")
+    method = quickstart.get_config().methods.backprop
+    method.gradient = "sideways"
+    with pytest.raises(ValueError, match='gradient must be "backward" or "forward"'):
+        make_learner(method, cnn.CNN)
