@@ -75,7 +75,7 @@ def test_nothing_imports_tensorflow(tmp_path):
 
 def test_the_network_has_the_documented_size():
     params = cnn.CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 15_082
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_866
 
 
 def test_the_learning_rate_decays_to_zero_within_the_run(data_dir):

@@ -20,8 +20,8 @@ Fraction = fractions.Fraction
 LENGTH = 32
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
-Z_STEPS = [2**-5, 3.5 / 127, 1.0, 0.5]
-DYADIC_Z_STEPS = [2**-5, 1.0, 0.5]
+Z_STEPS = [2**-5, 3.5 / 127, 1.0]
+DYADIC_Z_STEPS = [2**-6, 2**-5, 1.0]  # the ends of the range and the default
 
 
 def integers(low, high):
@@ -58,16 +58,18 @@ def f64(x):
 
 # ------------------------------------------------------------------------ requantize
 
+requantize_arrays = jax.jit(fixed_point.requantize, static_argnums=3)
+
 
 @settings(max_examples=150, deadline=None)
 @given(
     acc=integers(INT32_MIN, INT32_MAX),
     multiplier=integers(0, INT32_MAX),
     shift=integers(0, 63),
-    bits=st.integers(2, 32),
+    bits=st.sampled_from([2, 8, 16, 32]),  # each is compiled
 )
 def test_requantize_equals_python_integers(acc, multiplier, shift, bits):
-    got = fixed_point.requantize(
+    got = requantize_arrays(
         jnp.array(acc, jnp.int32),
         jnp.array(multiplier, jnp.int32),
         jnp.array(shift, jnp.int32),
@@ -78,7 +80,7 @@ def test_requantize_equals_python_integers(acc, multiplier, shift, bits):
     assert np.asarray(got).tolist() == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     acc=integers(INT32_MIN, INT32_MAX),
     multiplier=st.just(1) | st.integers(0, INT32_MAX),
@@ -107,7 +109,7 @@ def test_requantize_takes_ties_to_even_for_all_small_numbers():
     acc = np.arange(-48, 49)[:, None, None]
     multiplier = np.arange(9)[None, :, None]
     shift = np.arange(7)[None, None, :]
-    got = fixed_point.requantize(
+    got = requantize_arrays(
         jnp.array(acc, jnp.int32), jnp.array(multiplier), jnp.array(shift), 6
     )
     expected = requantize_reference(acc, multiplier, shift, 6)
@@ -147,10 +149,9 @@ def test_requantize_under_jit_and_vmap_equals_python_integers():
     shift = rng.integers(0, 64, 40)
     expected = requantize_reference(acc, multiplier, shift, 12)
     operands = [jnp.array(a, jnp.int32) for a in (acc, multiplier, shift)]
-    jitted = jax.jit(fixed_point.requantize, static_argnums=3)(*operands, 12)
-    assert np.asarray(jitted).ravel().tolist() == expected
+    assert np.asarray(requantize_arrays(*operands, 12)).ravel().tolist() == expected
     mapped = jax.vmap(
-        lambda a, m, s: fixed_point.requantize(a, m, s, 12), in_axes=(0, 0, None)
+        lambda a, m, s: requantize_arrays(a, m, s, 12), in_axes=(0, 0, None)
     )(*operands)
     assert np.asarray(mapped).ravel().tolist() == expected
 
@@ -176,7 +177,7 @@ def test_requantize_raises_out_of_range(arguments, name):
 
 @settings(max_examples=500, deadline=None)
 @given(
-    st.floats(2.0**-32, 2.0**31 - 1, exclude_min=True)
+    st.floats(2.0**-32, 2.0**30, exclude_min=True)
     | st.builds(math.ldexp, st.floats(0.5, 1, exclude_max=True), st.integers(-30, 30))
 )
 def test_fixed_point_ratio_has_a_relative_error_below_2_to_minus_31(ratio):
@@ -187,18 +188,25 @@ def test_fixed_point_ratio_has_a_relative_error_below_2_to_minus_31(ratio):
     assert abs(Fraction(multiplier, 2**shift) / exact - 1) <= Fraction(1, 2**31)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the mantissa rounds up to 2**31 and no shift is left to halve",
+@pytest.mark.parametrize("power", [30, 29, 0, -31])
+def test_fixed_point_ratio_just_below_a_power_of_two_fits_requantize(power):
+    # The mantissa rounds up to 2**31, which a shift must be left to halve.
+    ratio = math.nextafter(2.0**power, 0)
+    multiplier, shift = fixed_point.fixed_point_ratio(ratio)
+    assert 0 < multiplier < 2**31
+    assert 0 <= shift <= 63
+    assert Fraction(multiplier, 2**shift) == Fraction(2) ** power
+
+
+@pytest.mark.parametrize(
+    ("odd", "power"),
+    [
+        (odd, power)
+        for odd in (1, 3, 5, 127, 2**30 - 1, 2**31 - 1)
+        for power in (-31, -5, -1, 0)
+        if odd * 2.0**power <= 2.0**30
+    ],
 )
-def test_fixed_point_ratio_just_below_its_upper_end_fits_requantize():
-    multiplier, _ = fixed_point.fixed_point_ratio(math.nextafter(2.0**31, 0))
-    assert multiplier < 2**31
-
-
-@pytest.mark.parametrize("odd", [1, 3, 5, 127, 2**31 - 1])
-@pytest.mark.parametrize("power", [-31, -5, -1, 0])
 def test_fixed_point_ratio_is_exact_and_in_lowest_terms_for_dyadic_ratios(odd, power):
     multiplier, shift = fixed_point.fixed_point_ratio(odd * 2.0**power)
     assert (multiplier, shift) == (odd, -power)
@@ -211,7 +219,17 @@ def test_fixed_point_ratio_is_exact_for_powers_of_two_from_one_up(power):
 
 
 @pytest.mark.parametrize(
-    "ratio", [0.0, -1.0, 2.0**-32, 2.0**31, math.inf, -math.inf, math.nan]
+    "ratio",
+    [
+        0.0,
+        -1.0,
+        2.0**-32,
+        math.nextafter(2.0**30, math.inf),
+        2.0**31,
+        math.inf,
+        -math.inf,
+        math.nan,
+    ],
 )
 def test_fixed_point_ratio_raises_out_of_range(ratio):
     with pytest.raises(ValueError, match="ratio must lie in"):
@@ -237,7 +255,7 @@ def perturb_exactly(q, z, epsilon_q, z_step):
 @pytest.mark.parametrize("z_step", DYADIC_Z_STEPS)
 @pytest.mark.parametrize("bits", [8, 16])
 def test_perturb_qvalue_equals_equation_6_for_a_power_of_two(z_step, bits):
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(
         q=weights_strategy(bits),
         z=integers(-127, 127),
@@ -264,7 +282,7 @@ def test_perturb_qvalue_equals_equation_6_for_a_power_of_two(z_step, bits):
 def test_perturb_qvalue_equals_equation_6_for_the_step_of_the_paper(bits):
     z_step = 3.5 / 127
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=50, deadline=None)
     @given(
         q=weights_strategy(bits),
         z=integers(-127, 127),
@@ -341,15 +359,15 @@ def test_perturb_qvalue_keeps_the_weights_exact_where_nothing_is_added(z_step):
     np.testing.assert_array_equal(got, q)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="1_q = round(1 / z_step) is 0 at z_step = 2: weights vanish",
+@pytest.mark.parametrize(
+    "z_step", [2.0, math.nextafter(1, 2), math.nextafter(2**-6, 0), 0.0, -0.5, math.nan]
 )
-def test_perturb_qvalue_keeps_the_weights_with_a_two_bit_normal_z():
+def test_perturb_qvalue_raises_for_a_step_out_of_range(z_step):
     q = jnp.array([-300, 0, 1000], jnp.int16)
-    got = perturb(q, jnp.zeros(3, jnp.int8), jnp.int32(1), 2.0, 16)
-    np.testing.assert_array_equal(got, q)
+    with pytest.raises(ValueError, match="z_step must lie in"):
+        fixed_point.perturb_qvalue(
+            q, jnp.zeros(3, jnp.int8), jnp.int32(1), z_step, bits=16
+        )
 
 
 # --------------------------------------------------------------------- update_qvalue
@@ -361,7 +379,7 @@ def test_update_qvalue_equals_python_integers_over_the_whole_int32_range(bits, d
     if bits == 16 and dtype == jnp.int8:
         pytest.skip("an int8 holds no 16-bit weight")
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(q=weights_strategy(bits), update=integers(INT32_MIN, INT32_MAX))
     def check(q, update):
         got = fixed_point.update_qvalue(
@@ -381,7 +399,7 @@ def test_update_qvalue_equals_python_integers_over_the_whole_int32_range(bits, d
 SHAPES = [(), (7,), (2, 3, 5)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     bits=st.integers(2, 16),
     shape=st.sampled_from(SHAPES),
@@ -439,7 +457,7 @@ def test_quantize_rounds_ties_to_even(bits):
     limit = 2 ** (bits - 1) - 1
     # The largest value makes the step exactly 2**-3: every quotient is exact.
     steps = np.concatenate([[limit], np.arange(-2 * limit, 2 * limit + 1) / 2])
-    steps = steps.astype(np.float32)[:2001]
+    steps = np.resize(steps.astype(np.float32), 2001)  # one length for all widths
     q = fixed_point.quantize(jnp.array(steps * 2.0**-3), bits, headroom=1.0)
     assert float(q.scale) == 2.0**-3
     expected = [round(Fraction(float(s))) for s in steps]
@@ -643,7 +661,7 @@ def test_mse_optimal_raises_without_candidates():
 # --------------------------------------------------------------------- fake_quantize
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("bits", [2, 8, 16])
 def test_fake_quantize_has_the_value_of_the_quantized_tensor(bits):
     x = jnp.array(random_array(11, (50, 4)))
     # Half the largest value: some are clipped.
@@ -652,15 +670,17 @@ def test_fake_quantize_has_the_value_of_the_quantized_tensor(bits):
     np.testing.assert_array_equal(fixed_point.fake_quantize(x, scale, bits), expected)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("bits", [2, 8, 16])
 def test_fake_quantize_has_a_gradient_inside_and_none_where_it_clips(bits):
     limit = 2 ** (bits - 1) - 1
     scale = jnp.float32(2.0**-4)  # a power of two: x / scale is exact
-    steps = np.array([0, 0.3, 0.5, -limit, limit, limit + 0.6, -limit - 1, 4 * limit])
-    cotangent = np.arange(1.0, 9.0, dtype=np.float32)
+    inner = [0, 0.3, 0.5, -limit, limit, limit + 0.4, -limit - 0.5]
+    steps = np.array([*inner, limit + 0.6, -limit - 1, 4 * limit])
+    cotangent = np.arange(1.0, 11.0, dtype=np.float32)
     x = jnp.array(steps * 2.0**-4, jnp.float32)
     _, pullback = jax.vjp(lambda v: fixed_point.fake_quantize(v, scale, bits), x)
-    inside = np.abs(steps) <= limit
+    # Values that are clipped by more than half a step have no gradient.
+    inside = np.arange(10) < len(inner)
     np.testing.assert_array_equal(pullback(jnp.array(cotangent))[0], cotangent * inside)
 
 
@@ -670,26 +690,18 @@ def test_fake_quantize_sends_no_gradient_to_the_scale():
     assert gradient == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="max|x| / scale rounds to more than 2**(bits - 1) - 1 for a fifth of the "
-    "tensors, and AQT's gradient is then zero at the largest element",
-)
 def test_fake_quantize_has_a_gradient_everywhere_on_the_abs_max_grid():
     def total(x):
         scale = fixed_point.calibrate_scale(x, 8)
         return fixed_point.fake_quantize(x, scale, 8).sum()
 
+    # max|x| / scale rounds to more than 127 for a fifth of these tensors.
     x = jnp.array(random_array(12, (200, 16)))
     gradient = jax.vmap(jax.grad(total))(x)
     # A division by the scale and a multiplication, each rounded.
     np.testing.assert_allclose(gradient, np.ones(x.shape), rtol=2.0**-22)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the float32 scale promotes the result"
-)
 def test_fake_quantize_keeps_the_dtype_of_its_input():
     x = jnp.ones(2, jnp.bfloat16)
     assert fixed_point.fake_quantize(x, jnp.float32(0.1), 8).dtype == jnp.bfloat16

@@ -141,7 +141,6 @@ CASES = {
 }
 PRODUCTS = [name for name, case in CASES.items() if case.product]
 every_case = pytest.mark.parametrize("name", CASES)
-every_product = pytest.mark.parametrize("name", PRODUCTS)
 every_mode = pytest.mark.parametrize("mode", ["static", "dynamic"])
 
 
@@ -310,19 +309,29 @@ def fixed_point_result(name, bits, mode, per_channel):
     return f64(fn(variables, inputs_of(name)))
 
 
-every_setting = pytest.mark.parametrize(
-    ("bits", "mode", "per_channel"),
+SETTINGS = [
+    ((16, 8), "static", False),
+    ((16, 8), "dynamic", True),
+    ((8, 8), "static", True),
+    ((8, 8), "dynamic", False),
+]
+every_setting = pytest.mark.parametrize(("bits", "mode", "per_channel"), SETTINGS)
+# All settings of the four products, two of the same products at other shapes.
+every_product = pytest.mark.parametrize(
+    ("name", "bits", "mode", "per_channel"),
     [
-        ((16, 8), "static", False),
-        ((16, 8), "dynamic", True),
-        ((8, 8), "static", True),
-        ((8, 8), "dynamic", False),
+        (name, *setting)
+        for name in PRODUCTS
+        for setting in (
+            SETTINGS
+            if name in ("dense", "conv", "conv_depthwise", "embed_attend")
+            else SETTINGS[1:3]
+        )
     ],
 )
 
 
 @every_product
-@every_setting
 def test_fixed_point_equals_the_product_of_its_integers(name, bits, mode, per_channel):
     check_against_integers(name, bits, mode, per_channel)
 
@@ -346,17 +355,18 @@ def check_against_integers(name, bits, mode, per_channel):
     kernel, bias = split_params(quantized_params(name, bits[0], per_channel))
     x_q, w = rounded(x, x_scale, bits[1]), f64(kernel.qvalue) * f64(kernel.scale)
     expected = np.float64(x_scale) * case.product(x_q, w)
-    magnitude = np.float64(x_scale) * case.product(np.abs(x_q), np.abs(w))
+    # Products are exact to 2**-24 Σ|x|(5|q| + 766), in units of the scales; the bias
+    # has a rounding of its own and one of the sum.
+    size = 6 * np.abs(w) + 766 * f64(kernel.scale)
+    bound = np.float64(x_scale) * case.product(np.abs(x_q), size)
     if bias is not None:
         expected = expected + f64(bias.dequantize())
-        magnitude = magnitude + np.abs(f64(bias.dequantize()))
+        bound = bound + 2 * np.abs(f64(bias.dequantize()))
     error = np.abs(fixed_point_result(name, bits, mode, per_channel) - expected)
-    # Products are exact to 2**-21; the bias adds a rounding or two of 2**-24.
-    assert (error <= 2.0**-20 * magnitude).all()
+    assert (error <= 2.0**-24 * bound).all()
 
 
 @every_product
-@every_setting
 def test_fixed_point_is_within_the_rounding_of_its_operands(
     name, bits, mode, per_channel
 ):
@@ -525,7 +535,14 @@ def test_fixed_point_without_jit_equals_the_compiled_function():
 TRAINED = [
     name
     for name in CASES
-    if name not in ("conv_no_batch", "attention_no_batch", "lstm_reverse")
+    if name
+    not in (
+        "dense_general",
+        "conv_strided",
+        "conv_no_batch",
+        "attention_no_batch",
+        "lstm_reverse",
+    )
 ]
 every_trained_case = pytest.mark.parametrize("name", TRAINED)
 
@@ -585,27 +602,12 @@ def test_float_kernels_on_the_grid_give_the_value_of_the_quantized_kernels(name)
 @every_trained_case
 def test_straight_through_gradients_are_near_those_of_the_float_layer(name):
     for path, expected, got in trained(name).gradients:
-        assert np.linalg.norm(got) > 0
-        # The next test states the error that there should be; here the gradient of the
-        # largest element may be missing.
-        missing = (got == 0) & (np.abs(expected) > 1e-3)
-        assert np.sum(missing) <= 1, path
-        assert relative_error(got[~missing], expected[~missing]) < 0.3, path
-
-
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="fake_quantize drops the gradient of the largest element",
-)
-def test_straight_through_gradients_are_as_near_as_the_roundings_of_activations():
-    for name in TRAINED:
-        for path, expected, got in trained(name).gradients:
-            lost = (got == 0) & (np.abs(expected) > 1e-3)
-            assert not lost.any(), f"{name}: {path}"
-            # Gradients at rounded activations and weights, see NEAR_FLOAT; that of a
-            # softmax is a difference, which loses some of the digits that are left.
-            assert relative_error(got, expected) < 3 * NEAR_FLOAT, f"{name}: {path}"
+        # The largest element has one too, and so has the largest activation.
+        lost = (got == 0) & (np.abs(expected) > 1e-3)
+        assert not lost.any(), path
+        # Gradients at rounded activations and weights, see NEAR_FLOAT; that of a
+        # softmax is a difference, which loses some of the digits that are left.
+        assert relative_error(got, expected) < 3 * NEAR_FLOAT, path
 
 
 # ------------------------------------------------------------------------- calibration
@@ -793,48 +795,31 @@ every_kind = pytest.mark.parametrize(
 
 
 @every_kind
-@pytest.mark.parametrize(
-    ("bits", "message"),
-    [
-        ((17, 8), "bits must lie in"),
-        ((1, 8), "bits must lie in"),
-        ((16, 9), "activations have at most 8 bits"),
-        ((16, 8, 8), "bits must be None or"),
-        (16, "bits must be None or"),
-    ],
-)
-def test_impossible_bits_raise_when_the_layer_is_first_traced(name, bits, message):
-    case = CASES[name]
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            lambda: case.make(layers, bits=bits).init(
-                jax.random.key(0), *inputs_of(name), **case.kwargs
-            )
-        )
+def test_impossible_settings_raise_when_the_layer_is_constructed(name):
+    make = functools.partial(CASES[name].make, layers)
+    for bits in (16, (16,), [16, 8, 8], "16"):
+        with pytest.raises(ValueError, match="bits must be None or"):
+            make(bits=bits)
+    for bits in ((17, 8), (1, 8)):
+        with pytest.raises(ValueError, match="bits must lie in"):
+            make(bits=bits)
+    with pytest.raises(ValueError, match="activations have at most 8 bits"):
+        make(bits=(16, 9))
+    with pytest.raises(ValueError, match=r"activation_scale must be .* got 'foo'"):
+        make(bits=(16, 8), activation_scale="foo")
 
 
-@pytest.mark.parametrize("bits", [16, [16, 8], (16,), "16"])
-@pytest.mark.parametrize("name", ["dense", "dense_general", "conv"])
-def test_impossible_bits_raise_when_the_layer_is_constructed(name, bits):
-    with pytest.raises(ValueError, match="bits must be None or"):
-        CASES[name].make(layers, bits=bits)
+def test_bits_may_be_a_list():
+    variables = {"params": quantized_params("dense", 16)} | scales_of("dense", "static")
+    got = layers.Dense(5, bits=[16, 8]).apply(variables, *inputs_of("dense"))
+    expected = layers.Dense(5, bits=(16, 8)).apply(variables, *inputs_of("dense"))
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("bits", [(16, 8.0), (True, 8)])
 def test_bits_that_are_no_integers_raise(bits):
     with pytest.raises(TypeError, match="bits must be an integer"):
         layers.Dense(3, bits=bits)
-
-
-@every_kind
-def test_an_unknown_activation_scale_raises(name):
-    case = CASES[name]
-    with pytest.raises(ValueError, match=r"activation_scale must be .* got 'foo'"):
-        jax.eval_shape(
-            lambda: case.make(layers, bits=(16, 8), activation_scale="foo").init(
-                jax.random.key(0), *inputs_of(name), **case.kwargs
-            )
-        )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     smoke = variant == "smoke"
     config = ConfigDict()
 
-    config.network = "cnn"  # 15,082 parameters
+    config.network = "cnn"  # 25,866 parameters
     config.dataset = "digits"  # scikit-learn's 1,797 real images
     config.source = "upright"  # domain of pre-training
     config.target = "rotated_30"  # domain of adaptation
@@ -33,7 +33,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seed = 100  # a run of its own chooses the learning rates
-    config.tuning_fraction = 0.2  # its length, as a share of a run's steps
+    config.tuning_fraction = 0.15  # its length, as a share of a run's steps
     config.parallel_runs = 2  # runs at a time; one per core
     config.num_evals = 2 if smoke else 10  # points of the curves
 
@@ -61,10 +61,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.gradient = "forward"
     forward.optimizer = "sgd"
     forward.bits = None
-    forward.steps = 20 if smoke else 800
-    forward.batch_size = 96
-    forward.learning_rates = (1.5e-2, 2.5e-2, 3.5e-2)
-    forward.num_perturbations = 8  # m; a step costs 2m forward passes
+    forward.steps = 20 if smoke else 750
+    forward.batch_size = 64
+    forward.learning_rates = (2e-2, 4e-2, 8e-2)
+    forward.num_perturbations = 2 if smoke else 16  # m; a step costs 2m forward passes
     forward.vectorize = 1  # perturbations evaluated at once
     forward.epsilon = 3e-2  # in units of the weights
     forward.headroom = 1.5  # weights may grow to this multiple of max|w|
