@@ -135,14 +135,25 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
 
 
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:
-    index_key, noise_key = jax.random.split(key)
-    indices = jax.random.randint(
-        index_key, (method.batch_size,), 0, split.labels.shape[0]
-    )
+    """A batch drawn with replacement, augmented as the method asks."""
+    index_key, shift_key, noise_key = jax.random.split(key, 3)
+    size = (method.batch_size,)
+    indices = jax.random.randint(index_key, size, 0, split.labels.shape[0])
     images = split.images[indices]
+    if shift := method.get("input_shift", 0):
+        offsets = jax.random.randint(shift_key, (*size, 2), -shift, shift + 1)
+        images = jax.vmap(_translate)(images, offsets)
     if noise := method.get("input_noise", 0.0):
         images += noise * jax.random.normal(noise_key, images.shape)
     return Split(images, split.labels[indices])
+
+
+def _translate(image: jax.Array, offset: jax.Array) -> jax.Array:
+    """Moves an image [height, width, channels] by whole pixels; zeros come in."""
+    height, width, _ = image.shape
+    padded = jnp.pad(image, ((height, height), (width, width), (0, 0)))
+    start = (height - offset[0], width - offset[1], 0)
+    return jax.lax.dynamic_slice(padded, start, image.shape)
 
 
 def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:

@@ -57,6 +57,8 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         "temporaries of the compiled step."
     )
     table = rich.table.Table(*_COLUMNS, caption=note, caption_justify="left")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[0].min_width = max(len(row[0]) for row in rows)
     for row in rows:
         table.add_row(*row)
     rich.print(table)

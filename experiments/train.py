@@ -124,10 +124,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     network = NETWORKS[config.network]
     with report.progress(_total_steps(config)) as advance:
         start = _pretrain(config, network, source, advance)
-        results = {
-            name: _adapt(config, config.methods[name], network, start, target, advance)
-            for name in config.run
-        }
+
+        def adapt(name: str) -> dict[str, Any]:
+            method = config.methods[name]
+            return _adapt(config, method, network, start, target, advance)
+
+        # Methods side by side, so that one compiles while another trains.
+        with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
+            results = dict(zip(config.run, pool.map(adapt, config.run), strict=True))
     first = next(iter(results.values()))
     zero_shot = [curve[0] for curve in first["curves"]]
     results = {"zero_shot": {**_summary(zero_shot), "forward_passes": 0}, **results}
@@ -184,9 +188,9 @@ def _adapt(
             progress=advance,
         )
 
-    tuned = _parallel(config, tune, method.learning_rates)
+    tuned = [tune(rate) for rate in method.learning_rates]
     learning_rate = method.learning_rates[int(np.argmax(tuned))]
-    runs = _parallel(config, adapt, config.seeds)
+    runs = [adapt(seed) for seed in config.seeds]
     return {
         **_summary([r.curve[-1] for r in runs]),
         "validation_accuracies": [r.validation for r in runs],
@@ -209,11 +213,6 @@ def _summary(accuracies: list[float]) -> dict[str, Any]:
         "accuracy_std": float(np.std(accuracies, ddof=1)),
         "accuracies": accuracies,
     }
-
-
-def _parallel(config: ConfigDict, fn: Callable[[Any], Any], items: Any) -> list[Any]:
-    with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
-        return list(pool.map(fn, items))
 
 
 def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:

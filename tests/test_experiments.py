@@ -12,7 +12,7 @@ from sklearn import datasets
 from experiments import train
 from experiments.configs import quickstart
 from experiments.data import arrays, digits
-from experiments.methods import make_learner
+from experiments.methods import _translate, make_learner
 from experiments.models import cnn
 
 
@@ -121,6 +121,14 @@ def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     config_written = json.loads((tmp_path / "config.json").read_text())
     assert config_written["target"] == "rotated_30"
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (1, -1), (-1, 0), (2, 2)])
+def test_translation_moves_whole_pixels(offset):
+    image = np.random.default_rng(0).normal(size=(5, 6, 2))
+    expected = ndimage.shift(image, (*offset, 0), order=0)
+    found = _translate(jnp.asarray(image, jnp.float32), jnp.array(offset))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_bad_settings_are_refused():

@@ -1,9 +1,13 @@
 """Digits: from upright to rotated by 30 degrees, four ways.
 
 A small CNN is pre-trained on upright digits with backpropagation, then adapted to the
-rotated ones by backpropagation, by forward gradients in float32, in 16w8a fixed point,
-and in 8w8a, the paper's negative control: there updates below half a weight step are
-lost. Learning rates are chosen per method on the validation split.
+rotated ones by backpropagation, by sign-m-SPSA in float32, in 16w8a fixed point, and in
+8w8a, where updates below half a weight step are lost: the paper's negative control.
+Learning rates are chosen per method on the validation split.
+
+Expected test accuracy, seeds 0 to 2: 45.3% before, 98.0 ± 0.1 (backpropagation), 95.8 ±
+0.3 (float32), 95.1 ± 0.1 (16w8a), 95.2 ± 1.1 (8w8a). The control is not negative here:
+m = 16 takes a learning rate large enough for updates to cross half a step.
 
     python -m experiments.main \
         --config=experiments/configs/quickstart.py --workdir=workdir/quickstart
@@ -33,19 +37,20 @@ def get_config(variant: str = "full") -> ConfigDict:
 
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seed = 100  # a run of its own chooses the learning rates
-    config.tuning_fraction = 0.15  # its length, as a share of a run's steps
-    config.parallel_runs = 2  # runs at a time; one per core
+    config.tuning_fraction = 0.1  # its length, as a share of a run's steps
+    config.parallel_runs = 2  # methods at a time, one run each
     config.num_evals = 2 if smoke else 10  # points of the curves
 
-    # One pre-trained network, where all runs start. Noise and soft labels make its
-    # minimum wide: with neither, adaptation by forward gradients takes twice as long.
+    # One pre-trained network, where all runs start. Shifts, noise and soft labels make
+    # its minimum wide, which forward gradients need more than backpropagation does.
     config.pretrain = ConfigDict()
     config.pretrain.seed = 0
     config.pretrain.gradient = "backward"
     config.pretrain.optimizer = "adam"
     config.pretrain.learning_rate = 3e-3  # decays linearly to 0, like all here
-    config.pretrain.steps = 30 if smoke else 600
+    config.pretrain.steps = 30 if smoke else 800
     config.pretrain.batch_size = 128
+    config.pretrain.input_shift = 1  # pixels at most, each way
     config.pretrain.input_noise = 0.3  # standard deviation; pixels lie in [0, 1]
     config.pretrain.label_smoothing = 0.1
 
@@ -61,9 +66,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.gradient = "forward"
     forward.optimizer = "sgd"
     forward.bits = None
-    forward.steps = 20 if smoke else 750
+    forward.steps = 20 if smoke else 700
     forward.batch_size = 64
-    forward.learning_rates = (2e-2, 4e-2, 8e-2)
+    forward.learning_rates = (2e-2, 3e-2, 4e-2)
     forward.num_perturbations = 2 if smoke else 16  # m; a step costs 2m forward passes
     forward.vectorize = 1  # perturbations evaluated at once
     forward.epsilon = 3e-2  # in units of the weights
