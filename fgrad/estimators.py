@@ -41,7 +41,7 @@ def sign_m_spsa(
       Array([1, 0], dtype=int32)
 
     Reference:
-      Equation (4) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
+      Section 3 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
     del epsilon
     return jnp.sign(loss_plus - loss_minus).astype(jnp.int32)
@@ -67,7 +67,7 @@ def spsa(
       Array([1.], dtype=float32)
 
     Reference:
-      Equation (3) of Feng et al. 2024; Spall 1992.
+      Section 3 of Feng et al. 2024; Spall 1992.
     """
     return ((loss_plus - loss_minus) / (2 * jnp.asarray(epsilon))).astype(jnp.float32)
 
