@@ -143,39 +143,31 @@ def forward_gradient(
     mask = evaluation.resolve_mask(mask, params)
     kwargs = dict(kwargs or {})
 
-    def pair(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z_key = perturbations.sample_key(key, step, index)
-        return evaluation.dual_forward(
-            lambda p: value_fn(p, **kwargs),
-            params,
-            z_key,
-            epsilon,
-            perturbation,
-            mask=mask,
-        )
-
     indices = jnp.arange(num_perturbations)
-    batch_size = vectorize if vectorize > 1 else None
-    plus, minus = jax.lax.map(pair, indices, batch_size=batch_size)
+    z_keys = jax.vmap(lambda i: perturbations.sample_key(key, step, i))(indices)
+    plus, minus = evaluation.evaluate_pairs(
+        lambda p: value_fn(p, **kwargs),
+        params,
+        z_keys,
+        epsilon,
+        perturbation,
+        mask=mask,
+        vectorize=vectorize,
+    )
     finite = jnp.isfinite(plus) & jnp.isfinite(minus)
     if on_nonfinite == "raise":
         jax.debug.callback(_raise_nonfinite, finite, plus, minus, step)
     coefficients = jnp.where(finite, estimator(plus, minus, epsilon), 0)
 
-    z_keys = jax.vmap(lambda i: perturbations.sample_key(key, step, i))(indices)
     leaf_keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return jax.tree.map(jnp.zeros_like, leaf)
-        name, shape = jax.tree_util.keystr(path), jnp.shape(leaf)
-
-        def add(index: Any, total: jax.Array) -> jax.Array:
-            z = perturbation.sample(leaf_keys[name][index], shape)
-            return total + coefficients[index] * z.astype(coefficients.dtype)
-
-        total = jnp.zeros(shape, coefficients.dtype)
-        total = jax.lax.fori_loop(0, num_perturbations, add, total)
+        name = jax.tree_util.keystr(path)
+        total = perturbation.weighted_sum(
+            leaf_keys[name], coefficients, jnp.shape(leaf)
+        )
         gradient = total.astype(jnp.float32) * (perturbation.step / num_perturbations)
         if is_qtensor(leaf):
             zero = jnp.zeros_like(leaf.scale)

@@ -1,21 +1,22 @@
 """Dual forward evaluations: ``L(w + εz)`` and ``L(w - εz)`` of any JAX function.
 
 The type of each leaf decides its arithmetic: a float leaf is perturbed in floating
-point, a `QTensor` leaf by the integer equation (6). The two evaluations run one after
-the other, so one perturbed copy of the weights lives at a time.
+point, a `QTensor` leaf by the integer equation (6). Each leaf is perturbed where the
+function first uses it (`fgrad.point_of_use`), so no second copy of the model exists.
+`explain` says for a given function which leaf went which way.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point, perturbations
+from fgrad import fixed_point, low_rank, perturbations, point_of_use
 from fgrad.fixed_point import is_qtensor
 
 Mask = Any  # None, a pytree of bools (or a prefix of one), or a function of the params
@@ -68,15 +69,131 @@ def dual_forward(
       Section 3.1 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
     perturbation = perturbations.normal() if perturbation is None else perturbation
+    plus, minus = evaluate_pairs(
+        lambda p: value_fn(p, **kwargs),
+        params,
+        key[None],
+        epsilon,
+        perturbation,
+        mask=mask,
+    )
+    return plus[0], minus[0]
+
+
+def evaluate_pairs(
+    value_fn: Callable[[Any], jax.Array],
+    params: Any,
+    keys: jax.Array,
+    epsilon: jax.typing.ArrayLike,
+    perturbation: perturbations.Perturbation,
+    *,
+    mask: Mask = None,
+    vectorize: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Evaluates a loss on both sides of the weights, for m perturbations.
+
+    Args:
+      value_fn: ``value_fn(params) -> scalar loss``; it is traced once.
+      params: pytree of float arrays and `QTensor`.
+      keys: [m] keys of z.
+      epsilon: perturbation scale ε in units of the weights.
+      perturbation: where z comes from.
+      mask: leaves to perturb, as in `dual_forward`.
+      vectorize: with 1, the 2m evaluations run one after the other; with V > 1, the 2V
+        of V pairs at once.
+
+    Returns:
+      ``(losses_plus, losses_minus)``, each [m].
+    """
     mask = resolve_mask(mask, params)
     check_params(params, mask)
+    traced = _Traced(value_fn, params, mask, perturbation)
+    leaf_keys = jax.vmap(lambda key: trained_keys(key, params, mask))(keys)
+    pairs = len(keys)
+    signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
+    leaf_keys = jax.tree.map(lambda k: jnp.repeat(k, 2, axis=0), leaf_keys)
 
-    def evaluate(sign: jax.Array) -> jax.Array:
-        perturbed = perturb(params, key, epsilon, perturbation, sign=sign, mask=mask)
-        return _check_loss(value_fn(perturbed, **kwargs))
+    def evaluate(address: tuple[jax.Array, Any]) -> jax.Array:
+        sign, keys_of_leaves = address
+        return traced(keys_of_leaves, epsilon, sign)
 
-    plus, minus = jax.lax.map(evaluate, jnp.array([1, -1], jnp.int32))
+    if vectorize >= pairs > 1:
+        losses = jax.vmap(evaluate)((signs, leaf_keys))
+    else:
+        batch_size = 2 * vectorize if vectorize > 1 else None
+        losses = jax.lax.map(evaluate, (signs, leaf_keys), batch_size=batch_size)
+    plus, minus = losses.reshape(pairs, 2).T
     return plus, minus
+
+
+class _Traced:
+    """A loss function, traced once, to be evaluated at perturbed parameters."""
+
+    def __init__(
+        self,
+        value_fn: Callable[[Any], jax.Array],
+        params: Any,
+        mask: Any,
+        perturbation: perturbations.Perturbation,
+    ) -> None:
+        with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+        treedef = jax.tree.structure(params, is_leaf=is_qtensor)
+        leaves = [leaf for _, leaf in with_paths]
+        self.perturbation = perturbation
+        self.paths = [path for path, _ in with_paths]
+        self.leaves = leaves
+        values = [x.qvalue if is_qtensor(x) else jnp.asarray(x) for x in leaves]
+        scales = [x.scale for x in leaves if is_qtensor(x)]
+        # The values first, so that the position of an argument is that of its leaf.
+        self.arrays = [*values, *scales]
+
+        def function(*arrays: jax.Array) -> jax.Array:
+            scales = iter(arrays[len(leaves) :])
+            full = [
+                dataclasses.replace(leaf, qvalue=value, scale=next(scales))
+                if is_qtensor(leaf)
+                else value
+                for leaf, value in zip(leaves, arrays, strict=False)
+            ]
+            return _check_loss(value_fn(jax.tree.unflatten(treedef, full)))
+
+        pending = [*jax.tree.leaves(mask), *(False for _ in scales)]
+        self.program = point_of_use.trace(function, self.arrays, pending)
+
+    def __call__(
+        self,
+        keys: dict[str, jax.Array],
+        epsilon: jax.typing.ArrayLike,
+        sign: jax.Array,
+        events: list[point_of_use.Event] | None = None,
+    ) -> jax.Array:
+        """The loss at ``w + sign * εz``, for the keys of the trained leaves."""
+        z = self.perturbation
+
+        def key_after(zero: jax.Array, leaf: int) -> jax.Array:
+            key = keys[jax.tree_util.keystr(self.paths[leaf])]
+            if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+                return key ^ zero
+            words = jax.random.key_data(key) ^ zero
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+
+        def dense(leaf: int, array: Any, block: Any, zero: jax.Array) -> jax.Array:
+            z_q = z.sample(key_after(zero, leaf), array.shape, block)
+            return _perturb_array(
+                self.leaves[leaf], array, block, z_q, epsilon, z, sign
+            )
+
+        def factored(leaf: int, array: Any, block: Any, zero: jax.Array) -> Any:
+            if not isinstance(z, perturbations.LowRank) or array.ndim == 0:
+                return None
+            u, v = z.factors(key_after(zero, leaf), array.shape, block)
+            base, amplitude = _low_rank_terms(
+                self.leaves[leaf], array, block, epsilon, z, sign
+            )
+            return low_rank.factored(base, u, v, amplitude)
+
+        perturber = point_of_use.Perturber(dense, factored)
+        return point_of_use.run(self.program, self.arrays, perturber, sign, events)
 
 
 def perturb(
@@ -108,19 +225,150 @@ def perturb(
         if not trained:
             return leaf
         z = perturbation.sample(keys[jax.tree_util.keystr(path)], jnp.shape(leaf))
-        if is_qtensor(leaf):
-            qvalue = fixed_point.perturb_qvalue(
-                leaf.qvalue,
-                z,
-                sign * quantized_epsilon(epsilon, leaf.scale),
-                perturbation.step,
-                leaf.bits,
-            )
-            return dataclasses.replace(leaf, qvalue=qvalue)
-        scale = jnp.float32(perturbation.step) * epsilon * sign
-        return (leaf + scale * z.astype(jnp.float32)).astype(jnp.result_type(leaf))
+        array = leaf.qvalue if is_qtensor(leaf) else jnp.asarray(leaf)
+        array = _perturb_array(leaf, array, None, z, epsilon, perturbation, sign)
+        return dataclasses.replace(leaf, qvalue=array) if is_qtensor(leaf) else array
 
     return map_leaves(leaf_fn, params, mask)
+
+
+def _perturb_array(
+    leaf: Any,
+    array: jax.Array,
+    block: Any,
+    z: jax.Array,
+    epsilon: jax.typing.ArrayLike,
+    perturbation: perturbations.Perturbation,
+    sign: int | jax.Array,
+) -> jax.Array:
+    """The values of a leaf, or of one block of it, plus ``sign * εz``."""
+    if isinstance(perturbation, perturbations.LowRank):
+        base, amplitude = _low_rank_terms(
+            leaf, array, block, epsilon, perturbation, sign
+        )
+        return (base + amplitude * z).astype(array.dtype)
+    if is_qtensor(leaf):
+        scale = _block_scale(leaf, array, block)
+        return fixed_point.perturb_qvalue(
+            array,
+            z,
+            sign * quantized_epsilon(epsilon, scale),
+            perturbation.step,
+            leaf.bits,
+        )
+    amplitude = jnp.float32(perturbation.step) * epsilon * sign
+    return (array + amplitude * z.astype(jnp.float32)).astype(array.dtype)
+
+
+def _low_rank_terms(
+    leaf: Any,
+    array: jax.Array,
+    block: Any,
+    epsilon: jax.typing.ArrayLike,
+    perturbation: perturbations.LowRank,
+    sign: int | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Base and amplitude of ``base + amplitude * z_q``.
+
+    On a grid the amplitude is a whole number of steps, and the base keeps as far from
+    the ends as z reaches: no sum is rounded or clipped, so it can be taken apart.
+    """
+    if not is_qtensor(leaf):
+        amplitude = jnp.float32(perturbation.step) * epsilon * sign
+        return array, jnp.asarray(amplitude, jnp.float32)
+    limit = fixed_point.max_qvalue(leaf.bits)
+    scale = _block_scale(leaf, array, block)
+    steps = quantized_epsilon(epsilon, scale, perturbation)
+    steps = jnp.minimum(steps, limit // perturbation.rank)
+    room = (limit - steps * perturbation.rank).astype(array.dtype)
+    return jnp.clip(array, -room, room), sign * steps
+
+
+def _block_scale(leaf: Any, array: jax.Array, block: Any) -> jax.Array:
+    """The scale of a block, which has fewer axes than its leaf."""
+    scale = leaf.scale
+    if block is None or scale.ndim == 0:
+        return scale
+    stacked = leaf.ndim - array.ndim
+    scale = jnp.broadcast_to(scale, leaf.shape[:stacked] + scale.shape[stacked:])
+    return scale.reshape(-1, *scale.shape[stacked:])[block]
+
+
+class Explanation(NamedTuple):
+    """What `explain` says of a leaf.
+
+    Attributes:
+      name: path of the leaf.
+      way: "at use"; "low rank", as base product plus correction; "before", ahead of
+        a call that cannot be followed or of a loop that uses it many times; "unused".
+      primitives: the equations that used it, or that it was perturbed before.
+    """
+
+    name: str
+    way: str
+    primitives: tuple[str, ...]
+
+
+def explain(
+    value_fn: Callable[..., jax.Array],
+    params: Any,
+    perturbation: perturbations.Perturbation | None = None,
+    *,
+    mask: Mask = None,
+    **kwargs: Any,
+) -> list[Explanation]:
+    """Says where the evaluator perturbs each trained leaf of a function.
+
+    Nothing is computed. A leaf that goes "before" costs memory of its own size for as
+    long as the call or loop lasts, and is right all the same.
+
+    Args:
+      value_fn: as in `dual_forward`, like all that follow.
+      params: pytree of float arrays and `QTensor`.
+      perturbation: where z comes from.
+      mask: leaves to perturb.
+      **kwargs: passed to ``value_fn``.
+
+    Returns:
+      An `Explanation` for each trained leaf and way.
+
+    Example:
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+      >>> loss = lambda p, x: jnp.sum(x @ p["w"] + p["b"])
+      >>> for line in explain(
+      ...     loss, params, perturbations.low_rank(), x=jnp.ones((4, 3))
+      ... ):
+      ...     print(line.name, "|", line.way, "|", *line.primitives)
+      b | at use | broadcast_in_dim
+      w | low rank | dot_general
+    """
+    perturbation = perturbations.normal() if perturbation is None else perturbation
+    mask = resolve_mask(mask, params)
+    check_params(params, mask)
+    events: list[point_of_use.Event] = []
+    traced: list[_Traced] = []
+
+    def evaluate() -> jax.Array:
+        traced.append(
+            _Traced(lambda p: value_fn(p, **kwargs), params, mask, perturbation)
+        )
+        keys = trained_keys(jax.random.key(0), params, mask)
+        return traced[0](keys, 1.0, jnp.int32(1), events)
+
+    jax.eval_shape(evaluate)
+    lines = []
+    for leaf, trained in enumerate(jax.tree.leaves(mask)):
+        found: dict[str, list[str]] = {}
+        for event in events:
+            if event.leaf == leaf:
+                found.setdefault(event.way, []).append(event.primitive)
+        if trained:
+            name = fixed_point.path_str(traced[0].paths[leaf])
+            lines += [
+                Explanation(name, way, tuple(dict.fromkeys(primitives)))
+                for way, primitives in (found or {"unused": []}).items()
+            ]
+    return lines
 
 
 def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]:
@@ -137,14 +385,24 @@ def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]
 
 
 def quantized_epsilon(
-    epsilon: jax.typing.ArrayLike, scale: jax.typing.ArrayLike
+    epsilon: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike,
+    perturbation: perturbations.Perturbation | None = None,
 ) -> jax.Array:
-    """``ε_q = ⌊ε/Δ_w⌉`` as int32, saturating: the perturbation in grid steps."""
+    """``ε_q = ⌊ε/Δ_w⌉`` as int32, saturating: the perturbation in grid steps.
+
+    For a `LowRank` perturbation ``⌊ε Δ_z/Δ_w⌉``, what a unit of its z_q moves.
+    """
+    if isinstance(perturbation, perturbations.LowRank):
+        epsilon = epsilon * perturbation.step
     return jnp.clip(jnp.round(epsilon / scale), 0, 2**30).astype(jnp.int32)
 
 
 def frozen_fraction(
-    params: Any, epsilon: jax.typing.ArrayLike, mask: Mask = None
+    params: Any,
+    epsilon: jax.typing.ArrayLike,
+    mask: Mask = None,
+    perturbation: perturbations.Perturbation | None = None,
 ) -> jax.Array:
     """Share of the trained weights that ε cannot move, because ``ε_q = 0``.
 
@@ -152,6 +410,7 @@ def frozen_fraction(
       params: pytree of float arrays and `QTensor`.
       epsilon: perturbation scale ε in units of the weights.
       mask: leaves that are trained, as in `dual_forward`.
+      perturbation: where z comes from.
 
     Returns:
       float32 scalar in [0, 1]; 0 if all leaves are floats.
@@ -164,27 +423,38 @@ def frozen_fraction(
             continue
         total += jnp.size(leaf)
         if is_qtensor(leaf):
-            zero = quantized_epsilon(epsilon, leaf.scale) == 0
+            zero = quantized_epsilon(epsilon, leaf.scale, perturbation) == 0
             frozen += jnp.mean(zero.astype(jnp.float32)) * leaf.size
     return frozen / max(total, 1)
 
 
-def check_epsilon(params: Any, epsilon: jax.typing.ArrayLike, mask: Mask) -> None:
+def check_epsilon(
+    params: Any,
+    epsilon: jax.typing.ArrayLike,
+    mask: Mask,
+    perturbation: perturbations.Perturbation | None = None,
+) -> None:
     """Raises if ε rounds to zero on the grid of a trained leaf: nothing would move.
 
     Traced values cannot be looked at here: then the check runs with the computation,
     and raises from there.
     """
+    low_rank_z = (
+        perturbation if isinstance(perturbation, perturbations.LowRank) else None
+    )
+    unit = low_rank_z.step if low_rank_z else 1.0
 
     def check(epsilon: Any, scales: dict[str, Any]) -> None:
         for name, scale in scales.items():
-            largest = float(np.max(scale))
+            largest = float(np.max(scale)) / unit
             if round(float(epsilon) / largest) == 0:
                 raise ValueError(
                     f"epsilon={float(epsilon):.3g} is at most half a weight step of "
-                    f"leaf {name!r} (step {largest:.3g}), so it rounds to zero on "
-                    "the grid and the leaf would never move. Use an epsilon above "
-                    f"{largest / 2:.3g}, more bits, channel_axis=-1, or mask the leaf."
+                    f"leaf {name!r} (step {largest:.3g}"
+                    + (f" for {low_rank_z.name}" if low_rank_z else "")
+                    + "), so it rounds to zero on the grid and the leaf would never "
+                    f"move. Use an epsilon above {largest / 2:.3g}, more bits, "
+                    "channel_axis=-1, or mask the leaf."
                 )
 
     mask = resolve_mask(mask, params)

@@ -5,8 +5,9 @@ The perturbation of a leaf is a pure function of (key, step, index, leaf path, s
 the path of the leaf. Adding, masking or resharding another leaf changes nothing, and
 the +, the - and the update regenerate the same z from its address.
 
-The addresses are ``jax.random`` keys. From the key of a leaf, a hash of the counter
-makes 32-bit words, and a word four values (two for `binomial`, 32 for `rademacher`).
+The addresses are ``jax.random`` keys. From the key of a leaf, a generator makes 32-bit
+words by their index, and a word makes four values (two for `binomial`, 32 for
+`rademacher`), so any block of a leaf can be had without the rest.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import random as threefry
 
 from fgrad import fixed_point
+
+_GOLDEN = np.uint32(0x9E3779B9)
+
+# words(key, indices) -> uint32 words, one for each uint32 index
+Generator = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +39,153 @@ class Perturbation:
     Attributes:
       name: as it was constructed, for messages.
       step: Δ_z, the value of one unit of z_q; ``z = step * z_q``.
-      sample: ``sample(key, shape) -> z_q``, an int8 array.
+      values_per_word: how many values a random word makes.
+      decode: ``decode(words) -> z_q``: uint32 [n] to int8 [n * values_per_word].
+      generator: makes the random words; `counter_hash` or `threefry_words`.
     """
 
     name: str
     step: float
-    sample: Callable[[jax.Array, tuple[int, ...]], jax.Array] = dataclasses.field(
-        repr=False
-    )
+    values_per_word: int
+    decode: Callable[[jax.Array], jax.Array] = dataclasses.field(repr=False)
+    generator: Generator = dataclasses.field(repr=False)
+
+    def sample(
+        self, key: jax.Array, shape: tuple[int, ...], block: Any = None
+    ) -> jax.Array:
+        """The perturbation of a leaf, or of one block of it.
+
+        Args:
+          key: from `leaf_keys`.
+          shape: shape of the leaf; with ``block``, of the block.
+          block: None for the whole leaf. An index i, which may be traced, for ``z[i]``
+            of a leaf of shape ``(n, *shape)``; a leaf of shape ``(m, n, *shape)`` has
+            blocks ``i * n + j``.
+
+        Returns:
+          int8 z_q of that shape.
+        """
+        size, per_word = math.prod(shape), self.values_per_word
+        # One word more than needed where a block may start inside a word.
+        aligned = block is None or size % per_word == 0
+        count = -(-size // per_word) + (not aligned)
+        start = jnp.uint32(0) if block is None else _uint32(block) * np.uint32(size)
+        words = jax.lax.iota(jnp.uint32, count) + start // np.uint32(per_word)
+        values = self.decode(self.generator(key, words))
+        if not aligned:
+            offset = (start % np.uint32(per_word)).astype(jnp.int32)
+            values = jax.lax.dynamic_slice(values, (offset,), (size,))
+        return values[:size].reshape(shape)
+
+    def weighted_sum(
+        self, keys: jax.Array, coefficients: jax.Array, shape: tuple[int, ...]
+    ) -> jax.Array:
+        """``Σᵢ cᵢ z_qᵢ``, one z at a time.
+
+        Args:
+          keys: [m], of the leaf in each perturbation.
+          coefficients: int32 or float32 [m].
+          shape: shape of the leaf.
+
+        Returns:
+          The sum in the dtype of the coefficients, of the leaf's shape.
+        """
+
+        def add(index: Any, total: jax.Array) -> jax.Array:
+            z = self.sample(keys[index], shape)
+            return total + coefficients[index] * z.astype(coefficients.dtype)
+
+        total = jnp.zeros(shape, coefficients.dtype)
+        if len(coefficients) == 1:
+            return add(0, total)
+        return jax.lax.fori_loop(0, len(coefficients), add, total)
 
 
-def normal(bits: int = 8, z_max: float | None = None) -> Perturbation:
+@dataclasses.dataclass(frozen=True)
+class LowRank(Perturbation):
+    """A perturbation of rank r, ``z = r^(-1/2) Σᵣ uᵣ vᵣᵀ``; see `low_rank`.
+
+    Attributes:
+      rank: r.
+    """
+
+    rank: int
+
+    def factors(
+        self, key: jax.Array, shape: tuple[int, ...], block: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The u and v of ``z_q = Σᵣ uᵣ vᵣ``, shaped to broadcast against the leaf.
+
+        Args:
+          key: from `leaf_keys`.
+          shape: shape of the leaf or block, of one axis or more.
+          block: as in `sample`; the blocks of a leaf share v.
+
+        Returns:
+          int8 ``u[rank, *shape[:-1], 1]`` and ``v[rank, 1, ..., 1, shape[-1]]``.
+        """
+        words = jax.random.key_data(key).reshape(-1)
+        # Another last word is another key. Cheaper than fold_in for every factor.
+        change = np.arange(1, 2 * self.rank + 1, dtype=np.uint32) * _GOLDEN
+        keys = jnp.tile(words, (2 * self.rank, 1)).at[:, -1].add(change)
+        vector = super().sample
+        u = jax.vmap(lambda k: vector(k, shape[:-1], block))(keys[: self.rank])
+        v = jax.vmap(lambda k: vector(k, shape[-1:]))(keys[self.rank :])
+        return u[..., None], v.reshape(self.rank, *[1] * (len(shape) - 1), shape[-1])
+
+    def sample(
+        self, key: jax.Array, shape: tuple[int, ...], block: Any = None
+    ) -> jax.Array:
+        """The z of a leaf, or of a block of one axis or more; see `Perturbation`."""
+        u, v = self.factors(key, shape or (1,), block)
+        return jnp.sum(u * v, axis=0, dtype=jnp.int8).reshape(shape)
+
+    def weighted_sum(
+        self, keys: jax.Array, coefficients: jax.Array, shape: tuple[int, ...]
+    ) -> jax.Array:
+        """``Σᵢ cᵢ Σᵣ uᵢᵣ vᵢᵣᵀ`` as one product over i and r; no z is built."""
+        u, v = jax.vmap(lambda key: self.factors(key, shape or (1,)))(keys)
+        terms = len(coefficients) * self.rank
+        c = jnp.repeat(coefficients, self.rank)[:, None]
+        # Exact for integer coefficients, whose sums stay far below 2**24.
+        u = (c * u.reshape(terms, -1)).astype(jnp.float32)
+        v = v.reshape(terms, -1).astype(jnp.float32)
+        total = jnp.einsum("ta,tb->ab", u, v, precision="highest")
+        return total.astype(coefficients.dtype).reshape(shape)
+
+
+def counter_hash(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """uint32 words that are a hash of their index, keyed by every word of the key.
+
+    Each round is a bijection with an avalanche bias near the least possible for two
+    multiplications (the constants are Chris Wellons' "lowbias32"). XLA fuses it into
+    the addition to the weights; threefry costs a multiple of it.
+    """
+    x = indices * _GOLDEN
+    words = jax.random.key_data(key).reshape(-1)
+    for i in range(words.size):
+        x = x ^ words[i]
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+    return x
+
+
+def threefry_words(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """uint32 words from Threefry-2x32, the cipher behind ``jax.random``.
+
+    Slower than `counter_hash`, with a longer record: for checking that a result does
+    not hang on the generator.
+    """
+    words = jax.random.key_data(key).reshape(-1, 2)
+    pair = jnp.bitwise_xor.reduce(words, axis=0)
+    counts = jnp.concatenate([indices, jnp.zeros_like(indices)])
+    return threefry.threefry_2x32(pair, counts)[: indices.size]
+
+
+def normal(
+    bits: int = 8, z_max: float | None = None, *, generator: Generator = counter_hash
+) -> Perturbation:
     r"""Standard normal z on a symmetric grid.
 
     .. math:: z_q = \lfloor c Φ^{-1}((u + 1/2) / 256) / Δ_z \rceil, \quad
@@ -57,6 +200,7 @@ def normal(bits: int = 8, z_max: float | None = None) -> Perturbation:
         The paper's example is 3.5. By default ``Δ_z = 2**(3 - b)``, for 8 bits
         2**-5 (z_max = 3.97): then 1.0 is a whole number of steps and equation (6)
         leaves the weights themselves exact, where 3.5 shrinks them by 0.8%.
+      generator: of the random bytes; `counter_hash` or `threefry_words`.
 
     Returns:
       A `Perturbation`.
@@ -91,34 +235,77 @@ def normal(bits: int = 8, z_max: float | None = None) -> Perturbation:
         )
     table = _normal_table(step, limit)
 
-    def sample(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(table)[_random_bytes(key, shape)]
+    def decode(words: jax.Array) -> jax.Array:
+        return jnp.asarray(table)[_bytes(words).reshape(-1)]
 
     arguments = "" if bits == 8 and z_max is None else f"bits={bits}, z_max={z_max}"
-    return Perturbation(f"normal({arguments})", step, sample)
+    return Perturbation(f"normal({arguments})", step, 4, decode, generator)
 
 
-def rademacher() -> Perturbation:
+def rademacher(*, generator: Generator = counter_hash) -> Perturbation:
     """``z = ±1`` with equal probability; Δ_z = 1, one random bit per value.
+
+    Args:
+      generator: of the random bits; `counter_hash` or `threefry_words`.
 
     Example:
       >>> rademacher().sample(jax.random.key(0), (4,))
       Array([...], dtype=int8)
     """
-
-    def sample(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        size = math.prod(shape)
-        octets = _random_bytes(key, (-(-size // 8), 1))
-        bit = (octets >> jnp.arange(8, dtype=jnp.uint8)) & 1
-        return (2 * bit.astype(jnp.int8) - 1).reshape(-1)[:size].reshape(shape)
-
-    return Perturbation("rademacher()", 1.0, sample)
+    return Perturbation("rademacher()", 1.0, 32, _signs, generator)
 
 
-def binomial() -> Perturbation:
+def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
+    r"""Perturbations whose evaluations share one product with the unperturbed weights.
+
+    .. math:: z = \frac{1}{\sqrt r} \sum_{i=1}^r u_i v_i^T, \quad
+      x (W + ε z) = x W + \frac{ε}{\sqrt r} \sum_i (x u_i) v_i^T
+
+    u and v are ±1, v along the last axis of a leaf (the outputs of a Flax kernel), u
+    along all others. Each value of z has mean zero and variance one, and any two are
+    uncorrelated; the values of a vector are sums of r independent signs.
+
+    The evaluator applies the second form where a weight enters ``dot_general`` or
+    ``conv_general_dilated``, of floats or in `fgrad.products`; elsewhere it uses the
+    same w + εz. In fixed point ``w_q + ⌊ε Δ_z / Δ_w⌉ z_q`` is an integer without
+    rounding, and weights nearer to the end of the grid than that are clipped first.
+
+    Args:
+      rank: r, 1 to 127. The estimate's variance does not depend on it much; its rank
+        does: m directions give a gradient of rank m r.
+      generator: of the random bits; `counter_hash` or `threefry_words`.
+
+    Returns:
+      A `LowRank` perturbation with ``Δ_z = r^(-1/2)``.
+
+    Raises:
+      ValueError: if ``rank`` is out of range.
+
+    Example:
+      >>> z = low_rank(rank=4)
+      >>> z.step, z.sample(jax.random.key(0), (6, 3)).dtype
+      (0.5, dtype('int8'))
+      >>> u, v = z.factors(jax.random.key(0), (6, 3))
+      >>> u.shape, v.shape
+      ((4, 6, 1), (4, 1, 3))
+
+    Reference:
+      Sarkar et al. 2025, "Evolution Strategies at the Hyperscale" (arXiv 2511.16652),
+      for sharing the product.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 127:
+        raise ValueError(f"rank must be an integer from 1 to 127, got {rank!r}.")
+    name = f"low_rank(rank={rank})"
+    return LowRank(name, rank**-0.5, 32, _signs, generator, rank)
+
+
+def binomial(*, generator: Generator = counter_hash) -> Perturbation:
     """``z_q = B(16, 1/2) - 8``: the number of ones among 16 random bits, centred.
 
     Its variance is 4, so Δ_z = 1/2 gives unit variance exactly; no table is needed.
+
+    Args:
+      generator: of the random bits; `counter_hash` or `threefry_words`.
 
     Example:
       >>> binomial().step
@@ -128,12 +315,11 @@ def binomial() -> Perturbation:
       Section 4.2 of Feng et al. 2024 finds binomial z as good as normal.
     """
 
-    def sample(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        pairs = _random_bytes(key, (*shape, 2))
-        ones = jax.lax.population_count(pairs).astype(jnp.int8)
-        return ones[..., 0] + ones[..., 1] - 8
+    def decode(words: jax.Array) -> jax.Array:
+        ones = jax.lax.population_count(_bytes(words)).astype(jnp.int8)
+        return (ones[:, ::2] + ones[:, 1::2] - 8).reshape(-1)
 
-    return Perturbation("binomial()", 0.5, sample)
+    return Perturbation("binomial()", 0.5, 2, decode, generator)
 
 
 def sample_key(key: jax.Array, step: Any, index: Any) -> jax.Array:
@@ -158,27 +344,17 @@ def leaf_keys(key: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
     return {name: keys[i] for i, name in enumerate(names)}
 
 
-def _random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    size = math.prod(shape)
-    octets = jax.lax.bitcast_convert_type(_random_words(key, -(-size // 4)), jnp.uint8)
-    return octets.reshape(-1)[:size].reshape(shape)
+def _bytes(words: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(words, jnp.uint8)
 
 
-def _random_words(key: jax.Array, size: int) -> jax.Array:
-    """uint32 words that are a hash of their index, keyed by every word of the key.
+def _signs(words: jax.Array) -> jax.Array:
+    bits = (_bytes(words)[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    return (2 * bits.astype(jnp.int8) - 1).reshape(-1)
 
-    Each round is a bijection with an avalanche bias near the least possible for two
-    multiplications (the constants are Chris Wellons' "lowbias32"). XLA fuses it into
-    the addition to the weights; threefry takes a loop of its own for every leaf.
-    """
-    x = jax.lax.iota(jnp.uint32, size) * np.uint32(0x9E3779B9)
-    words = jax.random.key_data(key).reshape(-1)
-    for i in range(words.size):
-        x = x ^ words[i]
-        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-        x = x ^ (x >> 16)
-    return x
+
+def _uint32(x: Any) -> jax.Array:
+    return jnp.asarray(x).astype(jnp.uint32)
 
 
 def _normal_table(step: float, limit: int) -> np.ndarray:

@@ -12,6 +12,8 @@ multiply-adds in int32.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from fgrad.fixed_point import QTensor
 
@@ -58,26 +62,20 @@ def dot_general(lhs: QTensor, rhs: QTensor, dimension_numbers: Any) -> jax.Array
     terms = math.prod(rhs.shape[axis] for axis in rhs_contract)
     _check_operands(lhs, rhs, rhs_contract, terms)
 
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            x, w, dimension_numbers, preferred_element_type=jnp.int32
-        )
-
-    free = [a for a in range(rhs.ndim) if a not in (*rhs_contract, *rhs_batch)]
-    lhs_free = lhs.ndim - len(lhs_contract) - len(lhs_batch)
-
-    def sum_of_lhs() -> jax.Array:
-        ones = jnp.ones_like(rhs.qvalue, jnp.int8, shape=_ones_except(rhs.shape, free))
-        return product(lhs.qvalue, ones)
-
     scale = rhs.scale
     if scale.ndim:
+        free = [a for a in range(rhs.ndim) if a not in (*rhs_contract, *rhs_batch)]
         shape = [scale.shape[a] for a in rhs_batch]
-        shape += [1] * lhs_free + [scale.shape[a] for a in free]
+        shape += [1] * (lhs.ndim - len(lhs_contract) - len(lhs_batch))
+        shape += [scale.shape[a] for a in free]
         scale = scale.transpose((*rhs_batch, *free, *rhs_contract)).reshape(shape)
-    return _limbs(lhs.qvalue, rhs, product, sum_of_lhs) * (
-        lhs.scale.reshape(()) * scale
+    product = integer_dot_general_p.bind(
+        lhs.qvalue,
+        rhs.qvalue,
+        bits=rhs.bits,
+        dimension_numbers=_tuples(dimension_numbers),
     )
+    return product * (lhs.scale.reshape(()) * scale)
 
 
 def conv_general_dilated(
@@ -111,10 +109,90 @@ def conv_general_dilated(
       ValueError: as `dot_general`.
     """
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    out_feature, in_feature, *spatial = numbers.rhs_spec
+    in_feature, *spatial = numbers.rhs_spec[1:]
     contract = (in_feature, *spatial)
     terms = math.prod(rhs.shape[axis] for axis in contract)
     _check_operands(lhs, rhs, contract, terms)
+
+    scale = rhs.scale
+    if scale.ndim:
+        shape = [1] * rhs.ndim
+        shape[numbers.out_spec[1]] = scale.size
+        scale = scale.reshape(shape)
+    image = range(len(spatial))
+    window = [rhs.shape[axis] for axis in spatial]
+    strides = tuple(map(int, window_strides))
+    rhs_dilation = tuple(int(rhs_dilation[i]) if rhs_dilation else 1 for i in image)
+    lhs_dilation = tuple(int(lhs_dilation[i]) if lhs_dilation else 1 for i in image)
+    if isinstance(padding, str):
+        if max(lhs_dilation) > 1:
+            raise ValueError(
+                "String padding is not implemented for a dilated input, got "
+                f"padding={padding!r} and lhs_dilation={lhs_dilation}; give pairs."
+            )
+        size = [lhs.shape[axis] for axis in numbers.lhs_spec[2:]]
+        reach = [(n - 1) * d + 1 for n, d in zip(window, rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(size, reach, strides, padding)
+    product = integer_conv_p.bind(
+        lhs.qvalue,
+        rhs.qvalue,
+        bits=rhs.bits,
+        window_strides=strides,
+        padding=tuple((int(low), int(high)) for low, high in padding),
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=numbers,
+        feature_group_count=int(feature_group_count),
+    )
+    return product * (lhs.scale.reshape(()) * scale)
+
+
+# ---------------------------------------------------------------------- primitives
+#
+# The integer products are JAX primitives, so that a program which reads jaxprs, such
+# as the evaluator, sees one equation with the activation and the weight.
+
+
+def _integer_dot(
+    x: jax.Array, q: jax.Array, *, bits: int, dimension_numbers: Any
+) -> jax.Array:
+    """``dot_general`` of int8 and up to int16 integers, as float32."""
+    (_, rhs_contract), (_, rhs_batch) = dimension_numbers
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            x, w, dimension_numbers, preferred_element_type=jnp.int32
+        )
+
+    def sum_of_lhs() -> jax.Array:
+        kept = (*rhs_contract, *rhs_batch)
+        shape = [n if axis in kept else 1 for axis, n in enumerate(q.shape)]
+        return product(x, jnp.ones(shape, jnp.int8))
+
+    return _limbs(x, q, bits, product, sum_of_lhs)
+
+
+def _integer_conv(
+    x: jax.Array,
+    q: jax.Array,
+    *,
+    bits: int,
+    window_strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    lhs_dilation: tuple[int, ...],
+    rhs_dilation: tuple[int, ...],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+) -> jax.Array:
+    """``conv_general_dilated`` of int8 and up to int16 integers, as float32."""
+    numbers = dimension_numbers
+    out_feature, in_feature, *spatial = numbers.rhs_spec
+    taps = math.prod(q.shape[axis] for axis in spatial)
+    depthwise = q.shape[in_feature] == 1 and feature_group_count > 1
+    if depthwise and max(lhs_dilation) == 1 and taps <= MAX_SHIFTS:
+        return _shifted_multiply_adds(
+            x, q, window_strides, padding, rhs_dilation, numbers
+        )
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(
@@ -132,43 +210,30 @@ def conv_general_dilated(
     def sum_of_lhs() -> jax.Array:
         # The same for all channels of a group: add up its inputs, then the window.
         batch, feature, *image = numbers.lhs_spec
-        x = lhs.qvalue.transpose((batch, feature, *image)).astype(jnp.int32)
-        x = x.reshape(x.shape[0], feature_group_count, -1, *x.shape[2:]).sum(2)
+        sums = x.transpose((batch, feature, *image)).astype(jnp.int32)
+        sums = sums.reshape(sums.shape[0], feature_group_count, -1, *sums.shape[2:])
         sums = lax.reduce_window(
-            x,
+            sums.sum(2),
             0,
             lax.add,
-            (1, 1, *(rhs.shape[axis] for axis in spatial)),
+            (1, 1, *(q.shape[axis] for axis in spatial)),
             (1, 1, *window_strides),
-            padding if isinstance(padding, str) else ((0, 0), (0, 0), *padding),
-            (1, 1, *(lhs_dilation or [1] * len(spatial))),
-            (1, 1, *(rhs_dilation or [1] * len(spatial))),
+            ((0, 0), (0, 0), *padding),
+            (1, 1, *lhs_dilation),
+            (1, 1, *rhs_dilation),
         )
-        sums = jnp.repeat(sums, rhs.shape[out_feature] // feature_group_count, 1)
+        sums = jnp.repeat(sums, q.shape[out_feature] // feature_group_count, 1)
         return sums.transpose(np.argsort(numbers.out_spec))
 
-    scale = rhs.scale
-    if scale.ndim:
-        shape = [1] * rhs.ndim
-        shape[numbers.out_spec[1]] = scale.size
-        scale = scale.reshape(shape)
-    depthwise = rhs.shape[in_feature] == 1 and feature_group_count > 1
-    dilated_input = any(d != 1 for d in lhs_dilation or ())
-    if depthwise and not dilated_input and terms <= MAX_SHIFTS:
-        joined = _shifted_multiply_adds(
-            lhs, rhs, window_strides, padding, rhs_dilation, numbers
-        )
-    else:
-        joined = _limbs(lhs.qvalue, rhs, product, sum_of_lhs)
-    return joined * (lhs.scale.reshape(()) * scale)
+    return _limbs(x, q, bits, product, sum_of_lhs)
 
 
 def _shifted_multiply_adds(
-    lhs: QTensor,
-    rhs: QTensor,
+    x: jax.Array,
+    q: jax.Array,
     window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    rhs_dilation: Sequence[int] | None,
+    padding: Sequence[tuple[int, int]],
+    rhs_dilation: Sequence[int],
     numbers: lax.ConvDimensionNumbers,
 ) -> jax.Array:
     """Depthwise convolution: ``Σ_taps x[shifted by the tap] * w[tap]`` in int32.
@@ -178,25 +243,21 @@ def _shifted_multiply_adds(
     """
     batch, feature, *image = numbers.lhs_spec
     out_feature, in_feature, *spatial = numbers.rhs_spec
-    x = lhs.qvalue.transpose((batch, *image, feature))
-    w = rhs.qvalue.transpose((*spatial, in_feature, out_feature)).astype(jnp.int32)
+    x = x.transpose((batch, *image, feature))
+    w = q.transpose((*spatial, in_feature, out_feature)).astype(jnp.int32)
     window, groups = w.shape[: len(spatial)], x.shape[-1]
     # Fused into the sum, whatever made the weights would run again for every pixel.
     w = lax.optimization_barrier(w.reshape(*window, groups, -1))
-    dilation = rhs_dilation or [1] * len(spatial)
-    if isinstance(padding, str):
-        reach = [(n - 1) * d + 1 for n, d in zip(window, dilation, strict=True)]
-        padding = lax.padtype_to_pads(x.shape[1:-1], reach, window_strides, padding)
     x = lax.pad(x, jnp.int8(0), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
     out = [
         max(0, (size - (n - 1) * d - 1) // stride + 1)
         for size, n, d, stride in zip(
-            x.shape[1:-1], window, dilation, window_strides, strict=True
+            x.shape[1:-1], window, rhs_dilation, window_strides, strict=True
         )
     ]
     total = jnp.zeros((), jnp.int32)
     for tap in np.ndindex(*window):
-        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        start = [t * d for t, d in zip(tap, rhs_dilation, strict=True)]
         stop = [
             s + (n - 1) * stride + 1
             for s, n, stride in zip(start, out, window_strides, strict=True)
@@ -218,23 +279,51 @@ def _shifted_multiply_adds(
 
 def _limbs(
     x: jax.Array,
-    w: QTensor,
+    q: jax.Array,
+    bits: int,
     product: Callable[[jax.Array, jax.Array], jax.Array],
     sum_of_lhs: Callable[[], jax.Array],
 ) -> jax.Array:
-    """``x · w.qvalue`` as float32, from int8 products with int32 accumulators."""
-    if w.bits <= 8:
-        return product(x, w.qvalue.astype(jnp.int8)).astype(jnp.float32)
-    qvalue = w.qvalue.astype(jnp.int16)
-    high = (qvalue >> 8).astype(jnp.int8)
-    low = ((qvalue & 255) - 128).astype(jnp.int8)
+    """``x · q`` as float32, from int8 products with int32 accumulators."""
+    if bits <= 8:
+        return product(x, q.astype(jnp.int8)).astype(jnp.float32)
+    q = q.astype(jnp.int16)
+    high = (q >> 8).astype(jnp.int8)
+    low = ((q & 255) - 128).astype(jnp.int8)
     joined = product(x, high).astype(jnp.float32) * 256
     joined += product(x, low).astype(jnp.float32)
     return joined + 128 * sum_of_lhs().astype(jnp.float32)
 
 
-def _ones_except(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+def _primitive(name: str, function: Callable[..., jax.Array]) -> Primitive:
+    """A primitive ``name(x, q, **parameters)`` that computes ``function``."""
+    primitive = Primitive(name)
+
+    def abstract_eval(x: Any, q: Any, **parameters: Any) -> jax.core.ShapedArray:
+        out = jax.eval_shape(functools.partial(function, **parameters), x, q)
+        return jax.core.ShapedArray(out.shape, out.dtype)
+
+    def batch(args: Any, axes: Any, **parameters: Any) -> tuple[jax.Array, int]:
+        return jax.vmap(functools.partial(function, **parameters), axes)(*args), 0
+
+    primitive.def_impl(jax.jit(function, static_argnames=_parameters(function)))
+    primitive.def_abstract_eval(abstract_eval)
+    batching.primitive_batchers[primitive] = batch
+    lowering = mlir.lower_fun(function, multiple_results=False)
+    mlir.register_lowering(primitive, lowering)
+    return primitive
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)[2:]
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else int(x)
+
+
+integer_dot_general_p = _primitive("integer_dot_general", _integer_dot)
+integer_conv_p = _primitive("integer_conv", _integer_conv)
 
 
 def _check_operands(

@@ -145,7 +145,7 @@ def fixed_point_forward_grad(
         full_mask = evaluation.resolve_mask(mask, params)
         evaluation.check_params(params, full_mask)
         count = jnp.zeros([], jnp.int32)
-        evaluation.check_epsilon(params, epsilon_at(count), full_mask)
+        evaluation.check_epsilon(params, epsilon_at(count), full_mask, perturbation)
         return ForwardGradState(
             key=jnp.array(key, copy=True),
             count=count,
@@ -200,7 +200,9 @@ def fixed_point_forward_grad(
             loss=estimate.loss,
             loss_differences=estimate.loss_differences,
             nonfinite_pairs=estimate.nonfinite_pairs,
-            frozen_fraction=evaluation.frozen_fraction(params, step_epsilon, full_mask),
+            frozen_fraction=evaluation.frozen_fraction(
+                params, step_epsilon, full_mask, perturbation
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

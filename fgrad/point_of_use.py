@@ -1,0 +1,515 @@
+"""Runs a JAX function with each parameter perturbed where it is first used.
+
+Perturbing all parameters before the call makes a second copy of the model. Here the
+function is traced to a jaxpr once, and the jaxpr is interpreted: a parameter stays as
+it is until an equation combines it with data. There it is perturbed, by a z whose key
+depends on the latest activation, so that no compiler can do it sooner, and the
+perturbed copy is free again right after.
+
+Calls (jit, remat, custom_jvp, custom_vjp), scan, while and cond are followed. Other
+equations with a jaxpr inside (shard_map, custom_vmap, ...) get perturbed parameters.
+What happens to parameters alone, such as a cast or a dequantization, waits with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from fgrad import low_rank
+from fgrad.low_rank import Factored
+
+# Multiply-adds per weight from which a loop perturbs its weights in every iteration
+# rather than keep a perturbed copy: then z costs little beside the product.
+LOOP_WORK = 256
+# Uses up to which a parameter is perturbed anew at each. Beyond, the first use's copy
+# is kept: an unrolled recurrence would spend its time on z.
+MAX_REPEATS = 2
+
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+class Perturber(NamedTuple):
+    """How a leaf becomes perturbed.
+
+    Attributes:
+      dense: ``dense(leaf, array, block, zero)`` is the perturbed array. ``leaf`` is
+        the position of the leaf, ``array`` its values or those of a block of it,
+        ``zero`` a uint32 zero that z's key is to depend on.
+      factored: the same for a perturbation of low rank, as `Factored`; or None where
+        the leaf has no such form.
+    """
+
+    dense: Callable[[int, jax.Array, Any, jax.Array], jax.Array]
+    factored: Callable[[int, jax.Array, Any, jax.Array], Factored | None]
+
+
+class Event(NamedTuple):
+    """Where a parameter was perturbed.
+
+    Attributes:
+      leaf: position of the leaf.
+      way: "at use", "low rank" or "before".
+      primitive: the equation that used it, or that could not be followed.
+    """
+
+    leaf: int
+    way: str
+    primitive: str
+
+
+class Program(NamedTuple):
+    """A traced function; see `trace`."""
+
+    jaxpr: core.ClosedJaxpr
+    pending: tuple[bool, ...]
+
+
+def trace(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    pending: Sequence[bool],
+) -> Program:
+    """Traces ``function(*arrays) -> array``; ``pending`` marks what is perturbed."""
+    avals = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arrays]
+    return Program(jax.make_jaxpr(function)(*avals), tuple(pending))
+
+
+def run(
+    program: Program,
+    arrays: Sequence[jax.Array],
+    perturber: Perturber,
+    seed: jax.Array,
+    events: list[Event] | None = None,
+) -> jax.Array:
+    """The function's value with its pending arguments perturbed.
+
+    Args:
+      program: from `trace`.
+      arrays: the arguments.
+      perturber: how a leaf becomes perturbed; leaves are positions in ``arrays``.
+      seed: any scalar that differs between evaluations, such as the sign. Until there
+        is an activation, keys depend on it, so that a loop over evaluations cannot
+        make the first z before it starts.
+      events: if given, receives an `Event` for each use.
+
+    Returns:
+      What the traced function returns.
+    """
+    interpreter = _Interpreter(perturber, seed, [] if events is None else events)
+    jaxpr = program.jaxpr.jaxpr
+    repeats = _uses(jaxpr)
+    values: list[_Value] = []
+    for leaf, (array, pending) in enumerate(zip(arrays, program.pending, strict=True)):
+        keep = repeats[leaf] > MAX_REPEATS
+        values.append(_Weight(leaf, array, keep=keep) if pending else _constant(array))
+    (out,) = interpreter.run(jaxpr, program.jaxpr.consts, values)
+    return interpreter.force(out, "return").array
+
+
+class _Known(NamedTuple):
+    """An array.
+
+    Attributes:
+      array: the value.
+      constant: made of literals and unperturbed parameters only: no reason to perturb.
+      active: depends on a perturbed parameter, so that a z can wait for it.
+    """
+
+    array: jax.Array
+    constant: bool = False
+    active: bool = False
+
+
+@dataclasses.dataclass
+class _Weight:
+    """A parameter, or one block of it in a scan, that is not perturbed yet."""
+
+    leaf: int
+    array: jax.Array
+    block: Any = None
+    keep: bool = False  # the perturbed copy, for further uses
+    kept: _Known | None = None
+
+
+@dataclasses.dataclass
+class _Deferred:
+    """An equation on parameters alone that waits for the data it is combined with."""
+
+    equation: core.JaxprEqn
+    inputs: list[_Value]
+    outputs: list[_Known] | None = None
+
+
+class _Output(NamedTuple):
+    """One of the outputs of a `_Deferred` equation."""
+
+    source: _Deferred
+    index: int
+
+
+_Value = _Known | _Weight | _Output
+
+
+def _constant(array: Any) -> _Known:
+    return _Known(array, constant=True)
+
+
+class _Interpreter:
+    """One evaluation. ``latest`` is the activation that the next z waits for."""
+
+    def __init__(
+        self, perturber: Perturber, seed: jax.Array, events: list[Event]
+    ) -> None:
+        self.perturber = perturber
+        self.latest: jax.Array = seed
+        self.events = events
+
+    def run(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[_Value]
+    ) -> list[_Value]:
+        known = [_Known(c, constant=jnp.size(c) == 1) for c in consts]
+        names: dict[core.Var, _Value] = {}
+        names.update(zip(jaxpr.constvars, known, strict=True))
+        names.update(zip(jaxpr.invars, values, strict=True))
+
+        def read(variable: Any) -> _Value:
+            if isinstance(variable, core.Literal):
+                return _constant(variable.val)
+            return names[variable]
+
+        for equation in jaxpr.eqns:
+            outputs = self.equation(equation, [read(v) for v in equation.invars])
+            names.update(zip(equation.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(
+        self, equation: core.JaxprEqn, inputs: list[_Value]
+    ) -> Sequence[_Value]:
+        name, params = equation.primitive.name, equation.params
+        if all(isinstance(x, _Known) for x in inputs):
+            return self.bind(equation, inputs)
+        if name in _CALLS and _CALLS[name] in params:
+            closed = params[_CALLS[name]]
+            # remat has an open jaxpr
+            return self.run(
+                getattr(closed, "jaxpr", closed), getattr(closed, "consts", ()), inputs
+            )
+        if name == "scan":
+            return self.scan(equation, inputs)
+        if name == "while":
+            return self.while_loop(equation, inputs)
+        if name == "cond":
+            return self.cond(equation, inputs)
+        if not equation.effects and all(
+            not isinstance(x, _Known) or x.constant for x in inputs
+        ):
+            source = _Deferred(equation, inputs)
+            return [_Output(source, i) for i in range(len(equation.outvars))]
+        return self.product(equation, inputs) or self.bind(equation, inputs)
+
+    def bind(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
+        """Computes an equation, its parameters perturbed."""
+        known = [self.force(x, equation.primitive.name) for x in inputs]
+        arrays = [x.array for x in known]
+        params = equation.primitive.get_bind_params(equation.params)
+        with _context(equation):
+            outputs = equation.primitive.bind(*arrays, **params)
+        if not equation.primitive.multiple_results:
+            outputs = [outputs]
+        constant = not equation.effects and all(x.constant for x in known)
+        return self.finish(outputs, constant, any(x.active for x in known))
+
+    def finish(
+        self, outputs: Sequence[jax.Array], constant: bool, active: bool
+    ) -> list[_Known]:
+        if active:
+            self.latest = next(filter(_can_be_awaited, outputs), self.latest)
+        return [_Known(x, constant, active) for x in outputs]
+
+    def force(self, value: _Value, primitive: str, way: str = "at use") -> _Known:
+        """Perturbs what is pending, for the equation ``primitive``."""
+        if isinstance(value, _Known):
+            return value
+        if isinstance(value, _Output):
+            source = value.source
+            if source.outputs is None:
+                inputs = [self.force(x, primitive, way) for x in source.inputs]
+                source.outputs = self.bind(source.equation, list(inputs))
+            return source.outputs[value.index]
+        if value.kept is not None:
+            return value.kept
+        self.events.append(Event(value.leaf, way, primitive))
+        known = _Known(
+            self.perturber.dense(
+                value.leaf, value.array, value.block, _zero(self.latest)
+            ),
+            active=True,
+        )
+        if value.keep:
+            value.kept = known
+        return known
+
+    def product(
+        self, equation: core.JaxprEqn, inputs: list[_Value]
+    ) -> list[_Known] | None:
+        """A product with a weight of low rank, as base product plus correction."""
+        rule = low_rank.RULES.get(equation.primitive.name)
+        if rule is None or isinstance(inputs[0], _Known) == isinstance(
+            inputs[1], _Known
+        ):
+            return None
+        operands: list[Any] = [
+            x.array if isinstance(x, _Known) else self.factored(x) for x in inputs
+        ]
+        if any(x is None for x in operands):
+            return None
+        with _context(equation):
+            output = rule(*operands, equation=equation)
+        if output is None:
+            return None
+        for value in inputs:
+            self.events.extend(
+                Event(leaf, "low rank", equation.primitive.name)
+                for leaf in _leaves(value)
+            )
+        return self.finish([output], constant=False, active=True)
+
+    def factored(self, value: _Value) -> Factored | None:
+        """A pending weight as its base and factors, through casts and the like."""
+        if isinstance(value, _Weight):
+            if value.kept is not None:
+                return None
+            return self.perturber.factored(
+                value.leaf, value.array, value.block, _zero(self.latest)
+            )
+        if isinstance(value, _Output):
+            equation = value.source.equation
+            view = low_rank.VIEWS.get(equation.primitive.name)
+            if view is None:
+                return None
+            operands: list[Any] = [
+                x.array if isinstance(x, _Known) else self.factored(x)
+                for x in value.source.inputs
+            ]
+            if any(x is None for x in operands):
+                return None
+            return view(*operands, equation=equation)
+        return None
+
+    # ------------------------------------------------------------- control flow
+
+    def enter(self, value: _Value, inside: bool, primitive: str) -> _Value:
+        """What a loop or a branch gets: known values, or a weight to perturb inside."""
+        if isinstance(value, _Weight) and value.kept is None and inside:
+            return value
+        return self.force(value, primitive, way="before")
+
+    def body(
+        self, closed: core.ClosedJaxpr, values: Sequence[_Value], primitive: str
+    ) -> list[jax.Array]:
+        """Runs the jaxpr of a loop or branch, whose values belong to that scope."""
+        outer = self.latest
+        uses = _uses(closed.jaxpr)
+        inner = [
+            dataclasses.replace(x, keep=n > MAX_REPEATS)
+            if isinstance(x, _Weight)
+            else x
+            for x, n in zip(values, uses, strict=True)
+        ]
+        for value in inner:
+            if isinstance(value, _Known) and value.active:
+                self.finish([value.array], constant=False, active=True)
+        outputs = self.run(closed.jaxpr, closed.consts, inner)
+        arrays = [self.force(x, primitive).array for x in outputs]
+        self.latest = outer
+        return arrays
+
+    def scan(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
+        params = equation.params
+        closed, length = params["jaxpr"], params["length"]
+        carry_at = params["num_consts"]
+        xs_at = carry_at + params["num_carry"]
+        work = _work(closed.jaxpr)
+        shared = [
+            self.enter(x, w >= LOOP_WORK, "scan")
+            for x, w in zip(inputs[:carry_at], work[:carry_at], strict=True)
+        ]
+        carry = [self.force(x, "scan", "before").array for x in inputs[carry_at:xs_at]]
+        # A block of a vector is a scalar, too little to have an axis of its own.
+        sliced = [
+            self.enter(x, isinstance(x, _Weight) and x.array.ndim > 1, "scan")
+            for x in inputs[xs_at:]
+        ]
+
+        def step(carry: Any, xs: Any) -> Any:
+            index, *slices = xs
+            values = [*shared, *(_Known(c, active=True) for c in carry)]
+            for value, array in zip(sliced, slices, strict=True):
+                if isinstance(value, _Weight):
+                    block = index + (0 if value.block is None else value.block * length)
+                    values.append(_Weight(value.leaf, array, block))
+                else:
+                    assert isinstance(value, _Known)
+                    values.append(_Known(array, active=value.active))
+            outputs = self.body(closed, values, "scan")
+            return outputs[: len(carry)], outputs[len(carry) :]
+
+        with _context(equation):
+            index = jnp.arange(length, dtype=jnp.uint32)
+            carry, stacked = lax.scan(
+                step,
+                carry,
+                (index, *(x.array for x in sliced)),  # type: ignore[union-attr]
+                length,
+                reverse=params["reverse"],
+                unroll=params["unroll"],
+            )
+        return self.finish([*carry, *stacked], constant=False, active=True)
+
+    def while_loop(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
+        params = equation.params
+        body_at = params["cond_nconsts"]
+        carry_at = body_at + params["body_nconsts"]
+        test, body = params["cond_jaxpr"], params["body_jaxpr"]
+        tested = [self.force(x, "while", "before") for x in inputs[:body_at]]
+        work = _work(body.jaxpr)[: carry_at - body_at]
+        shared = [
+            self.enter(x, w >= LOOP_WORK, "while")
+            for x, w in zip(inputs[body_at:carry_at], work, strict=True)
+        ]
+        carry = [self.force(x, "while", "before").array for x in inputs[carry_at:]]
+
+        def run(closed: Any, consts: Sequence[_Value], carry: Any) -> list[jax.Array]:
+            values = [*consts, *(_Known(c, active=True) for c in carry)]
+            return self.body(closed, values, "while")
+
+        with _context(equation):
+            carry = lax.while_loop(
+                lambda carry: run(test, tested, carry)[0],
+                lambda carry: run(body, shared, carry),
+                carry,
+            )
+        return self.finish(carry, constant=False, active=True)
+
+    def cond(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
+        index = self.force(inputs[0], "cond").array
+        operands = [self.enter(x, True, "cond") for x in inputs[1:]]
+
+        def branch(closed: Any) -> Callable[[], list[jax.Array]]:
+            return lambda: self.body(closed, operands, "cond")
+
+        with _context(equation):
+            branches = [branch(closed) for closed in equation.params["branches"]]
+            outputs = lax.switch(index, branches)
+        return self.finish(outputs, constant=False, active=True)
+
+
+def _zero(array: jax.Array) -> jax.Array:
+    """A uint32 zero that depends on an array in a way that no compiler removes.
+
+    A square is 0 or 1 modulo 4, so its second bit is never set. Unlike ``x != x`` or
+    ``0 * x`` this holds for integers, infinities and NaN as well.
+    """
+    first = (
+        lax.squeeze(
+            lax.slice(array, (0,) * array.ndim, (1,) * array.ndim), range(array.ndim)
+        )
+        if array.ndim
+        else array
+    )
+    if jnp.issubdtype(first.dtype, jnp.floating):
+        first = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
+    word = first.astype(jnp.uint32)
+    return word * word & 2
+
+
+def _can_be_awaited(array: jax.Array) -> bool:
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return array.size > 0 and any(jnp.issubdtype(array.dtype, k) for k in kinds)
+
+
+def _leaves(value: _Value) -> list[int]:
+    if isinstance(value, _Weight):
+        return [value.leaf]
+    if isinstance(value, _Output):
+        return [leaf for x in value.source.inputs for leaf in _leaves(x)]
+    return []
+
+
+def _context(equation: core.JaxprEqn) -> contextlib.AbstractContextManager[Any]:
+    """The settings under which an equation was traced, such as matmul precision."""
+    return equation.ctx.manager
+
+
+def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
+    """The jaxpr of a call that is followed in place."""
+    name = equation.primitive.name
+    closed = equation.params.get(_CALLS[name]) if name in _CALLS else None
+    return getattr(closed, "jaxpr", closed)
+
+
+def _add_up(
+    jaxpr: core.Jaxpr, count: Callable[[core.JaxprEqn, core.Var], float]
+) -> list[float]:
+    """For each input of a jaxpr the sum of ``count`` over the equations that use it."""
+    totals: dict[Any, float] = dict.fromkeys(jaxpr.invars, 0)
+    for equation in jaxpr.eqns:
+        used = [v for v in equation.invars if not isinstance(v, core.Literal)]
+        inner = _inner(equation)
+        if inner is not None:
+            counts = _add_up(inner, count)
+            for variable, n in zip(equation.invars, counts, strict=True):
+                if not isinstance(variable, core.Literal) and variable in totals:
+                    totals[variable] += n
+            continue
+        for variable in used:
+            if variable in totals:
+                totals[variable] += count(equation, variable)
+    return [totals[v] for v in jaxpr.invars]
+
+
+def _uses(jaxpr: core.Jaxpr) -> list[float]:
+    """How many equations use each input."""
+    return _add_up(jaxpr, lambda equation, variable: 1)
+
+
+def _work(jaxpr: core.Jaxpr) -> list[float]:
+    """Multiply-adds per element of each input, in the products that it enters."""
+
+    def count(equation: core.JaxprEqn, variable: Any) -> float:
+        if equation.primitive.name == "scan":
+            inner = _work(equation.params["jaxpr"].jaxpr)
+            return inner[equation.invars.index(variable)] * equation.params["length"]
+        if equation.primitive.name not in low_rank.RULES:
+            return 0
+        position, weight = equation.invars.index(variable), variable.aval
+        numbers = equation.params["dimension_numbers"]
+        if isinstance(numbers, lax.ConvDimensionNumbers):
+            kept = weight.shape[numbers.rhs_spec[0]]
+        else:
+            contract = numbers[0][position]
+            kept = weight.size // max(1, math.prod(weight.shape[a] for a in contract))
+        out: Any = equation.outvars[0].aval
+        return out.size / max(1, kept)
+
+    return _add_up(jaxpr, count)
