@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import evaluation, perturbations
+from fgrad import evaluation, ordering, perturbations
 from fgrad.fixed_point import is_qtensor
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
@@ -161,13 +161,16 @@ def forward_gradient(
 
     leaf_keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
 
+    latest = coefficients
+
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
+        nonlocal latest
         if not trained:
             return jax.tree.map(jnp.zeros_like, leaf)
-        name = jax.tree_util.keystr(path)
-        total = perturbation.weighted_sum(
-            leaf_keys[name], coefficients, jnp.shape(leaf)
-        )
+        # One leaf after the other, or all gradients would be in memory at once.
+        keys = ordering.delayed_key(leaf_keys[jax.tree_util.keystr(path)], latest)
+        total = perturbation.weighted_sum(keys, coefficients, jnp.shape(leaf))
+        latest = total if total.size else latest
         gradient = total.astype(jnp.float32) * (perturbation.step / num_perturbations)
         if is_qtensor(leaf):
             zero = jnp.zeros_like(leaf.scale)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point, low_rank, perturbations, point_of_use
+from fgrad import fixed_point, low_rank, ordering, perturbations, point_of_use
 from fgrad.fixed_point import is_qtensor
 
 Mask = Any  # None, a pytree of bools (or a prefix of one), or a function of the params
@@ -170,23 +170,20 @@ class _Traced:
         """The loss at ``w + sign * εz``, for the keys of the trained leaves."""
         z = self.perturbation
 
-        def key_after(zero: jax.Array, leaf: int) -> jax.Array:
+        def key_of(leaf: int, after: jax.Array) -> jax.Array:
             key = keys[jax.tree_util.keystr(self.paths[leaf])]
-            if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-                return key ^ zero
-            words = jax.random.key_data(key) ^ zero
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+            return ordering.delayed_key(key, after)
 
-        def dense(leaf: int, array: Any, block: Any, zero: jax.Array) -> jax.Array:
-            z_q = z.sample(key_after(zero, leaf), array.shape, block)
+        def dense(leaf: int, array: Any, block: Any, after: jax.Array) -> jax.Array:
+            z_q = z.sample(key_of(leaf, after), array.shape, block)
             return _perturb_array(
                 self.leaves[leaf], array, block, z_q, epsilon, z, sign
             )
 
-        def factored(leaf: int, array: Any, block: Any, zero: jax.Array) -> Any:
+        def factored(leaf: int, array: Any, block: Any, after: jax.Array) -> Any:
             if not isinstance(z, perturbations.LowRank) or array.ndim == 0:
                 return None
-            u, v = z.factors(key_after(zero, leaf), array.shape, block)
+            u, v = z.factors(key_of(leaf, after), array.shape, block)
             base, amplitude = _low_rank_terms(
                 self.leaves[leaf], array, block, epsilon, z, sign
             )

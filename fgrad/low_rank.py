@@ -149,7 +149,8 @@ def _dot_correction(
         preferred_element_type=accumulator,
         precision=equation.params.get("precision"),
     )
-    dtype = jnp.result_type(equation.outvars[0].aval.dtype)
+    out_aval: Any = equation.outvars[0].aval
+    dtype = out_aval.dtype
     amplitude = weight.amplitude.astype(dtype)
     total = jnp.einsum(
         f"{''.join([*x_axes_left, rank, *u_axes_left])},{''.join([rank, *v_axes])}->"

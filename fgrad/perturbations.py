@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import random as threefry
 
-from fgrad import fixed_point
+from fgrad import fixed_point, ordering
 
 _GOLDEN = np.uint32(0x9E3779B9)
 
@@ -95,9 +95,11 @@ class Perturbation:
             z = self.sample(keys[index], shape)
             return total + coefficients[index] * z.astype(coefficients.dtype)
 
-        total = jnp.zeros(shape, coefficients.dtype)
         if len(coefficients) == 1:
-            return add(0, total)
+            return add(0, jnp.zeros((), coefficients.dtype))
+        # Zeros of all leaves would be made at once, long before they are needed.
+        zero = ordering.dependent_zero(jax.random.key_data(keys))
+        total = jnp.full(shape, zero.astype(coefficients.dtype))
         return jax.lax.fori_loop(0, len(coefficients), add, total)
 
 

@@ -52,9 +52,9 @@ class Perturber(NamedTuple):
     """How a leaf becomes perturbed.
 
     Attributes:
-      dense: ``dense(leaf, array, block, zero)`` is the perturbed array. ``leaf`` is
+      dense: ``dense(leaf, array, block, after)`` is the perturbed array. ``leaf`` is
         the position of the leaf, ``array`` its values or those of a block of it,
-        ``zero`` a uint32 zero that z's key is to depend on.
+        ``after`` what z's key has to wait for; see `ordering.delayed_key`.
       factored: the same for a perturbation of low rank, as `Factored`; or None where
         the leaf has no such form.
     """
@@ -164,7 +164,7 @@ class _Output(NamedTuple):
     """One of the outputs of a `_Deferred` equation."""
 
     source: _Deferred
-    index: int
+    position: int
 
 
 _Value = _Known | _Weight | _Output
@@ -255,14 +255,12 @@ class _Interpreter:
             if source.outputs is None:
                 inputs = [self.force(x, primitive, way) for x in source.inputs]
                 source.outputs = self.bind(source.equation, list(inputs))
-            return source.outputs[value.index]
+            return source.outputs[value.position]
         if value.kept is not None:
             return value.kept
         self.events.append(Event(value.leaf, way, primitive))
         known = _Known(
-            self.perturber.dense(
-                value.leaf, value.array, value.block, _zero(self.latest)
-            ),
+            self.perturber.dense(value.leaf, value.array, value.block, self.latest),
             active=True,
         )
         if value.keep:
@@ -300,7 +298,7 @@ class _Interpreter:
             if value.kept is not None:
                 return None
             return self.perturber.factored(
-                value.leaf, value.array, value.block, _zero(self.latest)
+                value.leaf, value.array, value.block, self.latest
             )
         if isinstance(value, _Output):
             equation = value.source.equation
@@ -422,25 +420,6 @@ class _Interpreter:
             branches = [branch(closed) for closed in equation.params["branches"]]
             outputs = lax.switch(index, branches)
         return self.finish(outputs, constant=False, active=True)
-
-
-def _zero(array: jax.Array) -> jax.Array:
-    """A uint32 zero that depends on an array in a way that no compiler removes.
-
-    A square is 0 or 1 modulo 4, so its second bit is never set. Unlike ``x != x`` or
-    ``0 * x`` this holds for integers, infinities and NaN as well.
-    """
-    first = (
-        lax.squeeze(
-            lax.slice(array, (0,) * array.ndim, (1,) * array.ndim), range(array.ndim)
-        )
-        if array.ndim
-        else array
-    )
-    if jnp.issubdtype(first.dtype, jnp.floating):
-        first = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
-    word = first.astype(jnp.uint32)
-    return word * word & 2
 
 
 def _can_be_awaited(array: jax.Array) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import estimators, evaluation, fixed_point, perturbations
+from fgrad import estimators, evaluation, fixed_point, ordering, perturbations
 from fgrad.fixed_point import is_qtensor
 
 Epsilon = float | jax.Array | Callable[[jax.Array], jax.Array]
@@ -260,6 +260,9 @@ def quantized_update(
             )
         moved, total = jnp.float32(0), 0
 
+        # The update waits for the count. If the count compared with the new weights
+        # instead, a donated buffer would be copied to keep the old ones.
+
         def leaf_fn(leaf: Any, update: Any, trained: bool) -> Any:
             nonlocal moved, total
             if not trained:
@@ -272,14 +275,18 @@ def quantized_update(
             total += jnp.size(leaf)
             if not is_qtensor(leaf):
                 changed = (leaf + update).astype(jnp.result_type(leaf)) != leaf
-                moved += jnp.sum(changed, dtype=jnp.float32)
-                return update
+                count = jnp.sum(changed, dtype=jnp.float32)
+                moved += count
+                return ordering.delayed(update, count)
             steps = jnp.nan_to_num(jnp.round(update.qvalue / leaf.scale), nan=0.0)
             steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
             steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
-            moved += jnp.sum(steps != 0, dtype=jnp.float32)
+            count = jnp.sum(steps != 0, dtype=jnp.float32)
+            moved += count
             return dataclasses.replace(
-                leaf, qvalue=steps, scale=jnp.zeros_like(leaf.scale)
+                leaf,
+                qvalue=ordering.delayed(steps, count),
+                scale=jnp.zeros_like(leaf.scale),
             )
 
         full_mask = evaluation.resolve_mask(mask, params)

@@ -1,0 +1,51 @@
+"""Order of execution, by dependencies that no compiler removes.
+
+XLA runs what it can as early as it can, and drops ``lax.optimization_barrier`` before
+it schedules on a CPU. What is to wait for something has to depend on it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def dependent_zero(array: jax.Array) -> jax.Array:
+    """A uint32 zero that depends on an array.
+
+    A square is 0 or 1 modulo 4, so its second bit is never set. Unlike ``x != x`` or
+    ``0 * x`` this holds for integers, infinities and NaN as well.
+
+    Args:
+      array: of a real dtype, with one element or more.
+
+    Returns:
+      uint32 scalar.
+
+    Example:
+      >>> dependent_zero(jnp.array([jnp.nan, 1.0]))
+      Array(0, dtype=uint32)
+    """
+    first = array
+    if array.ndim:
+        corner = lax.slice(array, [0] * array.ndim, [1] * array.ndim)
+        first = lax.squeeze(corner, range(array.ndim))
+    if jnp.issubdtype(first.dtype, jnp.floating):
+        first = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
+    word = first.astype(jnp.uint32)
+    return word * word & 2
+
+
+def delayed_key(key: jax.Array, after: jax.Array) -> jax.Array:
+    """The same PRNG key, but not before ``after`` has been computed."""
+    zero = dependent_zero(after)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key ^ zero
+    words = jax.random.key_data(key) ^ zero
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+
+
+def delayed(array: jax.Array, after: jax.Array) -> jax.Array:
+    """The same array (but for the sign of a zero), not before ``after``."""
+    return array + dependent_zero(after).astype(array.dtype)
