@@ -47,6 +47,10 @@ _CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 
+# What the next z waits for. Waiting for anything elementwise would keep it out of the
+# loop that XLA makes of it and its neighbours.
+_AWAITED = {*low_rank.RULES, "gather", "reduce_sum", "reduce_max"}
+
 
 class Perturber(NamedTuple):
     """How a leaf becomes perturbed.
@@ -236,15 +240,16 @@ class _Interpreter:
             outputs = equation.primitive.bind(*arrays, **params)
         if not equation.primitive.multiple_results:
             outputs = [outputs]
+        active = any(x.active for x in known)
+        if active and equation.primitive.name in _AWAITED:
+            self.wait_for(outputs)
         constant = not equation.effects and all(x.constant for x in known)
-        return self.finish(outputs, constant, any(x.active for x in known))
-
-    def finish(
-        self, outputs: Sequence[jax.Array], constant: bool, active: bool
-    ) -> list[_Known]:
-        if active:
-            self.latest = next(filter(_can_be_awaited, outputs), self.latest)
         return [_Known(x, constant, active) for x in outputs]
+
+    def wait_for(self, arrays: Sequence[jax.Array]) -> list[_Known]:
+        """Makes the next z wait for the first array that can be waited for."""
+        self.latest = next(filter(_can_be_awaited, arrays), self.latest)
+        return [_Known(x, active=True) for x in arrays]
 
     def force(self, value: _Value, primitive: str, way: str = "at use") -> _Known:
         """Perturbs what is pending, for the equation ``primitive``."""
@@ -290,7 +295,7 @@ class _Interpreter:
                 Event(leaf, "low rank", equation.primitive.name)
                 for leaf in _leaves(value)
             )
-        return self.finish([output], constant=False, active=True)
+        return self.wait_for([output])
 
     def factored(self, value: _Value) -> Factored | None:
         """A pending weight as its base and factors, through casts and the like."""
@@ -334,9 +339,7 @@ class _Interpreter:
             else x
             for x, n in zip(values, uses, strict=True)
         ]
-        for value in inner:
-            if isinstance(value, _Known) and value.active:
-                self.finish([value.array], constant=False, active=True)
+        self.wait_for([x.array for x in inner if isinstance(x, _Known) and x.active])
         outputs = self.run(closed.jaxpr, closed.consts, inner)
         arrays = [self.force(x, primitive).array for x in outputs]
         self.latest = outer
@@ -382,7 +385,7 @@ class _Interpreter:
                 reverse=params["reverse"],
                 unroll=params["unroll"],
             )
-        return self.finish([*carry, *stacked], constant=False, active=True)
+        return self.wait_for([*carry, *stacked])
 
     def while_loop(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
         params = equation.params
@@ -407,7 +410,7 @@ class _Interpreter:
                 lambda carry: run(body, shared, carry),
                 carry,
             )
-        return self.finish(carry, constant=False, active=True)
+        return self.wait_for(carry)
 
     def cond(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
         index = self.force(inputs[0], "cond").array
@@ -419,7 +422,7 @@ class _Interpreter:
         with _context(equation):
             branches = [branch(closed) for closed in equation.params["branches"]]
             outputs = lax.switch(index, branches)
-        return self.finish(outputs, constant=False, active=True)
+        return self.wait_for(outputs)
 
 
 def _can_be_awaited(array: jax.Array) -> bool:
