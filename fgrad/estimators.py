@@ -8,6 +8,7 @@ coefficients the sum is an exact integer sum on the grid of z, equation (7).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -159,31 +160,61 @@ def forward_gradient(
         jax.debug.callback(_raise_nonfinite, finite, plus, minus, step)
     coefficients = jnp.where(finite, estimator(plus, minus, epsilon), 0)
 
-    leaf_keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
-
-    latest = coefficients
-
-    def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
-        nonlocal latest
-        if not trained:
-            return jax.tree.map(jnp.zeros_like, leaf)
-        # One leaf after the other, or all gradients would be in memory at once.
-        keys = ordering.delayed_key(leaf_keys[jax.tree_util.keystr(path)], latest)
-        total = perturbation.weighted_sum(keys, coefficients, jnp.shape(leaf))
-        latest = total if total.size else latest
+    def in_real_units(leaf: Any, total: jax.Array) -> Any:
         gradient = total.astype(jnp.float32) * (perturbation.step / num_perturbations)
         if is_qtensor(leaf):
             zero = jnp.zeros_like(leaf.scale)
             return dataclasses.replace(leaf, qvalue=gradient, scale=zero)
         return gradient.astype(jnp.result_type(leaf))
 
+    totals = _weighted_sums(params, z_keys, coefficients, perturbation, mask)
+    gradient = evaluation.map_leaves(
+        lambda path, leaf, trained: (
+            in_real_units(leaf, totals[jax.tree_util.keystr(path)])
+            if trained
+            else jax.tree.map(jnp.zeros_like, leaf)
+        ),
+        params,
+        mask,
+    )
     both = jnp.stack([plus, minus]).astype(jnp.float32)
     return Estimate(
-        gradient=evaluation.map_leaves(leaf_fn, params, mask),
+        gradient=gradient,
         loss=jnp.mean(both, where=finite),
         loss_differences=(plus - minus).astype(jnp.float32),
         nonfinite_pairs=jnp.sum(~finite, dtype=jnp.int32),
     )
+
+
+def _weighted_sums(
+    params: Any,
+    z_keys: jax.Array,
+    coefficients: jax.Array,
+    perturbation: perturbations.Perturbation,
+    mask: Any,
+) -> dict[str, jax.Array]:
+    """``Σᵢ cᵢ z_qᵢ`` of each trained leaf, by ``keystr`` of its path."""
+    keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
+    with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+    names = [jax.tree_util.keystr(path) for path, _ in with_paths]
+    shapes = [jnp.shape(leaf) for _, leaf in with_paths]
+    small, large = evaluation.split_by_size(
+        [leaf for _, leaf in with_paths], jax.tree.leaves(mask), perturbation
+    )
+    totals = {}
+    if small:
+        together = jnp.stack([keys[names[i]] for i in small], axis=1)
+        size = max(math.prod(shapes[i]) for i in small)
+        rows = perturbation.weighted_sum_together(together, coefficients, size)
+        for i, row in zip(small, rows, strict=True):
+            totals[names[i]] = row[: math.prod(shapes[i])].reshape(shapes[i])
+    latest = coefficients
+    for i in large:
+        # One leaf after the other, or all gradients would be in memory at once.
+        delayed = ordering.delayed_key(keys[names[i]], latest)
+        latest = perturbation.weighted_sum(delayed, coefficients, shapes[i])
+        totals[names[i]] = latest
+    return totals
 
 
 def _raise_nonfinite(finite: Any, plus: Any, minus: Any, step: Any) -> None:

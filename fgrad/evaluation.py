@@ -9,7 +9,7 @@ function first uses it (`fgrad.point_of_use`), so no second copy of the model ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,6 +146,7 @@ class _Traced:
         scales = [x.scale for x in leaves if is_qtensor(x)]
         # The values first, so that the position of an argument is that of its leaf.
         self.arrays = [*values, *scales]
+        self.small, large = split_by_size(leaves, jax.tree.leaves(mask), perturbation)
 
         def function(*arrays: jax.Array) -> jax.Array:
             scales = iter(arrays[len(leaves) :])
@@ -157,7 +158,7 @@ class _Traced:
             ]
             return _check_loss(value_fn(jax.tree.unflatten(treedef, full)))
 
-        pending = [*jax.tree.leaves(mask), *(False for _ in scales)]
+        pending = [position in large for position in range(len(self.arrays))]
         self.program = point_of_use.trace(function, self.arrays, pending)
 
     def __call__(
@@ -189,8 +190,32 @@ class _Traced:
             )
             return low_rank.factored(base, u, v, amplitude)
 
+        # All small leaves first: their copies are no burden.
+        arrays = list(self.arrays)
+        if self.small:
+            size = max(arrays[leaf].size for leaf in self.small)
+            small_keys = jnp.stack([key_of(leaf, sign) for leaf in self.small])
+            rows = z.sample_together(small_keys, size)
+            for leaf, row in zip(self.small, rows, strict=True):
+                array = arrays[leaf]
+                z_q = row[: array.size].reshape(array.shape)
+                arrays[leaf] = _perturb_array(
+                    self.leaves[leaf], array, None, z_q, epsilon, z, sign
+                )
+                if events is not None:
+                    events.append(point_of_use.Event(leaf, "first", ""))
+
         perturber = point_of_use.Perturber(dense, factored)
-        return point_of_use.run(self.program, self.arrays, perturber, sign, events)
+        return point_of_use.run(self.program, arrays, perturber, sign, events)
+
+
+def split_by_size(
+    leaves: Sequence[Any], trained: Sequence[bool], z: perturbations.Perturbation
+) -> tuple[list[int], list[int]]:
+    """Positions of the trained leaves whose z is made together, and of all others."""
+    positions = [i for i, is_trained in enumerate(trained) if is_trained]
+    small = [i for i in positions if z.is_small(jnp.shape(leaves[i]))]
+    return small, [i for i in positions if i not in small]
 
 
 def perturb(
@@ -296,8 +321,9 @@ class Explanation(NamedTuple):
 
     Attributes:
       name: path of the leaf.
-      way: "at use"; "low rank", as base product plus correction; "before", ahead of
-        a call that cannot be followed or of a loop that uses it many times; "unused".
+      way: "at use"; "low rank", as base product plus correction; "first", with all
+        other small leaves; "before", ahead of a call that cannot be followed or of a
+        loop that uses it many times; "unused".
       primitives: the equations that used it, or that it was perturbed before.
     """
 
@@ -336,7 +362,7 @@ def explain(
       ...     loss, params, perturbations.low_rank(), x=jnp.ones((4, 3))
       ... ):
       ...     print(line.name, "|", line.way, "|", *line.primitives)
-      b | at use | broadcast_in_dim
+      b | first |
       w | low rank | dot_general
     """
     perturbation = perturbations.normal() if perturbation is None else perturbation

@@ -13,6 +13,7 @@ words by their index, and a word makes four values (two for `binomial`, 32 for
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import statistics
@@ -25,6 +26,9 @@ import numpy as np
 from jax.extend import random as threefry
 
 from fgrad import fixed_point, ordering
+
+# Values up to which leaves get their z together.
+SMALL = 1024
 
 _GOLDEN = np.uint32(0x9E3779B9)
 
@@ -65,17 +69,26 @@ class Perturbation:
         Returns:
           int8 z_q of that shape.
         """
-        size, per_word = math.prod(shape), self.values_per_word
-        # One word more than needed where a block may start inside a word.
-        aligned = block is None or size % per_word == 0
-        count = -(-size // per_word) + (not aligned)
-        start = jnp.uint32(0) if block is None else _uint32(block) * np.uint32(size)
-        words = jax.lax.iota(jnp.uint32, count) + start // np.uint32(per_word)
-        values = self.decode(self.generator(key, words))
-        if not aligned:
-            offset = (start % np.uint32(per_word)).astype(jnp.int32)
-            values = jax.lax.dynamic_slice(values, (offset,), (size,))
-        return values[:size].reshape(shape)
+        return _sample(self, shape, key, block)
+
+    def sample_together(self, keys: jax.Array, size: int) -> jax.Array:
+        """The perturbations of many small leaves at once.
+
+        Args:
+          keys: [n], of the leaves.
+          size: of the largest of them.
+
+        Returns:
+          int8 [n, size]; the z of a leaf is the start of its row.
+        """
+        return jax.vmap(lambda key: self.sample(key, (size,)))(keys)
+
+    def is_small(self, shape: tuple[int, ...]) -> bool:
+        """Whether a leaf is one for `sample_together`.
+
+        A program for each of many biases costs more than their values.
+        """
+        return math.prod(shape) <= SMALL
 
     def weighted_sum(
         self, keys: jax.Array, coefficients: jax.Array, shape: tuple[int, ...]
@@ -90,17 +103,16 @@ class Perturbation:
         Returns:
           The sum in the dtype of the coefficients, of the leaf's shape.
         """
+        return _accumulate(lambda k: self.sample(k, shape), keys, coefficients, shape)
 
-        def add(index: Any, total: jax.Array) -> jax.Array:
-            z = self.sample(keys[index], shape)
-            return total + coefficients[index] * z.astype(coefficients.dtype)
-
-        if len(coefficients) == 1:
-            return add(0, jnp.zeros((), coefficients.dtype))
-        # Zeros of all leaves would be made at once, long before they are needed.
-        zero = ordering.dependent_zero(jax.random.key_data(keys))
-        total = jnp.full(shape, zero.astype(coefficients.dtype))
-        return jax.lax.fori_loop(0, len(coefficients), add, total)
+    def weighted_sum_together(
+        self, keys: jax.Array, coefficients: jax.Array, size: int
+    ) -> jax.Array:
+        """``Σᵢ cᵢ z_qᵢ`` of many small leaves: keys [m, n], result [n, size]."""
+        shape = (keys.shape[1], size)
+        return _accumulate(
+            lambda k: self.sample_together(k, size), keys, coefficients, shape
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +147,10 @@ class LowRank(Perturbation):
         v = jax.vmap(lambda k: vector(k, shape[-1:]))(keys[self.rank :])
         return u[..., None], v.reshape(self.rank, *[1] * (len(shape) - 1), shape[-1])
 
+    def is_small(self, shape: tuple[int, ...]) -> bool:
+        """Whether a leaf is one for `sample_together`; see `Perturbation`."""
+        return len(shape) < 2 and super().is_small(shape)
+
     def sample(
         self, key: jax.Array, shape: tuple[int, ...], block: Any = None
     ) -> jax.Array:
@@ -154,6 +170,42 @@ class LowRank(Perturbation):
         v = v.reshape(terms, -1).astype(jnp.float32)
         total = jnp.einsum("ta,tb->ab", u, v, precision="highest")
         return total.astype(coefficients.dtype).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(
+    perturbation: Perturbation, shape: tuple[int, ...], key: jax.Array, block: Any
+) -> jax.Array:
+    """`Perturbation.sample`, traced once for leaves of the same shape."""
+    size, per_word = math.prod(shape), perturbation.values_per_word
+    # One word more than needed where a block may start inside a word.
+    aligned = block is None or size % per_word == 0
+    count = -(-size // per_word) + (not aligned)
+    start = jnp.uint32(0) if block is None else _uint32(block) * np.uint32(size)
+    words = jax.lax.iota(jnp.uint32, count) + start // np.uint32(per_word)
+    values = perturbation.decode(perturbation.generator(key, words))
+    if not aligned:
+        offset = (start % np.uint32(per_word)).astype(jnp.int32)
+        values = jax.lax.dynamic_slice(values, (offset,), (size,))
+    return values[:size].reshape(shape)
+
+
+def _accumulate(
+    sample: Callable[[jax.Array], jax.Array],
+    keys: jax.Array,
+    coefficients: jax.Array,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    def add(index: Any, total: jax.Array) -> jax.Array:
+        z = sample(keys[index]).astype(coefficients.dtype)
+        return total + coefficients[index] * z
+
+    if len(coefficients) == 1:
+        return add(0, jnp.zeros((), coefficients.dtype))
+    # Plain zeros of all leaves would be made at once, long before they are needed.
+    zero = ordering.dependent_zero(jax.random.key_data(keys))
+    total = jnp.full(shape, zero.astype(coefficients.dtype))
+    return jax.lax.fori_loop(0, len(coefficients), add, total)
 
 
 def counter_hash(key: jax.Array, indices: jax.Array) -> jax.Array:
