@@ -198,9 +198,9 @@ def _weighted_sums(
     with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
     names = [jax.tree_util.keystr(path) for path, _ in with_paths]
     shapes = [jnp.shape(leaf) for _, leaf in with_paths]
-    small, large = evaluation.split_by_size(
-        [leaf for _, leaf in with_paths], jax.tree.leaves(mask), perturbation
-    )
+    positions = [i for i, trained in enumerate(jax.tree.leaves(mask)) if trained]
+    small = [i for i in positions if perturbation.is_small(shapes[i])]
+    large = [i for i in positions if not perturbation.is_small(shapes[i])]
     totals = {}
     if small:
         together = jnp.stack([keys[names[i]] for i in small], axis=1)
@@ -212,8 +212,9 @@ def _weighted_sums(
     for i in large:
         # One leaf after the other, or all gradients would be in memory at once.
         delayed = ordering.delayed_key(keys[names[i]], latest)
-        latest = perturbation.weighted_sum(delayed, coefficients, shapes[i])
-        totals[names[i]] = latest
+        total = perturbation.weighted_sum(delayed, coefficients, shapes[i])
+        latest = total if total.size else latest
+        totals[names[i]] = total
     return totals
 
 

@@ -142,24 +142,25 @@ class _Traced:
         self.perturbation = perturbation
         self.paths = [path for path, _ in with_paths]
         self.leaves = leaves
-        values = [x.qvalue if is_qtensor(x) else jnp.asarray(x) for x in leaves]
-        scales = [x.scale for x in leaves if is_qtensor(x)]
-        # The values first, so that the position of an argument is that of its leaf.
-        self.arrays = [*values, *scales]
-        self.small, large = split_by_size(leaves, jax.tree.leaves(mask), perturbation)
+        self.trained = [i for i, on in enumerate(jax.tree.leaves(mask)) if on]
+        self.small = {
+            i for i in self.trained if perturbation.is_small(jnp.shape(leaves[i]))
+        }
+        chosen = [leaves[i] for i in self.trained]
+        self.values = [x.qvalue if is_qtensor(x) else jnp.asarray(x) for x in chosen]
+        self.scales = [x.scale for x in chosen if is_qtensor(x)]
 
-        def function(*arrays: jax.Array) -> jax.Array:
-            scales = iter(arrays[len(leaves) :])
-            full = [
-                dataclasses.replace(leaf, qvalue=value, scale=next(scales))
-                if is_qtensor(leaf)
-                else value
-                for leaf, value in zip(leaves, arrays, strict=False)
-            ]
+        def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:
+            full, scale = list(leaves), iter(scales)  # the frozen leaves as they are
+            for i, value in zip(self.trained, values, strict=True):
+                full[i] = (
+                    dataclasses.replace(leaves[i], qvalue=value, scale=next(scale))
+                    if is_qtensor(leaves[i])
+                    else value
+                )
             return _check_loss(value_fn(jax.tree.unflatten(treedef, full)))
 
-        pending = [position in large for position in range(len(self.arrays))]
-        self.program = point_of_use.trace(function, self.arrays, pending)
+        self.program = point_of_use.trace(function, self.values, self.scales)
 
     def __call__(
         self,
@@ -191,31 +192,24 @@ class _Traced:
             return low_rank.factored(base, u, v, amplitude)
 
         # All small leaves first: their copies are no burden.
-        arrays = list(self.arrays)
-        if self.small:
-            size = max(arrays[leaf].size for leaf in self.small)
-            small_keys = jnp.stack([key_of(leaf, sign) for leaf in self.small])
-            rows = z.sample_together(small_keys, size)
-            for leaf, row in zip(self.small, rows, strict=True):
-                array = arrays[leaf]
+        values: list[Any] = [
+            point_of_use.Pending(i, value)
+            for i, value in zip(self.trained, self.values, strict=True)
+        ]
+        small = [n for n, i in enumerate(self.trained) if i in self.small]
+        if small:
+            keys_of_small = [key_of(self.trained[n], sign) for n in small]
+            size = max(self.values[n].size for n in small)
+            rows = z.sample_together(jnp.stack(keys_of_small), size)
+            for n, row in zip(small, rows, strict=True):
+                leaf, array = self.leaves[self.trained[n]], self.values[n]
                 z_q = row[: array.size].reshape(array.shape)
-                arrays[leaf] = _perturb_array(
-                    self.leaves[leaf], array, None, z_q, epsilon, z, sign
-                )
-                if events is not None:
-                    events.append(point_of_use.Event(leaf, "first", ""))
+                values[n] = _perturb_array(leaf, array, None, z_q, epsilon, z, sign)
 
         perturber = point_of_use.Perturber(dense, factored)
-        return point_of_use.run(self.program, arrays, perturber, sign, events)
-
-
-def split_by_size(
-    leaves: Sequence[Any], trained: Sequence[bool], z: perturbations.Perturbation
-) -> tuple[list[int], list[int]]:
-    """Positions of the trained leaves whose z is made together, and of all others."""
-    positions = [i for i, is_trained in enumerate(trained) if is_trained]
-    small = [i for i in positions if z.is_small(jnp.shape(leaves[i]))]
-    return small, [i for i in positions if i not in small]
+        return point_of_use.run(
+            self.program, [*values, *self.scales], perturber, sign, events
+        )
 
 
 def perturb(
@@ -387,6 +381,7 @@ def explain(
                 found.setdefault(event.way, []).append(event.primitive)
         if trained:
             name = fixed_point.path_str(traced[0].paths[leaf])
+            found = {"first": []} if leaf in traced[0].small else found
             lines += [
                 Explanation(name, way, tuple(dict.fromkeys(primitives)))
                 for way, primitives in (found or {"unused": []}).items()

@@ -81,26 +81,36 @@ class Event(NamedTuple):
     primitive: str
 
 
-class Program(NamedTuple):
-    """A traced function; see `trace`."""
+@dataclasses.dataclass
+class Pending:
+    """A parameter, or one block of it in a scan, that is not perturbed yet.
 
-    jaxpr: core.ClosedJaxpr
-    pending: tuple[bool, ...]
+    Attributes:
+      leaf: its position among the leaves of the parameters.
+      array: the unperturbed values.
+      block: index of the block; None for all of the leaf.
+      keep: whether the copy that is perturbed first serves further uses.
+      kept: that copy.
+    """
+
+    leaf: int
+    array: jax.Array
+    block: Any = None
+    keep: bool = False
+    kept: _Known | None = None
 
 
-def trace(
-    function: Callable[..., jax.Array],
-    arrays: Sequence[jax.Array],
-    pending: Sequence[bool],
-) -> Program:
-    """Traces ``function(*arrays) -> array``; ``pending`` marks what is perturbed."""
-    avals = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arrays]
-    return Program(jax.make_jaxpr(function)(*avals), tuple(pending))
+def trace(function: Callable[..., jax.Array], *arguments: Any) -> core.ClosedJaxpr:
+    """The jaxpr of a function of pytrees of arrays, for `run`."""
+    avals = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), arguments
+    )
+    return jax.make_jaxpr(function)(*avals)
 
 
 def run(
-    program: Program,
-    arrays: Sequence[jax.Array],
+    program: core.ClosedJaxpr,
+    values: Sequence[Pending | jax.Array],
     perturber: Perturber,
     seed: jax.Array,
     events: list[Event] | None = None,
@@ -108,9 +118,9 @@ def run(
     """The function's value with its pending arguments perturbed.
 
     Args:
-      program: from `trace`.
-      arrays: the arguments.
-      perturber: how a leaf becomes perturbed; leaves are positions in ``arrays``.
+      program: from `trace`, of a function with one output.
+      values: its arguments in flat order.
+      perturber: how a leaf becomes perturbed.
       seed: any scalar that differs between evaluations, such as the sign. Until there
         is an activation, keys depend on it, so that a loop over evaluations cannot
         make the first z before it starts.
@@ -120,14 +130,22 @@ def run(
       What the traced function returns.
     """
     interpreter = _Interpreter(perturber, seed, [] if events is None else events)
-    jaxpr = program.jaxpr.jaxpr
-    repeats = _uses(jaxpr)
-    values: list[_Value] = []
-    for leaf, (array, pending) in enumerate(zip(arrays, program.pending, strict=True)):
-        keep = repeats[leaf] > MAX_REPEATS
-        values.append(_Weight(leaf, array, keep=keep) if pending else _constant(array))
-    (out,) = interpreter.run(jaxpr, program.jaxpr.consts, values)
+    inputs: list[_Value] = [
+        x if isinstance(x, Pending) else _constant(x) for x in values
+    ]
+    inputs = _with_keep(program.jaxpr, inputs)
+    (out,) = interpreter.run(program.jaxpr, program.consts, inputs)
     return interpreter.force(out, "return").array
+
+
+def _with_keep(jaxpr: core.Jaxpr, values: Sequence[_Value]) -> list[_Value]:
+    """The values as inputs of a jaxpr, in whose scope perturbed copies may be kept."""
+    return [
+        dataclasses.replace(x, keep=uses > MAX_REPEATS, kept=None)
+        if isinstance(x, Pending)
+        else x
+        for x, uses in zip(values, _uses(jaxpr), strict=True)
+    ]
 
 
 class _Known(NamedTuple):
@@ -142,17 +160,6 @@ class _Known(NamedTuple):
     array: jax.Array
     constant: bool = False
     active: bool = False
-
-
-@dataclasses.dataclass
-class _Weight:
-    """A parameter, or one block of it in a scan, that is not perturbed yet."""
-
-    leaf: int
-    array: jax.Array
-    block: Any = None
-    keep: bool = False  # the perturbed copy, for further uses
-    kept: _Known | None = None
 
 
 @dataclasses.dataclass
@@ -171,7 +178,7 @@ class _Output(NamedTuple):
     position: int
 
 
-_Value = _Known | _Weight | _Output
+_Value = _Known | Pending | _Output
 
 
 def _constant(array: Any) -> _Known:
@@ -299,7 +306,7 @@ class _Interpreter:
 
     def factored(self, value: _Value) -> Factored | None:
         """A pending weight as its base and factors, through casts and the like."""
-        if isinstance(value, _Weight):
+        if isinstance(value, Pending):
             if value.kept is not None:
                 return None
             return self.perturber.factored(
@@ -323,7 +330,7 @@ class _Interpreter:
 
     def enter(self, value: _Value, inside: bool, primitive: str) -> _Value:
         """What a loop or a branch gets: known values, or a weight to perturb inside."""
-        if isinstance(value, _Weight) and value.kept is None and inside:
+        if isinstance(value, Pending) and value.kept is None and inside:
             return value
         return self.force(value, primitive, way="before")
 
@@ -332,13 +339,7 @@ class _Interpreter:
     ) -> list[jax.Array]:
         """Runs the jaxpr of a loop or branch, whose values belong to that scope."""
         outer = self.latest
-        uses = _uses(closed.jaxpr)
-        inner = [
-            dataclasses.replace(x, keep=n > MAX_REPEATS)
-            if isinstance(x, _Weight)
-            else x
-            for x, n in zip(values, uses, strict=True)
-        ]
+        inner = _with_keep(closed.jaxpr, values)
         self.wait_for([x.array for x in inner if isinstance(x, _Known) and x.active])
         outputs = self.run(closed.jaxpr, closed.consts, inner)
         arrays = [self.force(x, primitive).array for x in outputs]
@@ -358,7 +359,7 @@ class _Interpreter:
         carry = [self.force(x, "scan", "before").array for x in inputs[carry_at:xs_at]]
         # A block of a vector is a scalar, too little to have an axis of its own.
         sliced = [
-            self.enter(x, isinstance(x, _Weight) and x.array.ndim > 1, "scan")
+            self.enter(x, isinstance(x, Pending) and x.array.ndim > 1, "scan")
             for x in inputs[xs_at:]
         ]
 
@@ -366,9 +367,9 @@ class _Interpreter:
             index, *slices = xs
             values = [*shared, *(_Known(c, active=True) for c in carry)]
             for value, array in zip(sliced, slices, strict=True):
-                if isinstance(value, _Weight):
+                if isinstance(value, Pending):
                     block = index + (0 if value.block is None else value.block * length)
-                    values.append(_Weight(value.leaf, array, block))
+                    values.append(Pending(value.leaf, array, block))
                 else:
                     assert isinstance(value, _Known)
                     values.append(_Known(array, active=value.active))
@@ -431,7 +432,7 @@ def _can_be_awaited(array: jax.Array) -> bool:
 
 
 def _leaves(value: _Value) -> list[int]:
-    if isinstance(value, _Weight):
+    if isinstance(value, Pending):
         return [value.leaf]
     if isinstance(value, _Output):
         return [leaf for x in value.source.inputs for leaf in _leaves(x)]
