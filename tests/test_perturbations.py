@@ -157,9 +157,19 @@ def test_value_counts_pass_a_chi_square_test(name):
     assert scipy.stats.chisquare(counts, probabilities * SIZE).pvalue > 1e-6
 
 
-def test_random_bytes_are_uniform_and_independent_of_their_neighbours():
-    octets = np.asarray(perturbations._random_bytes(jax.random.key(3), (SIZE,)))
-    assert octets.dtype == np.uint8
+GENERATORS = [perturbations.counter_hash, perturbations.threefry_words]
+every_generator = pytest.mark.parametrize("generator", GENERATORS)
+
+
+def random_bytes(generator, key, words):
+    """uint8 [words, 4]."""
+    indices = jnp.arange(words, dtype=jnp.uint32)
+    return np.asarray(generator(key, indices)).view(np.uint8).reshape(words, 4)
+
+
+@every_generator
+def test_random_bytes_are_uniform_and_independent_of_their_neighbours(generator):
+    octets = random_bytes(generator, jax.random.key(3), SIZE // 4).reshape(-1)
     counts = np.bincount(octets, minlength=256)
     assert scipy.stats.chisquare(counts).pvalue > 1e-6
     for lag in (1, 2, 3, 4, 5, 8):
@@ -170,9 +180,12 @@ def test_random_bytes_are_uniform_and_independent_of_their_neighbours():
             assert scipy.stats.chisquare(counts).pvalue > 1e-6, lag
 
 
-def test_every_bit_of_the_random_words_is_fair_and_uncorrelated_with_the_others():
+@every_generator
+def test_every_bit_of_the_random_words_is_fair_and_uncorrelated_with_the_others(
+    generator,
+):
     words = SIZE // 4
-    octets = np.asarray(perturbations._random_bytes(jax.random.key(4), (words, 4)))
+    octets = random_bytes(generator, jax.random.key(4), words)
     # Sums of ±1 below 2**24 are exact in float32.
     bits = np.unpackbits(octets, axis=1).astype(np.float32) * 2 - 1
     limit = SIGMAS / math.sqrt(words - 2)
@@ -470,3 +483,128 @@ def test_every_setting_that_is_accepted_has_unit_variance(bits, z_max):
     # 1.0000 at z_max=2; the coarsest grid, three integers a side, gives 0.992.
     assert abs(np.mean(table**2) - 1) < (0.002 if step < 0.5 else 0.01)
     assert abs(np.mean(table)) < 1e-12
+
+
+# ------------------------------------------------------------------------ generators
+
+
+@every_generator
+def test_words_depend_on_key_and_index_only(generator):
+    key = jax.random.key(5)
+    words = generator(key, jnp.arange(100, dtype=jnp.uint32))
+    np.testing.assert_array_equal(
+        generator(key, jnp.array([70, 3], jnp.uint32)), words[jnp.array([70, 3])]
+    )
+    assert np.all(
+        words != generator(jax.random.key(6), jnp.arange(100, dtype=np.uint32))
+    )
+
+
+def test_threefry_words_are_those_of_the_published_cipher():
+    # Known answer of Threefry-2x32, 20 rounds, from the Random123 distribution.
+    key = jnp.array([0x13198A2E, 0x03707344], jnp.uint32)
+    counter = jnp.array([0x243F6A88], jnp.uint32)
+    x = jax.extend.random.threefry_2x32(
+        key, jnp.array([0x243F6A88, 0x85A308D3], "uint32")
+    )
+    assert [hex(v) for v in np.asarray(x)] == ["0xc4923a9c", "0x483df7a0"]
+    expected = jax.extend.random.threefry_2x32(
+        key, jnp.array([0x243F6A88, 0], "uint32")
+    )
+    assert perturbations.threefry_words(key, counter)[0] == expected[0]
+
+
+@every_generator
+@pytest.mark.parametrize("name", ["normal", "rademacher", "binomial"])
+def test_the_generator_is_selectable(generator, name):
+    z = getattr(perturbations, name)(generator=generator)
+    sample = np.asarray(z.sample(jax.random.key(0), (2**14,)), np.float64) * z.step
+    assert abs(sample.mean()) < SIGMAS / 2**7
+    assert abs(sample.var() - 1) < SIGMAS * math.sqrt(2) / 2**7
+    default = getattr(perturbations, name)().sample(jax.random.key(0), (2**14,))
+    same = generator is perturbations.counter_hash
+    assert np.array_equal(sample, np.asarray(default) * z.step) is same
+
+
+# ---------------------------------------------------------------------------- blocks
+
+WITH_LOW_RANK = {
+    **{name: DISTRIBUTIONS[name] for name in ("normal", "rademacher", "binomial")},
+    "low_rank": perturbations.low_rank(3),
+    "threefry": perturbations.normal(generator=perturbations.threefry_words),
+}
+
+
+@pytest.mark.parametrize("name", WITH_LOW_RANK)
+@pytest.mark.parametrize("shape", [(3, 7), (4, 8), (1,), (33,)])
+def test_a_block_is_that_part_of_the_leaf(name, shape):
+    z, key = WITH_LOW_RANK[name], jax.random.key(7)
+    leaf = np.asarray(z.sample(key, (2, 5, *shape)))
+    block = jax.jit(lambda i: z.sample(key, shape, i))
+    for i in range(2):
+        for j in range(5):
+            np.testing.assert_array_equal(block(i * 5 + j), leaf[i, j])
+    # One level up the blocks have an axis more.
+    np.testing.assert_array_equal(z.sample(key, (5, *shape), 1), leaf[1])
+
+
+@pytest.mark.parametrize("name", WITH_LOW_RANK)
+def test_leaves_sampled_together_get_the_z_that_they_get_alone(name):
+    z = WITH_LOW_RANK[name]
+    keys = jax.random.split(jax.random.key(8), 3)
+    rows = z.sample_together(keys, 40)
+    for key, row, size in zip(keys, rows, (40, 7, 1), strict=True):
+        np.testing.assert_array_equal(row[:size], z.sample(key, (size,)))
+
+
+@pytest.mark.parametrize("name", WITH_LOW_RANK)
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_a_weighted_sum_adds_up_the_samples(name, m, dtype):
+    z, shape = WITH_LOW_RANK[name], (5, 3, 4)
+    keys = jax.random.split(jax.random.key(9), m)
+    c = jnp.array([1, -1, 0, 1][:m], dtype)
+    expected = sum(
+        int(c[i]) * np.asarray(z.sample(keys[i], shape), np.int64) for i in range(m)
+    )
+    total = jax.jit(z.weighted_sum, static_argnums=2)(keys, c, shape)
+    assert total.dtype == dtype
+    np.testing.assert_array_equal(total, expected)
+    together = z.weighted_sum_together(jnp.stack([keys, keys], 1), c, 6)
+    expected = sum(
+        int(c[i]) * np.asarray(z.sample(keys[i], (6,)), np.int64) for i in range(m)
+    )
+    np.testing.assert_array_equal(together, np.stack([expected, expected]))
+
+
+# -------------------------------------------------------------------------- low rank
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (30,)])
+def test_low_rank_z_has_zero_mean_unit_variance_and_no_correlations(rank, shape):
+    z, draws = perturbations.low_rank(rank), 2**14
+    keys = jax.random.split(jax.random.key(10), draws)
+    samples = jax.jit(jax.vmap(lambda k: z.sample(k, shape)))(keys)
+    assert samples.dtype == jnp.int8
+    values = np.asarray(samples, np.float64).reshape(draws, -1) * z.step
+    limit = SIGMAS / math.sqrt(draws)
+    assert np.abs(values.mean(0)).max() < limit
+    covariance = values.T @ values / draws
+    # The fourth moment of a sum of r signs over r**0.5 is 3 - 2 / r.
+    assert np.abs(np.diag(covariance) - 1).max() <= limit * math.sqrt(2 - 2 / rank)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < limit * 1.2
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_low_rank_z_has_that_rank_with_the_last_axis_on_one_side(rank):
+    z = perturbations.low_rank(rank)
+    sample = np.asarray(z.sample(jax.random.key(11), (4, 5, 16)), np.float64)
+    assert np.linalg.matrix_rank(sample.reshape(20, 16)) == rank
+    assert np.linalg.matrix_rank(sample.transpose(0, 2, 1).reshape(64, 5)) > rank
+
+
+@pytest.mark.parametrize("rank", [0, 128, 1.0, True])
+def test_low_rank_raises_for_an_impossible_rank(rank):
+    with pytest.raises(ValueError, match="rank must be an integer from 1 to 127"):
+        perturbations.low_rank(rank)

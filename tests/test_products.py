@@ -620,22 +620,36 @@ def test_named_padding_of_a_dilated_input_raises_as_in_lax(groups):
 # ---------------------------------------------------------------- the arithmetic used
 
 
-def product_equations(jaxpr):
-    """All dot and conv equations, those of sub-jaxprs too."""
+def all_equations(jaxpr):
+    """The equations of a jaxpr, of its sub-jaxprs and of our primitives."""
+    primitives = {
+        products.integer_dot_general_p: products._integer_dot,
+        products.integer_conv_p: products._integer_conv,
+    }
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield equation
+        if equation.primitive in primitives:
+            function = primitives[equation.primitive]
+            function = functools.partial(function, **equation.params)
+            avals = [v.aval for v in equation.invars]
+            yield from all_equations(jax.make_jaxpr(function)(*avals).jaxpr)
+            continue
+        yield equation
         for parameter in jax.tree.leaves(
             equation.params, is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")
         ):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from product_equations(inner)
+                yield from all_equations(inner)
+
+
+def product_equations(jaxpr):
+    names = ("dot_general", "conv_general_dilated")
+    return [e for e in all_equations(jaxpr) if e.primitive.name in names]
 
 
 def assert_int8_products(fn, *operands, expected):
     jaxpr = jax.make_jaxpr(jax.jit(fn))(*operands).jaxpr
-    equations = list(product_equations(jaxpr))
+    equations = product_equations(jaxpr)
     for equation in equations:
         assert [v.aval.dtype for v in equation.invars] == [jnp.int8, jnp.int8]
         assert [v.aval.dtype for v in equation.outvars] == [jnp.int32]
@@ -680,10 +694,64 @@ def test_a_depthwise_convolution_adds_up_int32_products_and_no_floats():
             x, w, (1, 1), "SAME", None, None, None, 4
         )
     )(lhs, rhs).jaxpr
-    assert not list(product_equations(jaxpr))
-    multiplications = [e for e in jaxpr.eqns if e.primitive.name == "mul"]
+    assert not product_equations(jaxpr)
+    multiplications = [e for e in all_equations(jaxpr) if e.primitive.name == "mul"]
     dtypes = [e.outvars[0].aval.dtype for e in multiplications]
     # Nine taps in integers; two scales in floats.
     assert dtypes.count(jnp.int32) == 9
     assert dtypes.count(jnp.float32) == 2
     assert len(dtypes) == 11
+
+
+# ----------------------------------------------------------------------- primitives
+
+
+def integer_primitives(fn, *operands):
+    jaxpr = jax.make_jaxpr(fn)(*operands).jaxpr
+    ours = (products.integer_dot_general_p, products.integer_conv_p)
+    return [e.primitive for e in jaxpr.eqns if e.primitive in ours]
+
+
+def test_a_program_that_reads_jaxprs_sees_one_product_of_activation_and_weight():
+    lhs, rhs = spec((2, 3), jnp.int8), spec((3, 4), jnp.int16)
+    found = integer_primitives(
+        lambda x, w: products.dot_general(x, w, MATRIX), lhs, rhs
+    )
+    assert found == [products.integer_dot_general_p]
+    lhs, rhs = spec((1, 4, 5, 5), jnp.int8), spec((6, 4, 3, 3), jnp.int16)
+    found = integer_primitives(
+        lambda x, w: products.conv_general_dilated(x, w, (1, 1), "SAME"), lhs, rhs
+    )
+    assert found == [products.integer_conv_p]
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0), (1, 2)])
+def test_vmap_over_either_operand_equals_one_at_a_time(in_axes):
+    rng = np.random.default_rng(0)
+
+    def integers(shape, limit, dtype, axis):
+        shape = list(shape)
+        if axis is not None:
+            shape.insert(axis, 3)
+        return jnp.array(rng.integers(-limit, limit + 1, shape), dtype)
+
+    def slices(array, axis):
+        return [array if axis is None else jnp.take(array, i, axis) for i in range(3)]
+
+    def dot(x, w):
+        x, w = (QTensor(v, jnp.float32(1), b) for v, b in ((x, 8), (w, 16)))
+        return products.dot_general(x, w, MATRIX)
+
+    def conv(x, w):
+        x, w = (QTensor(v, jnp.float32(1), b) for v, b in ((x, 8), (w, 16)))
+        return products.conv_general_dilated(x, w, (2, 1), "SAME")
+
+    for function, x_shape, w_shape in (
+        (dot, (2, 3), (3, 4)),
+        (conv, (1, 4, 5, 5), (6, 4, 3, 3)),
+    ):
+        x = integers(x_shape, 127, jnp.int8, in_axes[0])
+        w = integers(w_shape, 32767, jnp.int16, in_axes[1])
+        got = jax.vmap(function, in_axes)(x, w)
+        pairs = zip(slices(x, in_axes[0]), slices(w, in_axes[1]), strict=True)
+        np.testing.assert_array_equal(got, [function(*pair) for pair in pairs])
