@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 import fgrad
 from experiments.data.arrays import Split
-from fgrad import layers
+from fgrad import layers, perturbations
 
 
 class TrainState(NamedTuple):
@@ -85,6 +85,7 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
                 epsilon=method.epsilon,
                 num_perturbations=method.num_perturbations,
                 vectorize=method.vectorize,
+                perturbation=_perturbation(method),
             )
             links = [estimate, *links, fgrad.quantized_update()]
         return optax.with_extra_args_support(optax.chain(*links))
@@ -132,6 +133,11 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
 
     passes = 2 * method.num_perturbations if forward else 3
     return Learner(init, step, accuracy, passes)
+
+
+def _perturbation(method: ConfigDict) -> perturbations.Perturbation:
+    arguments = {"rank": method.rank} if method.perturbation == "low_rank" else {}
+    return getattr(perturbations, method.perturbation)(**arguments)
 
 
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:
