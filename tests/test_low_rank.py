@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import fgrad
-from fgrad import evaluation, perturbations, products
+from fgrad import evaluation, low_rank, perturbations, products
 from fgrad.fixed_point import QTensor
 
 KEY = jax.random.key(0)
@@ -261,7 +261,7 @@ def test_directions_at_once_share_one_base_product(bits):
 
     def operands(jaxpr):
         for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
+            if equation.primitive.name in low_rank.RULES:
                 yield [v.aval.shape for v in equation.invars]
             for p in equation.params.values():
                 if hasattr(p, "jaxpr"):

@@ -1,1 +1,1 @@
-"""Measurements of cost; each prints its table and writes JSON if asked."""
+"""Measurements of cost: `main` makes the tables, `z_share` one of its own."""

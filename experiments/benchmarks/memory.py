@@ -1,0 +1,51 @@
+"""Memory of every method on every network, as the compiler plans it; nothing runs."""
+
+from collections.abc import Callable, Iterator
+
+from experiments.benchmarks import measure, programs, subjects
+from experiments.benchmarks.measure import Program
+from experiments.benchmarks.subjects import Problem
+from experiments.benchmarks.table import Table, mib
+
+METHODS: dict[str, Callable[[Problem], Program]] = {
+    "inference": programs.inference,
+    "m=1": programs.forward_step,
+    "m=4": lambda problem: programs.forward_step(problem, 4),
+    "K=4": lambda problem: programs.forward_step(problem, 4, vectorize=4),
+    "K=8 low-rank": lambda problem: programs.low_rank_step(problem, 8),
+    "backprop": programs.backprop_step,
+    "K=4 vmap": lambda problem: programs.vmap_step(problem, 4),
+}
+
+
+def tables(smoke: bool) -> Iterator[Table]:
+    """Compiles the methods.
+
+    Args:
+      smoke: whether to take a tiny network and one batch.
+    """
+    batch_sizes = (2,) if smoke else (1, 4, 16, 64)
+    rows, raw = [], []
+    for name, subject in subjects.chosen(smoke).items():
+        for batch_size in batch_sizes:
+            problem = subjects.problem(subject, batch_size)
+            memory = measure.plan({m: make(problem) for m, make in METHODS.items()})
+            cells = [f"{mib(m.temporaries)} / {mib(m.live)}" for m in memory.values()]
+            rows.append([name, str(batch_size), *cells])
+            raw.append(
+                {
+                    "subject": name,
+                    "parameters": problem.num_parameters,
+                    "batch_size": batch_size,
+                    "memory": {method: m.asdict() for method, m in memory.items()},
+                }
+            )
+    yield Table(
+        title="Memory in MiB, temporaries / live",
+        columns=("network", "batch", *METHODS),
+        rows=rows,
+        note="float32. Live: parameters, state, data and temporaries of one call. "
+        "Steps are donated. m: pairs one after the other; K: pairs at once; vmap: "
+        "weights perturbed by hand under jax.vmap.",
+        raw=raw,
+    )

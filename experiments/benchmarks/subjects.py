@@ -1,0 +1,148 @@
+"""What is measured: networks with a loss and random data of real shapes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fgrad
+from experiments.benchmarks import measure
+from experiments.models import cnn, lstm, mlp, resnet, vit
+from fgrad import layers
+
+# (bits of weights, bits of activations)
+ARITHMETIC: dict[str, tuple[int, int] | None] = {
+    "float32": None,
+    "16w8a": (16, 8),
+    "8w8a": (8, 8),
+}
+_CALIBRATION_EXAMPLES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A network and the shape of what it reads.
+
+    Attributes:
+      network: ``network(num_classes=..., bits=...)`` gives the Flax module.
+      input_shape: shape of one example.
+      num_classes: number of classes.
+    """
+
+    network: Callable[..., nn.Module]
+    input_shape: tuple[int, ...]
+    num_classes: int = 10
+
+
+def stack(width: int, depth: int) -> Subject:
+    """A multilayer perceptron whose layers are all of one width."""
+    network = functools.partial(mlp.MLP, width=width, depth=depth)
+    return Subject(network, (width,))
+
+
+# DeiT-tiny and ResNet18 at 96 pixels, digits, and a second of speech in 50 frames.
+SUBJECTS = {
+    "vit": Subject(vit.ViT, (96, 96, 3)),
+    "resnet18": Subject(resnet.ResNet, (96, 96, 3)),
+    "cnn": Subject(cnn.CNN, (8, 8, 1)),
+    "lstm": Subject(lstm.LSTM, (50, 40), 12),
+}
+
+
+def chosen(smoke: bool) -> dict[str, Subject]:
+    """`SUBJECTS`, or a tiny one that stands for all of them."""
+    return {"mlp": stack(8, 1)} if smoke else SUBJECTS
+
+
+class Batch(NamedTuple):
+    """Examples and their classes.
+
+    Attributes:
+      inputs: float32 [batch, *input_shape].
+      labels: int32 [batch].
+    """
+
+    inputs: jax.Array
+    labels: jax.Array
+
+
+class Problem(NamedTuple):
+    """A subject in some arithmetic with a batch of data.
+
+    Attributes:
+      loss_fn: ``loss_fn(params, **data) -> scalar``, the mean cross-entropy.
+      params: weights, float or `fgrad.QTensor`.
+      data: the ``scales`` of activations and the ``batch``.
+    """
+
+    loss_fn: Callable[..., jax.Array]
+    params: Any
+    data: Mapping[str, Any]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights there are."""
+        leaves = jax.tree.leaves(self.params, is_leaf=fgrad.fixed_point.is_qtensor)
+        return sum(leaf.size for leaf in leaves)
+
+
+def problem(
+    subject: Subject,
+    batch_size: int,
+    arithmetic: str = "float32",
+    *,
+    simulated: bool = False,
+) -> Problem:
+    """Sets a problem.
+
+    Args:
+      subject: the network.
+      batch_size: examples of the batch.
+      arithmetic: a key of `ARITHMETIC`.
+      simulated: keeps the weights in float and rounds weights and activations on the
+        way, with a straight-through gradient: what backpropagation trains.
+    """
+    bits = ARITHMETIC[arithmetic]
+    model = subject.network(num_classes=subject.num_classes, bits=bits)
+    params, scales = _variables(subject, bits)
+    if bits and not simulated:
+        params = fgrad.quantize(params, bits=bits[0])
+
+    def loss_fn(params: Any, scales: Any, batch: Batch) -> jax.Array:
+        logits = model.apply({"params": params, **scales}, batch.inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch.labels
+        ).mean()
+
+    return Problem(
+        loss_fn, params, {"scales": scales, "batch": _batch(subject, batch_size)}
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(subject: Subject, bits: layers.Bits) -> tuple[Any, Any]:
+    """Float parameters, and the scales of the activations if they are integers."""
+    model = subject.network(num_classes=subject.num_classes, bits=bits)
+    inputs = _batch(subject, _CALIBRATION_EXAMPLES).inputs
+    jit = functools.partial(jax.jit, compiler_options=measure.quick_options())
+    params = jit(model.init)(jax.random.key(0), inputs)["params"]
+    if not bits:
+        return params, {}
+    calibrate = functools.partial(layers.calibrate, model)
+    variables = jit(calibrate)({"params": params}, inputs)
+    return params, {layers.SCALES: variables[layers.SCALES]}
+
+
+def _batch(subject: Subject, batch_size: int) -> Batch:
+    # NumPy has nothing to compile.
+    random = np.random.default_rng(1)
+    shape = (batch_size, *subject.input_shape)
+    inputs = random.standard_normal(shape, np.float32)
+    labels = random.integers(subject.num_classes, size=batch_size, dtype=np.int32)
+    return Batch(jnp.asarray(inputs), jnp.asarray(labels))
