@@ -17,3 +17,18 @@ def test_the_readme_has_two_set_up_commands_of_one_line():
     commands = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
     assert [c.count("\n") for c in commands] == [1, 1]
     assert all(c.startswith("python3.11 -m venv .venv && ") for c in commands)
+
+
+def test_the_code_on_memory_runs_and_says_what_it_prints(capsys):
+    page = (ROOT / "docs" / "memory.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "memory.md", "exec"), names)
+        printed = re.findall(r"^# (.*)$", code, re.MULTILINE)
+        if printed:
+            assert capsys.readouterr().out.splitlines() == printed
+    live, temporaries = map(int, capsys.readouterr().out.split())
+    assert live == names["live"]
+    # Donated: the new parameters take the place of the old ones.
+    assert names["report"].alias_size_in_bytes >= 4 * 65 * 64
+    assert temporaries < live
