@@ -147,7 +147,10 @@ class _Traced:
             i for i in self.trained if perturbation.is_small(jnp.shape(leaves[i]))
         }
         chosen = [leaves[i] for i in self.trained]
-        self.values = [x.qvalue if is_qtensor(x) else jnp.asarray(x) for x in chosen]
+        self.values = [
+            x.qvalue if is_qtensor(x) else jnp.asarray(x, jnp.result_type(x))
+            for x in chosen
+        ]
         self.scales = [x.scale for x in chosen if is_qtensor(x)]
 
         def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:

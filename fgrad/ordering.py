@@ -6,6 +6,8 @@ it schedules on a CPU. What is to wait for something has to depend on it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,7 +40,13 @@ def dependent_zero(array: jax.Array) -> jax.Array:
 
 
 def delayed_key(key: jax.Array, after: jax.Array) -> jax.Array:
-    """The same PRNG key, but not before ``after`` has been computed."""
+    """The same PRNG key, but not before ``after`` has been computed.
+
+    Inside ``shard_map`` a key that all devices share does not wait for an array that
+    differs between them: it would count as different itself.
+    """
+    if _varying(after) - _varying(key):
+        return key
     zero = dependent_zero(after)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key ^ zero
@@ -48,4 +56,14 @@ def delayed_key(key: jax.Array, after: jax.Array) -> jax.Array:
 
 def delayed(array: jax.Array, after: jax.Array) -> jax.Array:
     """The same array (but for the sign of a zero), not before ``after``."""
+    if _varying(after) - _varying(array):
+        return array
     return array + dependent_zero(after).astype(array.dtype)
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    """The mesh axes of ``shard_map`` along which an array differs."""
+    aval: Any = jax.typeof(array)
+    if hasattr(aval, "mat"):  # since JAX 0.10
+        return frozenset(aval.mat.varying)
+    return frozenset(getattr(aval, "vma", ()))

@@ -102,10 +102,7 @@ class Pending:
 
 def trace(function: Callable[..., jax.Array], *arguments: Any) -> core.ClosedJaxpr:
     """The jaxpr of a function of pytrees of arrays, for `run`."""
-    avals = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), arguments
-    )
-    return jax.make_jaxpr(function)(*avals)
+    return jax.make_jaxpr(function)(*arguments)
 
 
 def run(
