@@ -181,6 +181,10 @@ class _Traced:
 
         def dense(leaf: int, array: Any, block: Any, after: jax.Array) -> jax.Array:
             z_q = z.sample(key_of(leaf, after), array.shape, block)
+            if is_qtensor(self.leaves[leaf]):
+                # Or the 32-bit products of equation (6) that no z enters are made for
+                # all leaves ahead of the loop over evaluations.
+                array = ordering.delayed(array, after)
             return _perturb_array(
                 self.leaves[leaf], array, block, z_q, epsilon, z, sign
             )

@@ -6,7 +6,7 @@ Prints its tables as Markdown; results.json and tables.md in the workdir hold th
 the raw numbers and the device. Memory is the compiler's plan; times are ratios within
 the run, which wants a machine to itself and takes about 20 minutes on two cores, most
 of them for compilation. Some of the tables: ``--only=bars,growth``. A try of some
-seconds: ``--smoke``. What it is at: ``--verbosity=0``.
+seconds: ``--smoke``.
 """
 
 from collections.abc import Sequence

@@ -135,7 +135,7 @@ class Times(NamedTuple):
 
 def plan(programs: Mapping[str, Program]) -> dict[str, Memory]:
     """Memory of programs by name. Nothing runs."""
-    logging.info("planning %s", ", ".join(programs))
+    logging.info("planning %s", "; ".join(programs))
     plans = _side_by_side(Program.plan, programs.values())
     return dict(zip(programs, plans, strict=True))
 
@@ -167,7 +167,7 @@ def interleave(
     Returns:
       `Times` by the names of the programs.
     """
-    logging.info("timing %s", ", ".join(programs))
+    logging.info("timing %s", "; ".join(programs))
     compiled = [p for p in programs.values() if isinstance(p, Program)]
     _side_by_side(lambda program: program.compile(effort.optimize), compiled)
     calls, times = {}, {name: Times([]) for name in programs}
