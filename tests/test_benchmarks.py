@@ -33,8 +33,9 @@ def numbers(tree):
 def test_the_smoke_command_writes_every_table(tmp_path):
     command = [sys.executable, "-m", "experiments.benchmarks.main", "--smoke"]
     process = subprocess.run(
-        [*command, f"--workdir={tmp_path}"], check=True, capture_output=True, text=True
+        [*command, f"--workdir={tmp_path}"], check=False, capture_output=True, text=True
     )
+    assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     device = jax.devices()[0]
     assert results["device"] == device.device_kind
@@ -210,7 +211,7 @@ def test_a_problem_counts_its_parameters_whatever_their_type():
 @pytest.mark.parametrize(
     ("network", "input_shape"),
     [
-        (vit.ViT(depth=2), (32, 32, 3)),
+        (vit.ViT(depth=1), (32, 32, 3)),
         (resnet.ResNet(width=8, stage_sizes=(1, 1, 1)), (32, 32, 3)),
         (resnet.ResNet(width=8, stage_sizes=(2,), small_images=True), (8, 8, 3)),
         (lstm.LSTM(features=32), (12, 40)),

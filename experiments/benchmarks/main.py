@@ -4,7 +4,7 @@
 
 Prints its tables as Markdown; results.json and tables.md in the workdir hold them, with
 the raw numbers and the device. Memory is the compiler's plan; times are ratios within
-the run, which wants a machine to itself and takes about 20 minutes on two cores, most
+the run, which wants a machine to itself and takes tens of minutes on two cores, most
 of them for compilation. Some of the tables: ``--only=bars,growth``. A try of some
 seconds: ``--smoke``.
 """
