@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import product_equations
 
 import fgrad
 from fgrad import fixed_point, layers
@@ -856,19 +857,6 @@ def test_embed_raises_to_attend_with_a_scale_for_each_feature():
 # ---------------------------------------------------------------- the arithmetic used
 
 
-def product_equations(jaxpr):
-    """All dot and conv equations, those of sub-jaxprs too."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield equation
-        for parameter in jax.tree.leaves(
-            equation.params, is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from product_equations(inner)
-
-
 class Cnn(nn.Module):
     settings: dict[str, Any]
 
@@ -904,9 +892,9 @@ def test_a_fixed_point_cnn_multiplies_int8_only():
     x = jnp.ones((2, 16, 16, 3))
     settings = {"bits": (16, 8), "activation_scale": "dynamic"}
     fixed_point_cnn = Cnn(settings=settings)
-    # Two limbs for each of three convolutions and the dense layer, which sums its
-    # input by a third product. The depthwise convolution needs no product at all.
-    assert products_of(fixed_point_cnn, x) == [INTEGER] * (2 * 3 + 3)
+    # One for each of three convolutions and the dense layer, their limbs side by side.
+    # The depthwise convolution needs no product at all.
+    assert products_of(fixed_point_cnn, x) == [INTEGER] * 4
     # The walk would see the floats.
     assert products_of(Cnn(settings={}), x) == [FLOAT] * 5
 
@@ -916,21 +904,21 @@ def test_fixed_point_attention_multiplies_int8_only(name):
     model = CASES[name].make(layers, bits=(16, 8), activation_scale="dynamic")
     variables = {"params": quantized_params(name, 16)}
     jaxpr = jax.make_jaxpr(model.apply)(variables, *inputs_of(name)).jaxpr
-    equations = list(product_equations(jaxpr))
+    equations = product_equations(jaxpr)
     for equation in equations:
         assert [v.aval.dtype for v in equation.invars] == [jnp.int8, jnp.int8]
-    # Three for each of four 16-bit kernels, one for each product of activations.
-    assert len(equations) == 3 * 4 + 2
+    # One for each of four kernels and of two products of activations.
+    assert len(equations) == 4 + 2
 
 
 def test_a_fixed_point_lstm_multiplies_int8_only_in_its_scan():
     model = CASES["lstm"].make(layers, bits=(16, 8), activation_scale="dynamic")
     variables = {"params": quantized_params("lstm", 16)}
     jaxpr = jax.make_jaxpr(model.apply)(variables, *inputs_of("lstm")).jaxpr
-    equations = list(product_equations(jaxpr))
+    equations = product_equations(jaxpr)
     for equation in equations:
         assert [v.aval.dtype for v in equation.invars] == [jnp.int8, jnp.int8]
-    assert len(equations) == 3 * 8
+    assert len(equations) == 8
 
 
 def test_an_embedding_look_up_gathers_integers():
