@@ -237,7 +237,8 @@ def threefry_words(key: jax.Array, indices: jax.Array) -> jax.Array:
     return threefry.threefry_2x32(pair, counts)[: indices.size]
 
 
-@functools.cache  # The table takes time, and jit knows a perturbation by identity.
+# The table takes time, and jit knows a perturbation by its identity.
+@functools.lru_cache(maxsize=None, typed=True)
 def normal(
     bits: int = 8, z_max: float | None = None, *, generator: Generator = counter_hash
 ) -> Perturbation:
@@ -354,7 +355,7 @@ def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
     return LowRank(name, rank**-0.5, 32, _signs, generator, rank)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def binomial(*, generator: Generator = counter_hash) -> Perturbation:
     """``z_q = B(16, 1/2) - 8``: the number of ones among 16 random bits, centred.
 
