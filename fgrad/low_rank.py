@@ -194,9 +194,9 @@ def _conv(x: Any, weight: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
     u = weight.u[..., 0].transpose([*(a + 1 for a in (*spatial, in_feature)), 0])
     accumulator = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
     window = u.shape[:-2]
-    if window == tuple(params["window_strides"]) and not any(
-        map(any, params["padding"])
-    ):
+    apart = window == tuple(params["window_strides"])
+    dilated = any(d != 1 for d in params["rhs_dilation"])
+    if apart and not dilated and not any(map(any, params["padding"])):
         xu = _patches_dot(image, u.astype(x.dtype), accumulator)
     elif math.prod(window) <= _MAX_SHIFTS:
         xu = _shifted_dots(image, u.astype(x.dtype), params, accumulator)
