@@ -213,7 +213,7 @@ def counter_hash(key: jax.Array, indices: jax.Array) -> jax.Array:
 
     Each round is a bijection with an avalanche bias near the least possible for two
     multiplications (the constants are Chris Wellons' "lowbias32"). XLA fuses it into
-    the addition to the weights; threefry costs a multiple of it.
+    the addition to the weights.
     """
     x = indices * _GOLDEN
     words = jax.random.key_data(key).reshape(-1)
@@ -327,8 +327,7 @@ def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
     rounding, and weights nearer to the end of the grid than that are clipped first.
 
     Args:
-      rank: r, 1 to 127. The estimate's variance does not depend on it much; its rank
-        does: m directions give a gradient of rank m r.
+      rank: r, 1 to 127; m directions give a gradient of rank m r at most.
       generator: of the random bits; `counter_hash` or `threefry_words`.
 
     Returns:
