@@ -8,7 +8,6 @@ coefficients the sum is an exact integer sum on the grid of z, equation (7).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -203,11 +202,12 @@ def _weighted_sums(
     large = [i for i in positions if not perturbation.is_small(shapes[i])]
     totals = {}
     if small:
-        together = jnp.stack([keys[names[i]] for i in small], axis=1)
-        size = max(math.prod(shapes[i]) for i in small)
-        rows = perturbation.weighted_sum_together(together, coefficients, size)
-        for i, row in zip(small, rows, strict=True):
-            totals[names[i]] = row[: math.prod(shapes[i])].reshape(shapes[i])
+        sums = perturbation.weighted_sum_together(
+            jnp.stack([keys[names[i]] for i in small], axis=1),
+            coefficients,
+            [shapes[i] for i in small],
+        )
+        totals = dict(zip([names[i] for i in small], sums, strict=True))
     latest = coefficients
     for i in large:
         # One leaf after the other, or all gradients would be in memory at once.

@@ -179,8 +179,43 @@ class _Traced:
             key = keys[jax.tree_util.keystr(self.paths[leaf])]
             return ordering.delayed_key(key, after)
 
+        def stacked_keys(chosen: Sequence[int]) -> jax.Array:
+            return jnp.stack(
+                [keys[jax.tree_util.keystr(self.paths[i])] for i in chosen]
+            )
+
+        # The vectors that make up low-rank z, and all small leaves, come first: they
+        # are no burden to the memory.
+        values: list[Any] = [
+            point_of_use.Pending(i, value)
+            for i, value in zip(self.trained, self.values, strict=True)
+        ]
+        factors = {}
+        if isinstance(z, perturbations.LowRank) and self.trained:
+            shapes = [jnp.shape(self.leaves[i]) for i in self.trained]
+            pairs = z.factors_together(stacked_keys(self.trained), shapes)
+            factors = dict(zip(self.trained, pairs, strict=True))
+        small = [n for n, i in enumerate(self.trained) if i in self.small]
+        if small:
+            indices = [self.trained[n] for n in small]
+            rows = (
+                [perturbations.product(*factors[i]) for i in indices]
+                if factors
+                else z.sample_together(
+                    stacked_keys(indices), [self.values[n].shape for n in small]
+                )
+            )
+            for n, z_q in zip(small, rows, strict=True):
+                leaf, array = self.leaves[self.trained[n]], self.values[n]
+                z_q = z_q.reshape(array.shape)
+                values[n] = _perturb_array(leaf, array, None, z_q, epsilon, z, sign)
+
         def dense(leaf: int, array: Any, block: Any, after: jax.Array) -> jax.Array:
-            z_q = z.sample(key_of(leaf, after), array.shape, block)
+            if leaf in factors:
+                u, v = factors[leaf]
+                z_q = _block_of_product(ordering.delayed(u, after), v, array, block)
+            else:
+                z_q = z.sample(key_of(leaf, after), array.shape, block)
             if is_qtensor(self.leaves[leaf]):
                 # Or the 32-bit products of equation (6) that no z enters are made for
                 # all leaves ahead of the loop over evaluations.
@@ -190,28 +225,15 @@ class _Traced:
             )
 
         def factored(leaf: int, array: Any, block: Any, after: jax.Array) -> Any:
-            if not isinstance(z, perturbations.LowRank) or array.ndim == 0:
+            del after  # the base product waits for its activation anyway
+            if leaf not in factors or array.ndim == 0:
                 return None
-            u, v = z.factors(key_of(leaf, after), array.shape, block)
+            assert isinstance(z, perturbations.LowRank)
+            u, v = _block_of_factors(*factors[leaf], array, block)
             base, amplitude = _low_rank_terms(
                 self.leaves[leaf], array, block, epsilon, z, sign
             )
             return low_rank.factored(base, u, v, amplitude)
-
-        # All small leaves first: their copies are no burden.
-        values: list[Any] = [
-            point_of_use.Pending(i, value)
-            for i, value in zip(self.trained, self.values, strict=True)
-        ]
-        small = [n for n, i in enumerate(self.trained) if i in self.small]
-        if small:
-            keys_of_small = [key_of(self.trained[n], sign) for n in small]
-            size = max(self.values[n].size for n in small)
-            rows = z.sample_together(jnp.stack(keys_of_small), size)
-            for n, row in zip(small, rows, strict=True):
-                leaf, array = self.leaves[self.trained[n]], self.values[n]
-                z_q = row[: array.size].reshape(array.shape)
-                values[n] = _perturb_array(leaf, array, None, z_q, epsilon, z, sign)
 
         perturber = point_of_use.Perturber(dense, factored)
         return point_of_use.run(
@@ -305,6 +327,27 @@ def _low_rank_terms(
     steps = jnp.minimum(steps, limit // perturbation.rank)
     room = (limit - steps * perturbation.rank).astype(array.dtype)
     return jnp.clip(array, -room, room), sign * steps
+
+
+def _block_of_factors(
+    u: jax.Array, v: jax.Array, array: jax.Array, block: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The factors for one block of a leaf, of one axis or more: blocks share v."""
+    if block is None:
+        return u, v
+    rank = len(u)
+    u = u.reshape(rank, -1, *array.shape[:-1], 1)[:, block]
+    return u, v.reshape(rank, *[1] * (array.ndim - 1), array.shape[-1])
+
+
+def _block_of_product(
+    u: jax.Array, v: jax.Array, array: jax.Array, block: Any
+) -> jax.Array:
+    """The z_q of a leaf, or of one block of it."""
+    if block is not None and array.ndim == 0:
+        return perturbations.product(u, v).reshape(-1)[block]
+    z_q = perturbations.product(*_block_of_factors(u, v, array, block))
+    return z_q.reshape(array.shape)
 
 
 def _block_scale(leaf: Any, array: jax.Array, block: Any) -> jax.Array:

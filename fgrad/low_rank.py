@@ -152,10 +152,11 @@ def _dot_correction(
     out_aval: Any = equation.outvars[0].aval
     dtype = out_aval.dtype
     amplitude = weight.amplitude.astype(dtype)
+    xu = xu.astype(dtype)
     total = jnp.einsum(
         f"{''.join([*x_axes_left, rank, *u_axes_left])},{''.join([rank, *v_axes])}->"
         f"{''.join(out)}",
-        xu.astype(dtype),
+        xu,
         v.astype(dtype),
         precision="highest",
     )

@@ -71,17 +71,49 @@ class Perturbation:
         """
         return _sample(self, shape, key, block)
 
-    def sample_together(self, keys: jax.Array, size: int) -> jax.Array:
+    def sample_together(
+        self, keys: jax.Array, shapes: Sequence[tuple[int, ...]]
+    ) -> list[jax.Array]:
         """The perturbations of many small leaves at once.
 
         Args:
           keys: [n], of the leaves.
-          size: of the largest of them.
+          shapes: their shapes.
 
         Returns:
-          int8 [n, size]; the z of a leaf is the start of its row.
+          int8 z_q of each leaf.
         """
-        return jax.vmap(lambda key: self.sample(key, (size,)))(keys)
+        vectors = self._vectors(keys, [math.prod(shape) for shape in shapes])
+        return [z.reshape(shape) for z, shape in zip(vectors, shapes, strict=True)]
+
+    def _vectors(self, keys: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+        """int8 [size] for each of the keys [n], in one loop.
+
+        What a loop computes, XLA stores. Otherwise it would fuse the hash of a bias
+        into the sum over a batch, and compute it again for every example.
+        """
+        counts = np.array([-(-size // self.values_per_word) for size in sizes])
+        ends = np.cumsum(counts)
+        # The loop has two rounds, each makes a row; every vector is within one.
+        rows = (ends > (ends[-1] + 1) // 2).astype(int)
+        starts = ends - counts - np.where(rows, np.sum(counts[rows == 0]), 0)
+        owners, indices = np.zeros((2, 2, max(1, max(starts + counts))), np.uint32)
+        for i, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            owners[row, start : start + count] = i
+            indices[row, start : start + count] = np.arange(count)
+
+        def decode(words: tuple[jax.Array, jax.Array]) -> jax.Array:
+            owner, index = words
+            random = jax.vmap(self.generator)(keys[owner], index[:, None])
+            return self.decode(random.reshape(-1))
+
+        values = jax.lax.map(decode, (owners, indices))
+        return [
+            jax.lax.slice(values[row], (start,), (start + size,))
+            for row, start, size in zip(
+                rows, starts * self.values_per_word, sizes, strict=True
+            )
+        ]
 
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`.
@@ -106,13 +138,24 @@ class Perturbation:
         return _accumulate(lambda k: self.sample(k, shape), keys, coefficients, shape)
 
     def weighted_sum_together(
-        self, keys: jax.Array, coefficients: jax.Array, size: int
-    ) -> jax.Array:
-        """``Σᵢ cᵢ z_qᵢ`` of many small leaves: keys [m, n], result [n, size]."""
-        shape = (keys.shape[1], size)
-        return _accumulate(
-            lambda k: self.sample_together(k, size), keys, coefficients, shape
-        )
+        self,
+        keys: jax.Array,
+        coefficients: jax.Array,
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[jax.Array]:
+        """``Σᵢ cᵢ z_qᵢ`` of many small leaves, whose keys are [m, n]."""
+
+        def sample(keys: jax.Array) -> jax.Array:
+            leaves = self.sample_together(keys, shapes)
+            return jnp.concatenate([z.reshape(-1) for z in leaves])
+
+        sizes = [math.prod(shape) for shape in shapes]
+        total = _accumulate(sample, keys, coefficients, (sum(sizes),))
+        ends = np.cumsum(sizes)
+        return [
+            total[end - size : end].reshape(shape)
+            for end, size, shape in zip(ends, sizes, shapes, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +181,43 @@ class LowRank(Perturbation):
         Returns:
           int8 ``u[rank, *shape[:-1], 1]`` and ``v[rank, 1, ..., 1, shape[-1]]``.
         """
-        words = jax.random.key_data(key).reshape(-1)
-        # Another last word is another key. Cheaper than fold_in for every factor.
-        change = np.arange(1, 2 * self.rank + 1, dtype=np.uint32) * _GOLDEN
-        keys = jnp.tile(words, (2 * self.rank, 1)).at[:, -1].add(change)
+        keys = self._factor_keys(key)
         vector = super().sample
         u = jax.vmap(lambda k: vector(k, shape[:-1], block))(keys[: self.rank])
         v = jax.vmap(lambda k: vector(k, shape[-1:]))(keys[self.rank :])
         return u[..., None], v.reshape(self.rank, *[1] * (len(shape) - 1), shape[-1])
+
+    def factors_together(
+        self, keys: jax.Array, shapes: Sequence[tuple[int, ...]]
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """The `factors` of many leaves at once; a scalar counts as of shape [1]."""
+        shapes = [shape or (1,) for shape in shapes]
+        rank = self.rank
+        sizes: list[int] = []
+        for shape in shapes:
+            sizes += rank * [math.prod(shape[:-1])] + rank * [shape[-1]]
+        factor_keys = jax.vmap(self._factor_keys)(keys)
+        factor_keys = factor_keys.reshape(-1, *factor_keys.shape[2:])
+        vectors = iter(self._vectors(factor_keys, sizes))
+
+        def factor(*shape: int) -> jax.Array:
+            stacked = jnp.stack([next(vectors) for _ in range(rank)])
+            return stacked.reshape(rank, *shape)
+
+        return [
+            (factor(*shape[:-1], 1), factor(*[1] * (len(shape) - 1), shape[-1]))
+            for shape in shapes
+        ]
+
+    def _factor_keys(self, key: jax.Array) -> jax.Array:
+        """The keys [2 rank] of the u and the v of a leaf."""
+        words = jax.random.key_data(key)
+        # Another last word is another key. Cheaper than fold_in for every factor.
+        change = np.arange(1, 2 * self.rank + 1, dtype=np.uint32) * _GOLDEN
+        words = jnp.tile(words, (2 * self.rank, 1)).at[:, -1].add(change)
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return words
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`; see `Perturbation`."""
@@ -155,8 +227,17 @@ class LowRank(Perturbation):
         self, key: jax.Array, shape: tuple[int, ...], block: Any = None
     ) -> jax.Array:
         """The z of a leaf, or of a block of one axis or more; see `Perturbation`."""
-        u, v = self.factors(key, shape or (1,), block)
-        return jnp.sum(u * v, axis=0, dtype=jnp.int8).reshape(shape)
+        return product(*self.factors(key, shape or (1,), block)).reshape(shape)
+
+    def sample_together(
+        self, keys: jax.Array, shapes: Sequence[tuple[int, ...]]
+    ) -> list[jax.Array]:
+        """The z of many small leaves at once; see `Perturbation`."""
+        pairs = self.factors_together(keys, shapes)
+        return [
+            product(*pair).reshape(shape)
+            for pair, shape in zip(pairs, shapes, strict=True)
+        ]
 
     def weighted_sum(
         self, keys: jax.Array, coefficients: jax.Array, shape: tuple[int, ...]
@@ -170,6 +251,11 @@ class LowRank(Perturbation):
         v = v.reshape(terms, -1).astype(jnp.float32)
         total = jnp.einsum("ta,tb->ab", u, v, precision="highest")
         return total.astype(coefficients.dtype).reshape(shape)
+
+
+def product(u: jax.Array, v: jax.Array) -> jax.Array:
+    """``z_q = Σᵣ uᵣ vᵣ`` of the factors of a `LowRank` perturbation, as int8."""
+    return jnp.sum(u * v, axis=0, dtype=jnp.int8)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,6 +1,7 @@
 import functools
 import hashlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -551,10 +552,39 @@ def test_a_block_is_that_part_of_the_leaf(name, shape):
 @pytest.mark.parametrize("name", WITH_LOW_RANK)
 def test_leaves_sampled_together_get_the_z_that_they_get_alone(name):
     z = WITH_LOW_RANK[name]
-    keys = jax.random.split(jax.random.key(8), 3)
-    rows = z.sample_together(keys, 40)
-    for key, row, size in zip(keys, rows, (40, 7, 1), strict=True):
-        np.testing.assert_array_equal(row[:size], z.sample(key, (size,)))
+    keys = jax.random.split(jax.random.key(8), 5)
+    shapes = [(40,), (7,), (), (3, 5), (0,)]
+    leaves = jax.jit(lambda keys: z.sample_together(keys, shapes))(keys)
+    for key, leaf, shape in zip(keys, leaves, shapes, strict=True):
+        np.testing.assert_array_equal(leaf, z.sample(key, shape))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_factors_made_together_are_those_made_alone(rank):
+    z = perturbations.low_rank(rank)
+    keys, shapes = (
+        jax.random.split(jax.random.key(8), 4),
+        [(4, 70), (5,), (), (2, 3, 4)],
+    )
+    pairs = z.factors_together(keys, shapes)
+    for key, pair, shape in zip(keys, pairs, shapes, strict=True):
+        for got, expected in zip(pair, z.factors(key, shape or (1,)), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_samples_made_together_are_stored_and_not_fused_into_their_users():
+    z = perturbations.rademacher()
+
+    def function(key, x):
+        (b,) = z.sample_together(key[None], [(100,)])
+        return x + b
+
+    key, x = jax.random.key(8), jnp.ones((64, 100))
+    compiled = jax.jit(function).lower(key, x).compile().as_text()
+    users = re.findall(r"^%\S*fused\S* .*?^}", compiled, re.MULTILINE | re.DOTALL)
+    adding = [text for text in users if "f32[64,100]" in text]
+    assert adding
+    assert not any("xor" in text for text in adding)
 
 
 @pytest.mark.parametrize("name", WITH_LOW_RANK)
@@ -570,11 +600,13 @@ def test_a_weighted_sum_adds_up_the_samples(name, m, dtype):
     total = jax.jit(z.weighted_sum, static_argnums=2)(keys, c, shape)
     assert total.dtype == dtype
     np.testing.assert_array_equal(total, expected)
-    together = z.weighted_sum_together(jnp.stack([keys, keys], 1), c, 6)
-    expected = sum(
-        int(c[i]) * np.asarray(z.sample(keys[i], (6,)), np.int64) for i in range(m)
-    )
-    np.testing.assert_array_equal(together, np.stack([expected, expected]))
+    shapes = [(6,), (2, 3)]
+    together = z.weighted_sum_together(jnp.stack([keys, keys], 1), c, shapes)
+    for total, shape in zip(together, shapes, strict=True):
+        expected = sum(
+            int(c[i]) * np.asarray(z.sample(keys[i], shape), np.int64) for i in range(m)
+        )
+        np.testing.assert_array_equal(total, expected)
 
 
 # -------------------------------------------------------------------------- low rank
