@@ -237,6 +237,10 @@ class _Interpreter:
 
     def bind(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
         """Computes an equation, its parameters perturbed."""
+        if equation.primitive.name in low_rank.RULES:
+            # An integer activation is stored for its product. Waiting for it, rather
+            # than for an earlier product, lets go of the latter.
+            self.wait_for([x.array for x in inputs if _is_integer_activation(x)])
         known = [self.force(x, equation.primitive.name) for x in inputs]
         arrays = [x.array for x in known]
         params = equation.primitive.get_bind_params(equation.params)
@@ -421,6 +425,14 @@ class _Interpreter:
             branches = [branch(closed) for closed in equation.params["branches"]]
             outputs = lax.switch(index, branches)
         return self.wait_for(outputs)
+
+
+def _is_integer_activation(value: _Value) -> bool:
+    return (
+        isinstance(value, _Known)
+        and value.active
+        and jnp.issubdtype(value.array.dtype, jnp.integer)
+    )
 
 
 def _can_be_awaited(array: jax.Array) -> bool:

@@ -30,6 +30,19 @@ def numbers(tree):
     return [((k, *path), x) for k, value in items for path, x in numbers(value)]
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "16w8a"])
+def test_a_step_takes_little_more_memory_than_inference(arithmetic):
+    subject = subjects.Subject(functools.partial(vit.ViT, depth=2), (96, 96, 3))
+    problem = subjects.problem(subject, 16, arithmetic)
+    compared = {
+        "inference": programs.inference(problem),
+        "step": programs.forward_step(problem),
+    }
+    memory = measure.plan(compared)
+    # Deeper networks come closer to 1, since what is added stays the same.
+    assert memory["step"].live <= 1.12 * memory["inference"].live
+
+
 def test_the_smoke_command_writes_every_table(tmp_path):
     command = [sys.executable, "-m", "experiments.benchmarks.main", "--smoke"]
     process = subprocess.run(
