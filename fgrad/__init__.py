@@ -7,10 +7,13 @@ from fgrad import (
     layers,
     perturbations,
     products,
+    rules,
     transform,
 )
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, quantize
+from fgrad.low_bit import on_grid
+from fgrad.rules import relative_epsilon, step_epsilon
 from fgrad.transform import fixed_point_forward_grad, quantized_update, qzo_ff
 
 __version__ = "0.1.0"
@@ -24,10 +27,14 @@ __all__ = [
     "fixed_point",
     "fixed_point_forward_grad",
     "layers",
+    "on_grid",
     "perturbations",
     "products",
     "quantize",
     "quantized_update",
     "qzo_ff",
+    "relative_epsilon",
+    "rules",
+    "step_epsilon",
     "transform",
 ]

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import evaluation, ordering, perturbations
+from fgrad import evaluation, ordering, perturbations, rules
 from fgrad.fixed_point import is_qtensor
+from fgrad.low_bit import OnGrid
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
 Estimator = Callable[[jax.Array, jax.Array, jax.typing.ArrayLike], jax.Array]
@@ -96,9 +97,10 @@ def forward_gradient(
     key: jax.Array,
     *,
     step: jax.typing.ArrayLike = 0,
-    epsilon: jax.typing.ArrayLike = 1e-3,
+    epsilon: rules.Epsilon = 1e-3,
     num_perturbations: int = 3,
     perturbation: perturbations.Perturbation | None = None,
+    low_bit: OnGrid | None = None,
     estimator: Estimator = sign_m_spsa,
     vectorize: int = 1,
     mask: evaluation.Mask = None,
@@ -112,9 +114,11 @@ def forward_gradient(
       params: pytree of float arrays and `QTensor`.
       key: with ``step`` and the index of the perturbation it addresses z.
       step: step of the training run.
-      epsilon: perturbation scale ε in units of the weights.
+      epsilon: perturbation scale ε in units of the weights, an optax schedule of it,
+        or `rules.relative_epsilon` or `rules.step_epsilon` for one of each leaf.
       num_perturbations: m, the number of directions.
       perturbation: where z comes from; ``perturbations.normal()`` by default.
+      low_bit: how weights of few bits are trained; see `low_bit.on_grid`.
       estimator: `sign_m_spsa` or `spsa`.
       vectorize: how many directions are evaluated at once, 1 to m. It trades memory
         for speed and leaves the result as it is.
@@ -139,7 +143,9 @@ def forward_gradient(
       >>> jnp.round(estimate.gradient)  # the gradient is 2w
       Array([ 6., -2.], dtype=float32)
     """
-    perturbation = perturbations.normal() if perturbation is None else perturbation
+    policy = rules.policy_at(
+        step, epsilon, perturbation, low_bit, num_perturbations=num_perturbations
+    )
     mask = evaluation.resolve_mask(mask, params)
     kwargs = dict(kwargs or {})
 
@@ -149,24 +155,24 @@ def forward_gradient(
         lambda p: value_fn(p, **kwargs),
         params,
         z_keys,
-        epsilon,
-        perturbation,
+        policy,
         mask=mask,
         vectorize=vectorize,
     )
     finite = jnp.isfinite(plus) & jnp.isfinite(minus)
     if on_nonfinite == "raise":
         jax.debug.callback(_raise_nonfinite, finite, plus, minus, step)
-    coefficients = jnp.where(finite, estimator(plus, minus, epsilon), 0)
+    coefficients = jnp.where(finite, estimator(plus, minus, policy.epsilon), 0)
+    signs = jnp.where(finite, sign_m_spsa(plus, minus, policy.epsilon), 0)
 
     def in_real_units(leaf: Any, total: jax.Array) -> Any:
-        gradient = total.astype(jnp.float32) * (perturbation.step / num_perturbations)
+        gradient = policy.rule(leaf).gradient(total, num_perturbations)
         if is_qtensor(leaf):
             zero = jnp.zeros_like(leaf.scale)
             return dataclasses.replace(leaf, qvalue=gradient, scale=zero)
         return gradient.astype(jnp.result_type(leaf))
 
-    totals = _weighted_sums(params, z_keys, coefficients, perturbation, mask)
+    totals = _weighted_sums(params, z_keys, coefficients, signs, policy, mask)
     gradient = evaluation.map_leaves(
         lambda path, leaf, trained: (
             in_real_units(leaf, totals[jax.tree_util.keystr(path)])
@@ -189,32 +195,37 @@ def _weighted_sums(
     params: Any,
     z_keys: jax.Array,
     coefficients: jax.Array,
-    perturbation: perturbations.Perturbation,
+    signs: jax.Array,
+    policy: rules.Policy,
     mask: Any,
 ) -> dict[str, jax.Array]:
     """``Σᵢ cᵢ z_qᵢ`` of each trained leaf, by ``keystr`` of its path."""
     keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
-    with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
-    names = [jax.tree_util.keystr(path) for path, _ in with_paths]
-    shapes = [jnp.shape(leaf) for _, leaf in with_paths]
-    positions = [i for i, trained in enumerate(jax.tree.leaves(mask)) if trained]
-    small = [i for i in positions if perturbation.is_small(shapes[i])]
-    large = [i for i in positions if not perturbation.is_small(shapes[i])]
-    totals = {}
-    if small:
-        sums = perturbation.weighted_sum_together(
-            jnp.stack([keys[names[i]] for i in small], axis=1),
-            coefficients,
-            [shapes[i] for i in small],
-        )
-        totals = dict(zip([names[i] for i in small], sums, strict=True))
+    leaf_rules: dict[str, rules.Rule] = {}
+
+    def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
+        if trained:
+            leaf_rules[jax.tree_util.keystr(path)] = policy.rule(leaf)
+        return leaf
+
+    evaluation.map_leaves(collect, params, mask)
+    totals: dict[str, jax.Array] = {}
     latest = coefficients
-    for i in large:
-        # One leaf after the other, or all gradients would be in memory at once.
-        delayed = ordering.delayed_key(keys[names[i]], latest)
-        total = perturbation.weighted_sum(delayed, coefficients, shapes[i])
-        latest = total if total.size else latest
-        totals[names[i]] = total
+    for on_grid in (False, True):  # grid steps are counted by signs
+        c = signs if on_grid else coefficients
+        group = {
+            name: rule
+            for name, rule in leaf_rules.items()
+            if isinstance(rule, rules.GridRule) == on_grid
+        }
+        small = {name: rule for name, rule in group.items() if rule.is_small()}
+        totals |= rules.weighted_sums_together(small, keys, c)
+        for name in [name for name in group if name not in small]:
+            # One leaf after the other, or all gradients would be in memory at once.
+            delayed = ordering.delayed_key(keys[name], latest)
+            total = group[name].weighted_sum(delayed, c)
+            latest = total if total.size else latest
+            totals[name] = total
     return totals
 
 

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point, low_rank, ordering, perturbations, point_of_use
+from fgrad import (
+    fixed_point,
+    low_rank,
+    ordering,
+    perturbations,
+    point_of_use,
+    rules,
+)
 from fgrad.fixed_point import is_qtensor
 
 Mask = Any  # None, a pytree of bools (or a prefix of one), or a function of the params
@@ -73,8 +80,7 @@ def dual_forward(
         lambda p: value_fn(p, **kwargs),
         params,
         key[None],
-        epsilon,
-        perturbation,
+        rules.Policy(perturbation, epsilon),
         mask=mask,
     )
     return plus[0], minus[0]
@@ -84,8 +90,7 @@ def evaluate_pairs(
     value_fn: Callable[[Any], jax.Array],
     params: Any,
     keys: jax.Array,
-    epsilon: jax.typing.ArrayLike,
-    perturbation: perturbations.Perturbation,
+    policy: rules.Policy,
     *,
     mask: Mask = None,
     vectorize: int = 1,
@@ -96,8 +101,7 @@ def evaluate_pairs(
       value_fn: ``value_fn(params) -> scalar loss``; it is traced once.
       params: pytree of float arrays and `QTensor`.
       keys: [m] keys of z.
-      epsilon: perturbation scale ε in units of the weights.
-      perturbation: where z comes from.
+      policy: how the leaves are perturbed.
       mask: leaves to perturb, as in `dual_forward`.
       vectorize: with 1, the 2m evaluations run one after the other; with V > 1, the 2V
         of V pairs at once.
@@ -107,7 +111,7 @@ def evaluate_pairs(
     """
     mask = resolve_mask(mask, params)
     check_params(params, mask)
-    traced = _Traced(value_fn, params, mask, perturbation)
+    traced = _Traced(value_fn, params, mask, policy)
     leaf_keys = jax.vmap(lambda key: trained_keys(key, params, mask))(keys)
     pairs = len(keys)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
@@ -115,7 +119,7 @@ def evaluate_pairs(
 
     def evaluate(address: tuple[jax.Array, Any]) -> jax.Array:
         sign, keys_of_leaves = address
-        return traced(keys_of_leaves, epsilon, sign)
+        return traced(keys_of_leaves, sign)
 
     if vectorize >= pairs > 1:
         losses = jax.vmap(evaluate)((signs, leaf_keys))
@@ -134,18 +138,15 @@ class _Traced:
         value_fn: Callable[[Any], jax.Array],
         params: Any,
         mask: Any,
-        perturbation: perturbations.Perturbation,
+        policy: rules.Policy,
     ) -> None:
         with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
         treedef = jax.tree.structure(params, is_leaf=is_qtensor)
         leaves = [leaf for _, leaf in with_paths]
-        self.perturbation = perturbation
         self.paths = [path for path, _ in with_paths]
-        self.leaves = leaves
         self.trained = [i for i, on in enumerate(jax.tree.leaves(mask)) if on]
-        self.small = {
-            i for i in self.trained if perturbation.is_small(jnp.shape(leaves[i]))
-        }
+        self.rules = {i: policy.rule(leaves[i]) for i in self.trained}
+        self.small = [i for i, rule in self.rules.items() if rule.is_small()]
         chosen = [leaves[i] for i in self.trained]
         self.values = [
             x.qvalue if is_qtensor(x) else jnp.asarray(x, jnp.result_type(x))
@@ -168,71 +169,48 @@ class _Traced:
     def __call__(
         self,
         keys: dict[str, jax.Array],
-        epsilon: jax.typing.ArrayLike,
         sign: jax.Array,
         events: list[point_of_use.Event] | None = None,
     ) -> jax.Array:
         """The loss at ``w + sign * εz``, for the keys of the trained leaves."""
-        z = self.perturbation
-
-        def key_of(leaf: int, after: jax.Array) -> jax.Array:
-            key = keys[jax.tree_util.keystr(self.paths[leaf])]
-            return ordering.delayed_key(key, after)
-
-        def stacked_keys(chosen: Sequence[int]) -> jax.Array:
-            return jnp.stack(
-                [keys[jax.tree_util.keystr(self.paths[i])] for i in chosen]
-            )
-
+        key_of = {i: keys[jax.tree_util.keystr(self.paths[i])] for i in self.trained}
+        arrays = dict(zip(self.trained, self.values, strict=True))
         # The vectors that make up low-rank z, and all small leaves, come first: they
         # are no burden to the memory.
-        values: list[Any] = [
-            point_of_use.Pending(i, value)
-            for i, value in zip(self.trained, self.values, strict=True)
+        factors = rules.factors_together(self.rules, key_of)
+        small = rules.samples_together(
+            {i: self.rules[i] for i in self.small}, key_of, factors
+        )
+        values = [
+            self.rules[i].perturbed(array, small[i], sign)
+            if i in small
+            else point_of_use.Pending(i, array)
+            for i, array in arrays.items()
         ]
-        factors = {}
-        if isinstance(z, perturbations.LowRank) and self.trained:
-            shapes = [jnp.shape(self.leaves[i]) for i in self.trained]
-            pairs = z.factors_together(stacked_keys(self.trained), shapes)
-            factors = dict(zip(self.trained, pairs, strict=True))
-        small = [n for n, i in enumerate(self.trained) if i in self.small]
-        if small:
-            indices = [self.trained[n] for n in small]
-            rows = (
-                [perturbations.product(*factors[i]) for i in indices]
-                if factors
-                else z.sample_together(
-                    stacked_keys(indices), [self.values[n].shape for n in small]
-                )
-            )
-            for n, z_q in zip(small, rows, strict=True):
-                leaf, array = self.leaves[self.trained[n]], self.values[n]
-                z_q = z_q.reshape(array.shape)
-                values[n] = _perturb_array(leaf, array, None, z_q, epsilon, z, sign)
 
         def dense(leaf: int, array: Any, block: Any, after: jax.Array) -> jax.Array:
+            rule = self.rules[leaf]
             if leaf in factors:
                 u, v = factors[leaf]
-                z_q = _block_of_product(ordering.delayed(u, after), v, array, block)
+                z = rules.product_of_block(
+                    ordering.delayed(u, after), v, array.shape, block
+                )
             else:
-                z_q = z.sample(key_of(leaf, after), array.shape, block)
-            if is_qtensor(self.leaves[leaf]):
+                key = ordering.delayed_key(key_of[leaf], after)
+                z = rule.sample(key, array.shape, block)
+            if is_qtensor(rule.leaf):
                 # Or the 32-bit products of equation (6) that no z enters are made for
                 # all leaves ahead of the loop over evaluations.
                 array = ordering.delayed(array, after)
-            return _perturb_array(
-                self.leaves[leaf], array, block, z_q, epsilon, z, sign
-            )
+            return rule.perturbed(array, z, sign, block)
 
         def factored(leaf: int, array: Any, block: Any, after: jax.Array) -> Any:
             del after  # the base product waits for its activation anyway
-            if leaf not in factors or array.ndim == 0:
+            rule = self.rules[leaf]
+            if not isinstance(rule, rules.LowRankRule) or array.ndim == 0:
                 return None
-            assert isinstance(z, perturbations.LowRank)
-            u, v = _block_of_factors(*factors[leaf], array, block)
-            base, amplitude = _low_rank_terms(
-                self.leaves[leaf], array, block, epsilon, z, sign
-            )
+            u, v = rules.factors_of_block(*factors[leaf], array.shape, block)
+            base, amplitude = rule.terms(array, sign, block)
             return low_rank.factored(base, u, v, amplitude)
 
         perturber = point_of_use.Perturber(dense, factored)
@@ -263,101 +241,32 @@ def perturb(
     Returns:
       A pytree like ``params``, with the same dtypes.
     """
+    policy = rules.Policy(perturbation, epsilon)
+    return perturb_by(policy, params, key, sign=sign, mask=mask)
+
+
+def perturb_by(
+    policy: rules.Policy,
+    params: Any,
+    key: jax.Array,
+    *,
+    sign: int | jax.Array = 1,
+    mask: Mask = None,
+) -> Any:
+    """`perturb` for any `rules.Policy`."""
     mask = resolve_mask(mask, params)
     keys = trained_keys(key, params, mask)
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return leaf
-        z = perturbation.sample(keys[jax.tree_util.keystr(path)], jnp.shape(leaf))
+        rule = policy.rule(leaf)
+        z = rule.sample(keys[jax.tree_util.keystr(path)], jnp.shape(leaf))
         array = leaf.qvalue if is_qtensor(leaf) else jnp.asarray(leaf)
-        array = _perturb_array(leaf, array, None, z, epsilon, perturbation, sign)
+        array = rule.perturbed(array, z, sign)
         return dataclasses.replace(leaf, qvalue=array) if is_qtensor(leaf) else array
 
     return map_leaves(leaf_fn, params, mask)
-
-
-def _perturb_array(
-    leaf: Any,
-    array: jax.Array,
-    block: Any,
-    z: jax.Array,
-    epsilon: jax.typing.ArrayLike,
-    perturbation: perturbations.Perturbation,
-    sign: int | jax.Array,
-) -> jax.Array:
-    """The values of a leaf, or of one block of it, plus ``sign * εz``."""
-    if isinstance(perturbation, perturbations.LowRank):
-        base, amplitude = _low_rank_terms(
-            leaf, array, block, epsilon, perturbation, sign
-        )
-        return (base + amplitude * z).astype(array.dtype)
-    if is_qtensor(leaf):
-        scale = _block_scale(leaf, array, block)
-        return fixed_point.perturb_qvalue(
-            array,
-            z,
-            sign * quantized_epsilon(epsilon, scale),
-            perturbation.step,
-            leaf.bits,
-        )
-    amplitude = jnp.float32(perturbation.step) * epsilon * sign
-    return (array + amplitude * z.astype(jnp.float32)).astype(array.dtype)
-
-
-def _low_rank_terms(
-    leaf: Any,
-    array: jax.Array,
-    block: Any,
-    epsilon: jax.typing.ArrayLike,
-    perturbation: perturbations.LowRank,
-    sign: int | jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Base and amplitude of ``base + amplitude * z_q``.
-
-    On a grid the amplitude is a whole number of steps, and the base keeps as far from
-    the ends as z reaches: no sum is rounded or clipped, so it can be taken apart.
-    """
-    if not is_qtensor(leaf):
-        amplitude = jnp.float32(perturbation.step) * epsilon * sign
-        return array, jnp.asarray(amplitude, jnp.float32)
-    limit = fixed_point.max_qvalue(leaf.bits)
-    scale = _block_scale(leaf, array, block)
-    steps = quantized_epsilon(epsilon, scale, perturbation)
-    steps = jnp.minimum(steps, limit // perturbation.rank)
-    room = (limit - steps * perturbation.rank).astype(array.dtype)
-    return jnp.clip(array, -room, room), sign * steps
-
-
-def _block_of_factors(
-    u: jax.Array, v: jax.Array, array: jax.Array, block: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The factors for one block of a leaf, of one axis or more: blocks share v."""
-    if block is None:
-        return u, v
-    rank = len(u)
-    u = u.reshape(rank, -1, *array.shape[:-1], 1)[:, block]
-    return u, v.reshape(rank, *[1] * (array.ndim - 1), array.shape[-1])
-
-
-def _block_of_product(
-    u: jax.Array, v: jax.Array, array: jax.Array, block: Any
-) -> jax.Array:
-    """The z_q of a leaf, or of one block of it."""
-    if block is not None and array.ndim == 0:
-        return perturbations.product(u, v).reshape(-1)[block]
-    z_q = perturbations.product(*_block_of_factors(u, v, array, block))
-    return z_q.reshape(array.shape)
-
-
-def _block_scale(leaf: Any, array: jax.Array, block: Any) -> jax.Array:
-    """The scale of a block, which has fewer axes than its leaf."""
-    scale = leaf.scale
-    if block is None or scale.ndim == 0:
-        return scale
-    stacked = leaf.ndim - array.ndim
-    scale = jnp.broadcast_to(scale, leaf.shape[:stacked] + scale.shape[stacked:])
-    return scale.reshape(-1, *scale.shape[stacked:])[block]
 
 
 class Explanation(NamedTuple):
@@ -417,10 +326,15 @@ def explain(
 
     def evaluate() -> jax.Array:
         traced.append(
-            _Traced(lambda p: value_fn(p, **kwargs), params, mask, perturbation)
+            _Traced(
+                lambda p: value_fn(p, **kwargs),
+                params,
+                mask,
+                rules.Policy(perturbation, 1.0),
+            )
         )
         keys = trained_keys(jax.random.key(0), params, mask)
-        return traced[0](keys, 1.0, jnp.int32(1), events)
+        return traced[0](keys, jnp.int32(1), events)
 
     jax.eval_shape(evaluate)
     lines = []
@@ -452,33 +366,13 @@ def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]
     return perturbations.leaf_keys(key, names)
 
 
-def quantized_epsilon(
-    epsilon: jax.typing.ArrayLike,
-    scale: jax.typing.ArrayLike,
-    perturbation: perturbations.Perturbation | None = None,
-) -> jax.Array:
-    """``ε_q = ⌊ε/Δ_w⌉`` as int32, saturating: the perturbation in grid steps.
-
-    For a `LowRank` perturbation ``⌊ε Δ_z/Δ_w⌉``, what a unit of its z_q moves.
-    """
-    if isinstance(perturbation, perturbations.LowRank):
-        epsilon = epsilon * perturbation.step
-    return jnp.clip(jnp.round(epsilon / scale), 0, 2**30).astype(jnp.int32)
-
-
-def frozen_fraction(
-    params: Any,
-    epsilon: jax.typing.ArrayLike,
-    mask: Mask = None,
-    perturbation: perturbations.Perturbation | None = None,
-) -> jax.Array:
-    """Share of the trained weights that ε cannot move, because ``ε_q = 0``.
+def frozen_fraction(params: Any, policy: rules.Policy, mask: Mask = None) -> jax.Array:
+    """Share of the trained weights that ε cannot move, because it rounds to zero.
 
     Args:
       params: pytree of float arrays and `QTensor`.
-      epsilon: perturbation scale ε in units of the weights.
+      policy: how the leaves are perturbed.
       mask: leaves that are trained, as in `dual_forward`.
-      perturbation: where z comes from.
 
     Returns:
       float32 scalar in [0, 1]; 0 if all leaves are floats.
@@ -487,57 +381,56 @@ def frozen_fraction(
     leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
     frozen, total = jnp.float32(0), 0
     for leaf, trained in zip(leaves, jax.tree.leaves(mask), strict=True):
-        if not trained:
-            continue
-        total += jnp.size(leaf)
-        if is_qtensor(leaf):
-            zero = quantized_epsilon(epsilon, leaf.scale, perturbation) == 0
-            frozen += jnp.mean(zero.astype(jnp.float32)) * leaf.size
+        if trained:
+            total += jnp.size(leaf)
+            frozen += (1 - policy.rule(leaf).moves()) * jnp.size(leaf)
     return frozen / max(total, 1)
 
 
-def check_epsilon(
-    params: Any,
-    epsilon: jax.typing.ArrayLike,
-    mask: Mask,
-    perturbation: perturbations.Perturbation | None = None,
-) -> None:
+def check_epsilon(params: Any, policy: rules.Policy, mask: Mask) -> None:
     """Raises if ε rounds to zero on the grid of a trained leaf: nothing would move.
 
     Traced values cannot be looked at here: then the check runs with the computation,
     and raises from there.
     """
-    low_rank_z = (
-        perturbation if isinstance(perturbation, perturbations.LowRank) else None
-    )
-    unit = low_rank_z.step if low_rank_z else 1.0
+    name_of_z = policy.perturbation.name
+    low_rank_z = isinstance(policy.perturbation, perturbations.LowRank)
 
-    def check(epsilon: Any, scales: dict[str, Any]) -> None:
+    def check(epsilons: dict[str, Any], scales: dict[str, Any]) -> None:
         for name, scale in scales.items():
-            largest = float(np.max(scale)) / unit
-            if round(float(epsilon) / largest) == 0:
+            unit = policy.perturbation.step if low_rank_z else 1.0
+            steps = np.asarray(epsilons[name]) * unit / np.asarray(scale)
+            if round(float(np.min(steps))) == 0:
+                worst = np.argmin(np.broadcast_to(steps, np.shape(scale)))
+                largest = float(np.ravel(scale)[worst]) / unit
+                epsilon = float(np.min(steps)) * largest
                 raise ValueError(
-                    f"epsilon={float(epsilon):.3g} is at most half a weight step of "
+                    f"epsilon={epsilon:.3g} is at most half a weight step of "
                     f"leaf {name!r} (step {largest:.3g}"
-                    + (f" for {low_rank_z.name}" if low_rank_z else "")
+                    + (f" for {name_of_z}" if low_rank_z else "")
                     + "), so it rounds to zero on the grid and the leaf would never "
                     f"move. Use an epsilon above {largest / 2:.3g}, more bits, "
-                    "channel_axis=-1, or mask the leaf."
+                    "channel_axis=-1, or mask the leaf; fgrad.on_grid trains weights "
+                    "of few bits without epsilon."
                 )
 
     mask = resolve_mask(mask, params)
     scales: dict[str, Any] = {}
+    epsilons: dict[str, Any] = {}
 
     def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if trained and is_qtensor(leaf):
-            scales[fixed_point.path_str(path)] = leaf.scale
+            rule = policy.rule(leaf)
+            if isinstance(rule, rules.FloatRule):
+                name = fixed_point.path_str(path)
+                scales[name], epsilons[name] = leaf.scale, rule.epsilon
         return leaf
 
     map_leaves(collect, params, mask)
-    if all(map(fixed_point.is_concrete, [epsilon, *scales.values()])):
-        check(epsilon, scales)
+    if all(map(fixed_point.is_concrete, [*epsilons.values(), *scales.values()])):
+        check(epsilons, scales)
     else:
-        jax.debug.callback(check, epsilon, scales)
+        jax.debug.callback(check, epsilons, scales)
 
 
 def check_params(params: Any, mask: Any) -> None:

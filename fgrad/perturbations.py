@@ -135,27 +135,7 @@ class Perturbation:
         Returns:
           The sum in the dtype of the coefficients, of the leaf's shape.
         """
-        return _accumulate(lambda k: self.sample(k, shape), keys, coefficients, shape)
-
-    def weighted_sum_together(
-        self,
-        keys: jax.Array,
-        coefficients: jax.Array,
-        shapes: Sequence[tuple[int, ...]],
-    ) -> list[jax.Array]:
-        """``Σᵢ cᵢ z_qᵢ`` of many small leaves, whose keys are [m, n]."""
-
-        def sample(keys: jax.Array) -> jax.Array:
-            leaves = self.sample_together(keys, shapes)
-            return jnp.concatenate([z.reshape(-1) for z in leaves])
-
-        sizes = [math.prod(shape) for shape in shapes]
-        total = _accumulate(sample, keys, coefficients, (sum(sizes),))
-        ends = np.cumsum(sizes)
-        return [
-            total[end - size : end].reshape(shape)
-            for end, size, shape in zip(ends, sizes, shapes, strict=True)
-        ]
+        return accumulate(lambda k: self.sample(k, shape), keys, coefficients, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,12 +256,14 @@ def _sample(
     return values[:size].reshape(shape)
 
 
-def _accumulate(
+def accumulate(
     sample: Callable[[jax.Array], jax.Array],
     keys: jax.Array,
     coefficients: jax.Array,
     shape: tuple[int, ...],
 ) -> jax.Array:
+    """``Σᵢ cᵢ sample(keyᵢ)``, one after the other, in the dtype of c."""
+
     def add(index: Any, total: jax.Array) -> jax.Array:
         z = sample(keys[index]).astype(coefficients.dtype)
         return total + coefficients[index] * z

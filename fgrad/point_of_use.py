@@ -8,7 +8,8 @@ perturbed copy is free again right after.
 
 Calls (jit, remat, custom_jvp, custom_vjp), scan, while and cond are followed. Other
 equations with a jaxpr inside (shard_map, custom_vmap, ...) get perturbed parameters.
-What happens to parameters alone, such as a cast or a dequantization, waits with them.
+What happens to parameters alone, such as a cast or a dequantization, waits with them,
+and so does what a parameter is only placed into: the frozen weights of a sparse leaf.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from fgrad import low_rank
+from fgrad import low_rank, ordering
 from fgrad.low_rank import Factored
 
 # Multiply-adds per weight from which a loop perturbs its weights in every iteration
@@ -50,6 +51,10 @@ _CALLS = {
 # What the next z waits for. Waiting for anything elementwise would keep it out of the
 # loop that XLA makes of it and its neighbours.
 _AWAITED = {*low_rank.RULES, "gather", "reduce_sum", "reduce_max"}
+
+
+# Equations that place one operand, of this position, into their first.
+_PLACEMENTS = {"scatter": 2, "dynamic_update_slice": 1}
 
 
 class Perturber(NamedTuple):
@@ -161,10 +166,18 @@ class _Known(NamedTuple):
 
 @dataclasses.dataclass
 class _Deferred:
-    """An equation on parameters alone that waits for the data it is combined with."""
+    """An equation on parameters alone that waits for the data it is combined with.
+
+    Attributes:
+      equation: the equation.
+      inputs: its operands.
+      placed: an array that is no parameter is part of it: frozen weights, or data.
+      outputs: its outputs, once they have been needed.
+    """
 
     equation: core.JaxprEqn
     inputs: list[_Value]
+    placed: bool = False
     outputs: list[_Known] | None = None
 
 
@@ -214,6 +227,8 @@ class _Interpreter:
         self, equation: core.JaxprEqn, inputs: list[_Value]
     ) -> Sequence[_Value]:
         name, params = equation.primitive.name, equation.params
+        if _places_a_parameter(equation, inputs):
+            return [_Output(_Deferred(equation, inputs, placed=True), 0)]
         if all(isinstance(x, _Known) for x in inputs):
             return self.bind(equation, inputs)
         if name in _CALLS and _CALLS[name] in params:
@@ -228,10 +243,16 @@ class _Interpreter:
             return self.while_loop(equation, inputs)
         if name == "cond":
             return self.cond(equation, inputs)
+        placed = any(map(_is_placed, inputs))
+        if placed and sum(not isinstance(x, _Known) for x in inputs) > 1:
+            # It may be data that a parameter was placed into: what combines it with
+            # other parameters is no work to put off.
+            inputs = [self.force(x, name) if _is_placed(x) else x for x in inputs]
+            return self.equation(equation, inputs)
         if not equation.effects and all(
             not isinstance(x, _Known) or x.constant for x in inputs
         ):
-            source = _Deferred(equation, inputs)
+            source = _Deferred(equation, inputs, placed)
             return [_Output(source, i) for i in range(len(equation.outvars))]
         return self.product(equation, inputs) or self.bind(equation, inputs)
 
@@ -240,7 +261,7 @@ class _Interpreter:
         if equation.primitive.name in low_rank.RULES:
             # An integer activation is stored for its product. Waiting for it, rather
             # than for an earlier product, lets go of the latter.
-            self.wait_for([x.array for x in inputs if _is_integer_activation(x)])
+            self.wait_for(_integer_activations(inputs))
         known = [self.force(x, equation.primitive.name) for x in inputs]
         arrays = [x.array for x in known]
         params = equation.primitive.get_bind_params(equation.params)
@@ -259,6 +280,17 @@ class _Interpreter:
         self.latest = next(filter(_can_be_awaited, arrays), self.latest)
         return [_Known(x, active=True) for x in arrays]
 
+    def not_before_latest(self, known: _Known) -> _Known:
+        """An array that a parameter is placed into, to be copied no sooner.
+
+        What is placed may be a small leaf, which is perturbed at the start, and waits
+        for nothing.
+        """
+        array = known.array
+        if _can_be_awaited(array):
+            array = ordering.delayed(array, self.latest)
+        return _Known(array, active=True)
+
     def force(self, value: _Value, primitive: str, way: str = "at use") -> _Known:
         """Perturbs what is pending, for the equation ``primitive``."""
         if isinstance(value, _Known):
@@ -267,6 +299,8 @@ class _Interpreter:
             source = value.source
             if source.outputs is None:
                 inputs = [self.force(x, primitive, way) for x in source.inputs]
+                if source.equation.primitive.name in _PLACEMENTS:
+                    inputs[0] = self.not_before_latest(inputs[0])
                 source.outputs = self.bind(source.equation, list(inputs))
             return source.outputs[value.position]
         if value.kept is not None:
@@ -427,17 +461,37 @@ class _Interpreter:
         return self.wait_for(outputs)
 
 
-def _is_integer_activation(value: _Value) -> bool:
-    return (
-        isinstance(value, _Known)
-        and value.active
-        and jnp.issubdtype(value.array.dtype, jnp.integer)
-    )
+def _integer_activations(values: Sequence[_Value]) -> list[jax.Array]:
+    return [
+        x.array
+        for x in values
+        if isinstance(x, _Known)
+        and x.active
+        and jnp.issubdtype(x.array.dtype, jnp.integer)
+    ]
 
 
 def _can_be_awaited(array: jax.Array) -> bool:
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     return array.size > 0 and any(jnp.issubdtype(array.dtype, k) for k in kinds)
+
+
+def _places_a_parameter(equation: core.JaxprEqn, inputs: list[_Value]) -> bool:
+    """Whether an equation places a parameter into an array that no z has entered."""
+    position = _PLACEMENTS.get(equation.primitive.name)
+    if position is None:
+        return False
+    into, placed = inputs[0], inputs[position]
+    return (
+        isinstance(into, _Known)
+        and not into.constant
+        and not any(isinstance(x, _Known) and x.active for x in inputs)
+        and (not isinstance(placed, _Known) or placed.constant)
+    )
+
+
+def _is_placed(value: _Value) -> bool:
+    return isinstance(value, _Output) and value.source.placed
 
 
 def _leaves(value: _Value) -> list[int]:

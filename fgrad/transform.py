@@ -11,10 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import estimators, evaluation, fixed_point, ordering, perturbations
+from fgrad import (
+    estimators,
+    evaluation,
+    fixed_point,
+    ordering,
+    perturbations,
+    rules,
+)
 from fgrad.fixed_point import is_qtensor
-
-Epsilon = float | jax.Array | Callable[[jax.Array], jax.Array]
+from fgrad.low_bit import OnGrid, on_grid
+from fgrad.rules import Epsilon, LeafEpsilon
 
 
 class ForwardGradState(NamedTuple):
@@ -55,6 +62,7 @@ def fixed_point_forward_grad(
     epsilon: Epsilon = 1e-3,
     num_perturbations: int = 3,
     perturbation: perturbations.Perturbation | None = None,
+    low_bit: OnGrid | None = None,
     estimator: estimators.Estimator = estimators.sign_m_spsa,
     vectorize: int = 1,
     mask: evaluation.Mask = None,
@@ -70,9 +78,12 @@ def fixed_point_forward_grad(
     Args:
       key: PRNG key; z is a function of it, the step, the index i, the leaf's path
         and shape.
-      epsilon: perturbation scale ε in units of the weights, or an optax schedule.
+      epsilon: perturbation scale ε in units of the weights, or an optax schedule; or
+        one for each leaf, by ``fgrad.relative_epsilon`` or ``fgrad.step_epsilon``.
       num_perturbations: m, the number of directions; a step costs 2m forward passes.
       perturbation: where z comes from; ``perturbations.normal()`` by default.
+      low_bit: ``fgrad.on_grid(learning_rate)`` trains weights of less than 16 bits by
+        sparse integer steps; by default they are treated as those of 16.
       estimator: `estimators.sign_m_spsa` or `estimators.spsa`.
       vectorize: how many directions are evaluated at once, 1 to m. It trades memory
         for speed and leaves the result as it is.
@@ -134,18 +145,24 @@ def fixed_point_forward_grad(
         raise ValueError(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
         )
-    if not callable(epsilon) and fixed_point.is_concrete(epsilon) and not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+    if low_bit is not None and not isinstance(low_bit, OnGrid):
+        raise TypeError(
+            f"low_bit must be fgrad.on_grid(learning_rate) or None, got {low_bit!r}."
+        )
+    value = epsilon.value if isinstance(epsilon, LeafEpsilon) else epsilon
+    if not callable(value) and fixed_point.is_concrete(value) and not value > 0:
+        raise ValueError(f"epsilon must be positive, got {value}.")
 
-    def epsilon_at(count: jax.Array) -> jax.Array:
-        value = epsilon(count) if callable(epsilon) else epsilon
-        return jnp.asarray(value, jnp.float32)
+    def policy_at(count: jax.Array) -> rules.Policy:
+        return rules.policy_at(
+            count, epsilon, perturbation, low_bit, num_perturbations=num_perturbations
+        )
 
     def init_fn(params: Any) -> ForwardGradState:
         full_mask = evaluation.resolve_mask(mask, params)
         evaluation.check_params(params, full_mask)
         count = jnp.zeros([], jnp.int32)
-        evaluation.check_epsilon(params, epsilon_at(count), full_mask, perturbation)
+        evaluation.check_epsilon(params, policy_at(count), full_mask)
         return ForwardGradState(
             key=jnp.array(key, copy=True),
             count=count,
@@ -179,15 +196,15 @@ def fixed_point_forward_grad(
         value_fn = obj_fn if value_fn is None else value_fn
         assert value_fn is not None
         full_mask = evaluation.resolve_mask(mask, params)
-        step_epsilon = epsilon_at(state.count)
         estimate = estimators.forward_gradient(
             value_fn,
             params,
             state.key,
             step=state.count,
-            epsilon=step_epsilon,
+            epsilon=epsilon,
             num_perturbations=num_perturbations,
             perturbation=perturbation,
+            low_bit=low_bit,
             estimator=estimator,
             vectorize=vectorize,
             mask=full_mask,
@@ -201,7 +218,7 @@ def fixed_point_forward_grad(
             loss_differences=estimate.loss_differences,
             nonfinite_pairs=estimate.nonfinite_pairs,
             frozen_fraction=evaluation.frozen_fraction(
-                params, step_epsilon, full_mask, perturbation
+                params, policy_at(state.count), full_mask
             ),
         )
 
@@ -303,6 +320,7 @@ def qzo_ff(
     epsilon: Epsilon = 1e-3,
     num_perturbations: int = 3,
     perturbation: perturbations.Perturbation | None = None,
+    low_bit: OnGrid | bool = True,
     estimator: estimators.Estimator = estimators.sign_m_spsa,
     vectorize: int = 1,
     mask: evaluation.Mask = None,
@@ -321,6 +339,9 @@ def qzo_ff(
       epsilon: see `fixed_point_forward_grad`, as for all that follow.
       num_perturbations: m.
       perturbation: where z comes from.
+      low_bit: how weights of less than 16 bits are trained: True for
+        ``fgrad.on_grid(learning_rate)``, False for the paper's way, which leaves most
+        of them where they are.
       estimator: how losses become coefficients of z.
       vectorize: how many directions are evaluated at once.
       mask: leaves to train.
@@ -346,12 +367,15 @@ def qzo_ff(
     Reference:
       Feng et al. 2024, equations (6) to (8).
     """
+    if isinstance(low_bit, bool):
+        low_bit = on_grid(learning_rate) if low_bit else None
     return optax.chain(
         fixed_point_forward_grad(
             key,
             epsilon=epsilon,
             num_perturbations=num_perturbations,
             perturbation=perturbation,
+            low_bit=low_bit,
             estimator=estimator,
             vectorize=vectorize,
             mask=mask,

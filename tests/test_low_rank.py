@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import fgrad
-from fgrad import evaluation, low_rank, perturbations, products
+from fgrad import evaluation, low_rank, perturbations, products, rules
 from fgrad.fixed_point import QTensor
 
 KEY = jax.random.key(0)
@@ -254,11 +254,11 @@ def test_directions_at_once_share_one_base_product(bits):
 
     if bits:
         params = fgrad.quantize(params, bits=bits)
-    z = perturbations.low_rank(1)
+    policy = rules.Policy(perturbations.low_rank(1), EPSILON)
     keys = jax.random.split(KEY, 8)
 
     def losses(p):
-        return evaluation.evaluate_pairs(value_fn, p, keys, EPSILON, z, vectorize=8)
+        return evaluation.evaluate_pairs(value_fn, p, keys, policy, vectorize=8)
 
     def operands(jaxpr):
         for equation in jaxpr.eqns:
@@ -273,5 +273,5 @@ def test_directions_at_once_share_one_base_product(bits):
     ]
     assert 48 * 40 in sizes
     assert 16 * 48 * 40 not in sizes
-    one_by_one = evaluation.evaluate_pairs(value_fn, params, keys, EPSILON, z)
+    one_by_one = evaluation.evaluate_pairs(value_fn, params, keys, policy)
     np.testing.assert_allclose(losses(params), one_by_one, rtol=1e-4)

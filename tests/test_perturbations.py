@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fgrad import evaluation, fixed_point, perturbations
+from fgrad import evaluation, fixed_point, perturbations, rules
 
 SIZE = 2**20
 SIGMAS = 5  # one false alarm in two million; the seeds are fixed besides
@@ -597,16 +597,18 @@ def test_a_weighted_sum_adds_up_the_samples(name, m, dtype):
     expected = sum(
         int(c[i]) * np.asarray(z.sample(keys[i], shape), np.int64) for i in range(m)
     )
-    total = jax.jit(z.weighted_sum, static_argnums=2)(keys, c, shape)
+    rule = rules.Policy(z, 1.0).rule(jnp.zeros(shape))
+    total = jax.jit(rule.weighted_sum)(keys, c)
     assert total.dtype == dtype
     np.testing.assert_array_equal(total, expected)
-    shapes = [(6,), (2, 3)]
-    together = z.weighted_sum_together(jnp.stack([keys, keys], 1), c, shapes)
-    for total, shape in zip(together, shapes, strict=True):
-        expected = sum(
-            int(c[i]) * np.asarray(z.sample(keys[i], shape), np.int64) for i in range(m)
-        )
-        np.testing.assert_array_equal(total, expected)
+    # The same for small leaves, all at once.
+    leaf_rules = {"a": rule, "b": rules.Policy(z, 1.0).rule(jnp.zeros((3, 4, 5)))}
+    sums = rules.weighted_sums_together(leaf_rules, {"a": keys, "b": keys}, c)
+    np.testing.assert_array_equal(sums["a"], expected)
+    other = sum(
+        int(c[i]) * np.asarray(z.sample(keys[i], (3, 4, 5)), np.int64) for i in range(m)
+    )
+    np.testing.assert_array_equal(sums["b"], other)
 
 
 # -------------------------------------------------------------------------- low rank
