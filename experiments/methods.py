@@ -78,7 +78,8 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
     def optimizer(
         learning_rate: Any, steps: Any, key: jax.Array
     ) -> optax.GradientTransformationExtraArgs:
-        links = [_OPTIMIZERS[method.optimizer](_linear_decay(learning_rate, steps))]
+        schedule = _linear_decay(learning_rate, steps)
+        links = [_OPTIMIZERS[method.optimizer](schedule)]
         if forward:
             estimate = fgrad.fixed_point_forward_grad(
                 key,
@@ -86,6 +87,7 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
                 num_perturbations=method.num_perturbations,
                 vectorize=method.vectorize,
                 perturbation=_perturbation(method),
+                low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
             )
             links = [estimate, *links, fgrad.quantized_update()]
         return optax.with_extra_args_support(optax.chain(*links))
@@ -94,7 +96,12 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         batch_key, z_key = jax.random.split(jax.random.key(seed))
         scales = {}
         if bits:
-            params = fgrad.quantize(params, bits=bits[0], headroom=method.headroom)
+            params = fgrad.quantize(
+                params,
+                bits=bits[0],
+                headroom=method.headroom,
+                channel_axis=-1 if method.per_channel else None,
+            )
             variables = layers.calibrate(
                 model, {"params": params}, images, headroom=method.activation_headroom
             )

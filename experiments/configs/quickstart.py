@@ -74,6 +74,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.perturbation = "normal"  # or another name in fgrad.perturbations
     forward.rank = 1  # of "low_rank" only
     forward.epsilon = 3e-2  # in units of the weights
+    forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
+    forward.per_channel = False  # one weight scale per output channel
     forward.headroom = 1.5  # weights may grow to this multiple of max|w|
     forward.activation_headroom = 1.5  # and activations
 

@@ -1,0 +1,40 @@
+"""Digits, as in the quickstart: weights of 16, 8, 6 and 4 bits.
+
+Sign-m-SPSA with the quickstart's budget of forward passes and tuning, 8-bit activations
+and per-channel weight scales. Below 16 bits the weights move by sparse integer steps
+(``fgrad.on_grid``), with no state beside them; ``rounded_8w8a`` is the paper's way
+instead, whose updates are rounded to the grid.
+
+    python -m experiments.main \
+        --config=experiments/configs/low_bit.py --workdir=workdir/low_bit
+
+A smoke run of some seconds: ``--config=experiments/configs/low_bit.py:smoke``.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import quickstart
+
+BITS = (16, 8, 6, 4)
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration; ``variant`` as in the quickstart's."""
+    config = quickstart.get_config(variant)
+    forward = config.methods.forward_16w8a
+    forward.per_channel = True
+    if variant == "full":
+        config.seeds = (0, 1, 2, 3, 4)
+        forward.learning_rates = (2e-2, 3e-2, 4e-2, 6e-2)
+    backprop = config.methods.backprop
+    config.methods = ConfigDict()
+    config.methods.backprop = backprop
+    for bits in BITS:
+        method = forward.copy_and_resolve_references()
+        method.bits = (bits, 8)
+        config.methods[f"forward_{bits}w8a"] = method
+    rounded = config.methods.forward_8w8a.copy_and_resolve_references()
+    rounded.low_bit = False
+    config.methods.rounded_8w8a = rounded
+    config.run = tuple(config.methods)
+    return config
