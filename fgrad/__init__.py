@@ -1,6 +1,7 @@
 """Fixed-point forward gradients: adapt networks where backpropagation cannot go."""
 
 from fgrad import (
+    enhancements,
     estimators,
     evaluation,
     fixed_point,
@@ -22,6 +23,7 @@ __all__ = [
     "QTensor",
     "dequantize",
     "dual_forward",
+    "enhancements",
     "estimators",
     "evaluation",
     "fixed_point",

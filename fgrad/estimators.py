@@ -105,6 +105,7 @@ def forward_gradient(
     vectorize: int = 1,
     mask: evaluation.Mask = None,
     on_nonfinite: str = "skip",
+    guidance: rules.Guidance | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """Estimates a gradient from ``2 * num_perturbations`` forward passes.
@@ -125,6 +126,7 @@ def forward_gradient(
       mask: leaves to train, as in `evaluation.dual_forward`.
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss, "raise"
         stops the program.
+      guidance: a direction to draw z around, or None.
       kwargs: passed to ``value_fn``.
 
     Returns:
@@ -144,7 +146,12 @@ def forward_gradient(
       Array([ 6., -2.], dtype=float32)
     """
     policy = rules.policy_at(
-        step, epsilon, perturbation, low_bit, num_perturbations=num_perturbations
+        step,
+        epsilon,
+        perturbation,
+        low_bit,
+        num_perturbations=num_perturbations,
+        guidance=guidance,
     )
     mask = evaluation.resolve_mask(mask, params)
     kwargs = dict(kwargs or {})
@@ -165,8 +172,9 @@ def forward_gradient(
     coefficients = jnp.where(finite, estimator(plus, minus, policy.epsilon), 0)
     signs = jnp.where(finite, sign_m_spsa(plus, minus, policy.epsilon), 0)
 
-    def in_real_units(leaf: Any, total: jax.Array) -> Any:
-        gradient = policy.rule(leaf).gradient(total, num_perturbations)
+    def in_real_units(name: str, leaf: Any) -> Any:
+        rule = policy.rule(leaf, name)
+        gradient = rule.gradient(totals[name], num_perturbations)
         if is_qtensor(leaf):
             zero = jnp.zeros_like(leaf.scale)
             return dataclasses.replace(leaf, qvalue=gradient, scale=zero)
@@ -175,7 +183,7 @@ def forward_gradient(
     totals = _weighted_sums(params, z_keys, coefficients, signs, policy, mask)
     gradient = evaluation.map_leaves(
         lambda path, leaf, trained: (
-            in_real_units(leaf, totals[jax.tree_util.keystr(path)])
+            in_real_units(jax.tree_util.keystr(path), leaf)
             if trained
             else jax.tree.map(jnp.zeros_like, leaf)
         ),
@@ -205,7 +213,8 @@ def _weighted_sums(
 
     def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if trained:
-            leaf_rules[jax.tree_util.keystr(path)] = policy.rule(leaf)
+            name = jax.tree_util.keystr(path)
+            leaf_rules[name] = policy.rule(leaf, name)
         return leaf
 
     evaluation.map_leaves(collect, params, mask)

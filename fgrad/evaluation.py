@@ -145,7 +145,10 @@ class _Traced:
         leaves = [leaf for _, leaf in with_paths]
         self.paths = [path for path, _ in with_paths]
         self.trained = [i for i, on in enumerate(jax.tree.leaves(mask)) if on]
-        self.rules = {i: policy.rule(leaves[i]) for i in self.trained}
+        self.rules = {
+            i: policy.rule(leaves[i], jax.tree_util.keystr(self.paths[i]))
+            for i in self.trained
+        }
         self.small = [i for i, rule in self.rules.items() if rule.is_small()]
         chosen = [leaves[i] for i in self.trained]
         self.values = [
@@ -260,8 +263,9 @@ def perturb_by(
     def leaf_fn(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
         if not trained:
             return leaf
-        rule = policy.rule(leaf)
-        z = rule.sample(keys[jax.tree_util.keystr(path)], jnp.shape(leaf))
+        name = jax.tree_util.keystr(path)
+        rule = policy.rule(leaf, name)
+        z = rule.sample(keys[name], jnp.shape(leaf))
         array = leaf.qvalue if is_qtensor(leaf) else jnp.asarray(leaf)
         array = rule.perturbed(array, z, sign)
         return dataclasses.replace(leaf, qvalue=array) if is_qtensor(leaf) else array

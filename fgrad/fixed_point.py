@@ -107,6 +107,48 @@ class QTensor:
     def __jax_array__(self) -> jax.Array:
         return self.dequantize()
 
+    # Arithmetic is that of the value. NumPy is told to leave it to us.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> jax.Array:
+        return self.dequantize() + other
+
+    def __radd__(self, other: Any) -> jax.Array:
+        return other + self.dequantize()
+
+    def __sub__(self, other: Any) -> jax.Array:
+        return self.dequantize() - other
+
+    def __rsub__(self, other: Any) -> jax.Array:
+        return other - self.dequantize()
+
+    def __mul__(self, other: Any) -> jax.Array:
+        return self.dequantize() * other
+
+    def __rmul__(self, other: Any) -> jax.Array:
+        return other * self.dequantize()
+
+    def __truediv__(self, other: Any) -> jax.Array:
+        return self.dequantize() / other
+
+    def __rtruediv__(self, other: Any) -> jax.Array:
+        return other / self.dequantize()
+
+    def __matmul__(self, other: Any) -> jax.Array:
+        return self.dequantize() @ other
+
+    def __rmatmul__(self, other: Any) -> jax.Array:
+        return other @ self.dequantize()
+
+    def __pow__(self, other: Any) -> jax.Array:
+        return self.dequantize() ** other
+
+    def __neg__(self) -> jax.Array:
+        return -self.dequantize()
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.dequantize()[index]
+
     def reshape(self, *shape: Any) -> jax.Array:
         """The dequantized value, reshaped (Flax's norms ask for it)."""
         return self.dequantize().reshape(*shape)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,33 @@ def step_epsilon(
     return LeafEpsilon(f"step_epsilon({value})", value, unit)
 
 
+class Guidance(NamedTuple):
+    """A direction that z is drawn around: ``z = noise * n + pull * d``.
+
+    Attributes:
+      directions: int8 d_q of each trained leaf, by ``keystr`` of its path, in steps of
+        `GUIDED_STEP`.
+      noise: float32 scalar, the share of fresh noise n.
+      pull: float32 scalar, the share of d.
+    """
+
+    directions: Mapping[str, jax.Array]
+    noise: jax.Array
+    pull: jax.Array
+
+    def mix(self, n: jax.Array, d: jax.Array, step: float) -> jax.Array:
+        """z_q of noise n_q on a grid of ``step`` and d_q, in integers of 32 bits."""
+        unit = 2**10
+        noise = jnp.round(unit * step / GUIDED_STEP * self.noise).astype(jnp.int32)
+        pull = jnp.round(unit * self.pull).astype(jnp.int32)
+        total = noise * n.astype(jnp.int32) + pull * d.astype(jnp.int32)
+        return jnp.clip((total + unit // 2) >> 10, -127, 127).astype(jnp.int8)
+
+
+# Δ_z of guided perturbations, whatever that of their noise.
+GUIDED_STEP = 2.0**-5
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """How the leaves of a tree are perturbed in one step.
@@ -123,15 +150,17 @@ class Policy:
       epsilon: ε in units of the weights, or in those of ``unit``; may be traced.
       unit: that of a `LeafEpsilon`, or None.
       density: for the leaves of few bits, or None to treat them as any other.
+      guidance: a direction to draw z around, or None. Leaves of few bits take none.
     """
 
     perturbation: perturbations.Perturbation
     epsilon: jax.typing.ArrayLike
     unit: Callable[[Any], jax.Array] | None = None
     density: low_bit.Density | None = None
+    guidance: Guidance | None = None
 
-    def rule(self, leaf: Any) -> Rule:
-        """The rule of a leaf."""
+    def rule(self, leaf: Any, name: str = "") -> Rule:
+        """The rule of a leaf; ``name`` is the ``keystr`` of its path."""
         density = self.density
         if is_qtensor(leaf) and density and leaf.bits < density.options.below:
             return GridRule(leaf, low_bit.WORDS, density)
@@ -139,9 +168,11 @@ class Policy:
         epsilon = jnp.asarray(self.epsilon * unit)
         if isinstance(self.perturbation, perturbations.LowRank):
             return LowRankRule(leaf, self.perturbation, epsilon, unit)
-        if is_qtensor(leaf):
-            return FixedPointRule(leaf, self.perturbation, epsilon, unit)
-        return FloatRule(leaf, self.perturbation, epsilon, unit)
+        guided = None
+        if self.guidance is not None and name:
+            guided = (self.guidance, self.guidance.directions[name])
+        kind = FixedPointRule if is_qtensor(leaf) else FloatRule
+        return kind(leaf, self.perturbation, epsilon, unit, guided)
 
 
 def policy_at(
@@ -151,6 +182,7 @@ def policy_at(
     low_bit: OnGrid | None = None,
     *,
     num_perturbations: int = 1,
+    guidance: Guidance | None = None,
 ) -> Policy:
     """The policy of a step, from the options of ``fixed_point_forward_grad``."""
     value, unit = epsilon, None
@@ -162,6 +194,7 @@ def policy_at(
         jnp.asarray(value(count) if callable(value) else value, jnp.float32),
         unit,
         None if low_bit is None else low_bit.at(count, num_perturbations),
+        guidance,
     )
 
 
@@ -237,21 +270,37 @@ class FloatRule(Rule):
     Attributes:
       epsilon: ε of the leaf in units of the weights.
       unit: ε of the leaf for a unit of the ε that the estimator is told.
+      guided: a `Guidance` and the leaf's direction, or None.
     """
 
     epsilon: jax.Array
     unit: jax.Array
+    guided: tuple[Guidance, jax.Array] | None = None
+
+    @property
+    def step(self) -> float:
+        """Δ_z, the value of a unit of z_q."""
+        return self.source.step if self.guided is None else GUIDED_STEP
+
+    def z_of(self, raw: jax.Array, block: Any = None) -> jax.Array:
+        """z_q of what ``source`` sampled for the leaf or a block of it."""
+        if self.guided is None:
+            return raw
+        guidance, direction = self.guided
+        if block is not None:
+            direction = direction.reshape(-1, *raw.shape)[block]
+        return guidance.mix(raw, direction, self.source.step)
 
     def perturbed(
         self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
     ) -> jax.Array:
         """The values of the leaf, or of a block, on one side of it."""
-        amplitude = jnp.float32(self.source.step) * self.epsilon * sign
+        amplitude = jnp.float32(self.step) * self.epsilon * sign
         return (array + amplitude * z.astype(jnp.float32)).astype(array.dtype)
 
     def gradient(self, total: jax.Array, count: int) -> jax.Array:
         """``Σᵢ cᵢ zᵢ / m`` of m = ``count``, float32, in loss per unit of weight."""
-        gradient = total.astype(jnp.float32) * (self.source.step / count)
+        gradient = total.astype(jnp.float32) * (self.step / count)
         # An integer coefficient is a sign, which knows of no unit.
         return gradient if _is_integer(total) else gradient / self.unit
 
@@ -266,7 +315,7 @@ class FixedPointRule(FloatRule):
         """The values of the leaf, or of a block, on one side of it."""
         epsilon_q = self.of_block(self.steps(), array, block)
         return fixed_point.perturb_qvalue(
-            array, z, sign * epsilon_q, self.source.step, self.leaf.bits
+            array, z, sign * epsilon_q, self.step, self.leaf.bits
         )
 
     def steps(self) -> jax.Array:

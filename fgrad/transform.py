@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class ForwardGradState(NamedTuple):
       nonfinite_pairs: int32 scalar, pairs that the last step left out.
       frozen_fraction: float32 scalar, share of the trained weights that the last
         step's epsilon could not move (``ε_q = 0``).
+      guide: state of the ``guide``, or empty.
     """
 
     key: jax.Array
@@ -43,6 +44,20 @@ class ForwardGradState(NamedTuple):
     loss_differences: jax.Array
     nonfinite_pairs: jax.Array
     frozen_fraction: jax.Array
+    guide: Any = ()
+
+
+class Guide(Protocol):
+    """What draws z around a direction; see `enhancements.momentum_guided_sampling`."""
+
+    def init(self, params: Any, mask: Any) -> Any:
+        """The state, for params and a full mask."""
+
+    def at(self, state: Any, count: jax.Array) -> rules.Guidance:
+        """The guidance of a step."""
+
+    def advance(self, state: Any, gradient: Any) -> Any:
+        """The state after the gradient of a step."""
 
 
 class QuantizedUpdateState(NamedTuple):
@@ -67,6 +82,7 @@ def fixed_point_forward_grad(
     vectorize: int = 1,
     mask: evaluation.Mask = None,
     on_nonfinite: str = "skip",
+    guide: Guide | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the incoming updates by a gradient made of forward passes only.
 
@@ -92,6 +108,8 @@ def fixed_point_forward_grad(
         from ``value_fn``.
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss and counts it
         in the state; "raise" stops the program.
+      guide: draws z around a direction that it keeps in the state, such as
+        ``enhancements.momentum_guided_sampling()``; none by default.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -141,6 +159,11 @@ def fixed_point_forward_grad(
             f"vectorize={vectorize} exceeds num_perturbations={num_perturbations}; "
             "it is the number of perturbations evaluated at once."
         )
+    if guide is not None and isinstance(perturbation, perturbations.LowRank):
+        raise ValueError(
+            f"a guide makes z dense, and {perturbation.name} shares products between "
+            "perturbations of low rank; use fgrad.perturbations.normal() with a guide."
+        )
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
@@ -162,7 +185,15 @@ def fixed_point_forward_grad(
         full_mask = evaluation.resolve_mask(mask, params)
         evaluation.check_params(params, full_mask)
         count = jnp.zeros([], jnp.int32)
-        evaluation.check_epsilon(params, policy_at(count), full_mask)
+        policy = policy_at(count)
+        evaluation.check_epsilon(params, policy, full_mask)
+        guided_mask = evaluation.map_leaves(
+            lambda _, leaf, trained: (
+                trained and not isinstance(policy.rule(leaf), rules.GridRule)
+            ),
+            params,
+            full_mask,
+        )
         return ForwardGradState(
             key=jnp.array(key, copy=True),
             count=count,
@@ -170,6 +201,7 @@ def fixed_point_forward_grad(
             loss_differences=jnp.zeros([num_perturbations], jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             frozen_fraction=jnp.zeros([], jnp.float32),
+            guide=guide.init(params, guided_mask) if guide else (),
         )
 
     def update_fn(
@@ -209,6 +241,7 @@ def fixed_point_forward_grad(
             vectorize=vectorize,
             mask=full_mask,
             on_nonfinite=on_nonfinite,
+            guidance=guide.at(state.guide, state.count) if guide else None,
             kwargs=_named_arguments(value_fn, extra_args),
         )
         return estimate.gradient, ForwardGradState(
@@ -220,6 +253,7 @@ def fixed_point_forward_grad(
             frozen_fraction=evaluation.frozen_fraction(
                 params, policy_at(state.count), full_mask
             ),
+            guide=guide.advance(state.guide, estimate.gradient) if guide else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

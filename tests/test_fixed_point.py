@@ -1,6 +1,7 @@
 import fractions
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -802,3 +803,32 @@ def test_dequantize_maps_every_qtensor_of_a_pytree():
     np.testing.assert_array_equal(got["a"], params["a"].dequantize())
     np.testing.assert_array_equal(got["b"][0], params["b"][0].dequantize())
     assert got["b"][1] is params["b"][1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul", "pow")],
+)
+@pytest.mark.parametrize("kind", ["jax", "numpy", "qtensor", "scalar"])
+def test_arithmetic_is_that_of_the_value(function, kind):
+    q = fixed_point.quantize(jnp.array([[1.0, 2.0], [0.5, 3.0]]))
+    other = {
+        "jax": jnp.array([[2.0, 3.0], [1.0, 4.0]]),
+        "numpy": np.array([[2.0, 3.0], [1.0, 4.0]], np.float32),
+        "qtensor": fixed_point.quantize(jnp.array([[2.0, 3.0], [1.0, 4.0]])),
+        "scalar": 2.0,
+    }[kind]
+    if kind == "scalar" and function is operator.matmul:
+        return
+    value = other.dequantize() if kind == "qtensor" else other
+    got, expected = function(q, other), function(q.dequantize(), value)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    if function is not operator.pow:
+        got, expected = function(other, q), function(value, q.dequantize())
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_a_part_of_a_qtensor_is_that_of_its_value():
+    q = fixed_point.quantize(jnp.array([[1.0, 2.0], [0.5, 3.0]]))
+    np.testing.assert_array_equal(q[1, :], q.dequantize()[1, :])
+    np.testing.assert_array_equal(-q, -q.dequantize())

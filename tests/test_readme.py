@@ -19,6 +19,12 @@ def test_the_readme_has_two_set_up_commands_of_one_line():
     assert all(c.startswith("python3.11 -m venv .venv && ") for c in commands)
 
 
+def test_the_code_on_low_bits_runs_and_learns():
+    page = (ROOT / "docs" / "low_bit.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "low_bit.md", "exec"), {})
+
+
 def test_the_code_on_memory_runs_and_says_what_it_prints(capsys):
     page = (ROOT / "docs" / "memory.md").read_text()
     names = {}

@@ -1,0 +1,257 @@
+"""Kernel-wise normalisation: each layer's step is as long as its weights ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fgrad import evaluation, fixed_point
+from fgrad.fixed_point import is_qtensor
+
+# Norm of a gradient below which it counts as zero: the square of anything smaller is
+# no normal float32.
+_TINY = 1e-18
+
+
+def kernel_normalization(
+    *, per: str = "layer", floor: float = 1e-3, mask: evaluation.Mask = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives every layer's gradient the norm of its weights.
+
+    .. math:: ĝ(w^i) \leftarrow \frac{ĝ(w^i)}{‖ĝ(w^i)‖} ‖w^i‖
+
+    It follows ``fixed_point_forward_grad``. With m = 1 this is the paper's
+    ``ĝ(wⁱ) = sign(L₊ − L₋) zⁱ/‖zⁱ‖ · ‖wⁱ‖``; with m > 1 the direction that is
+    normalised is that of the mean, not each of the m.
+
+    ``‖w‖`` of a `QTensor` is exact up to one float32 rounding for each scale: the sum
+    of ``w_q²`` in two 32-bit words and its integer square root, times the scale. A
+    learning rate after this link is relative: 0.01 moves a layer by 1% of its norm.
+
+    Args:
+      per: "layer" for one norm per leaf; "channel" for one per entry of the last axis
+        (the outputs of a Flax kernel) of leaves with two axes or more.
+      floor: the least root mean square of weights, in their units, so that zero
+        weights can move: ``‖w‖`` counts as at least ``floor √n``. A gradient of zeros,
+        which a bias of two values often has, stays zero.
+      mask: leaves to normalise, as in ``fixed_point_forward_grad``; the gradient of
+        any other passes as it is.
+
+    Returns:
+      A transformation without state, of gradients like ``params``: floats, or
+      `QTensor` with float32 ``qvalue`` in loss per unit of weight. It makes gradients
+      in units of the weights, of the same dtypes.
+
+    Raises:
+      ValueError: for an unknown ``per`` or a ``floor`` that is not positive; in
+        ``update`` without params.
+
+    Example:
+      >>> tx = kernel_normalization()
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> gradient = {"w": jnp.array([0.0, -2.0])}
+      >>> updates, _ = tx.update(gradient, tx.init(params), params)
+      >>> updates["w"]
+      Array([ 0., -5.], dtype=float32)
+
+    Reference:
+      Section 3.3 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
+      The floor is that of Adafactor (Shazeer and Stern 2018).
+    """
+    if per not in ("layer", "channel"):
+        raise ValueError(f'per must be "layer" or "channel", got {per!r}.')
+    if not 0 < floor < math.inf:
+        raise ValueError(
+            f"floor must be positive, got {floor}: it is the least root mean square "
+            "of weights, for example 1e-3, and without it zero weights cannot move."
+        )
+
+    def init_fn(params: Any) -> optax.EmptyState:
+        evaluation.resolve_mask(mask, params)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: Any,
+        state: optax.EmptyState,
+        params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.EmptyState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "kernel_normalization needs the parameters: call "
+                "tx.update(updates, state, params, ...)."
+            )
+        full_mask = evaluation.resolve_mask(mask, params)
+        leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
+        chosen = [
+            leaf
+            for leaf, on in zip(leaves, jax.tree.leaves(full_mask), strict=True)
+            if on
+        ]
+        norms = iter(_weight_norms(chosen, per))
+
+        def leaf_fn(leaf: Any, update: Any, normalised: bool) -> Any:
+            if not normalised:
+                return update
+            array = update.qvalue if is_qtensor(update) else jnp.asarray(update)
+            axes = _axes(leaf, per)
+            count = math.prod(jnp.shape(leaf)[a] for a in axes)
+            length = _float_norm(array, axes)
+            target = jnp.maximum(next(norms), floor * math.sqrt(count))
+            ratio = target / jnp.maximum(length, _TINY)
+            array = (array.astype(jnp.float32) * ratio).astype(array.dtype)
+            return (
+                dataclasses.replace(update, qvalue=array)
+                if is_qtensor(update)
+                else array
+            )
+
+        updates = jax.tree.map(leaf_fn, params, updates, full_mask, is_leaf=is_qtensor)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _axes(leaf: Any, per: str) -> tuple[int, ...]:
+    """The axes that a norm is taken over."""
+    axes = len(jnp.shape(leaf))
+    return tuple(range(axes - 1 if per == "channel" and axes > 1 else axes))
+
+
+def _float_norm(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    squares = jnp.square(array.astype(jnp.float32))
+    return jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
+
+
+def _weight_norms(leaves: Sequence[Any], per: str) -> list[jax.Array]:
+    """``‖w‖`` of each leaf, float32, with its axes and 1 for those taken over.
+
+    All integer roots come from one loop: one for each leaf would cost more than the
+    sums.
+    """
+    sums = [_grid_sums(leaf, per) for leaf in leaves if is_qtensor(leaf)]
+    roots: list[jax.Array] = []
+    if sums:
+        high, low = (jnp.concatenate([s[i].reshape(-1) for s in sums]) for i in (0, 1))
+        ends = [int(n) for n in _running_total([s[0].size for s in sums])]
+        parts = jnp.split(square_root(high, low), ends[:-1])
+        roots = [p.reshape(s[0].shape) for p, s in zip(parts, sums, strict=True)]
+    root = iter(roots)
+    return [
+        _scaled(leaf, next(root), per)
+        if is_qtensor(leaf)
+        else _float_norm(jnp.asarray(leaf), _axes(leaf, per))
+        for leaf in leaves
+    ]
+
+
+def _running_total(sizes: Sequence[int]) -> list[int]:
+    total, ends = 0, []
+    for size in sizes:
+        total += size
+        ends.append(total)
+    return ends
+
+
+def _grid_sums(leaf: fixed_point.QTensor, per: str) -> tuple[jax.Array, jax.Array]:
+    """Exact ``Σ w_q²`` over the axes of the norm along which the scale is shared."""
+    shared = [a for a in _axes(leaf, per) if leaf.scale.ndim == 0 or _is_one(leaf, a)]
+    high, low = sum_of_squares(leaf.qvalue, tuple(shared))
+    shape = [1 if a in shared else n for a, n in enumerate(leaf.shape)]
+    return high.reshape(shape), low.reshape(shape)
+
+
+def _is_one(leaf: fixed_point.QTensor, axis: int) -> bool:
+    return leaf.scale.shape[axis] == 1
+
+
+def _scaled(leaf: fixed_point.QTensor, root: jax.Array, per: str) -> jax.Array:
+    """Roots times scales, and the norm over the axes that have scales of their own."""
+    norm = root * leaf.scale.astype(jnp.float32)
+    axes = tuple(a for a in _axes(leaf, per) if norm.ndim and norm.shape[a] != 1)
+    return _float_norm(norm, axes) if axes else norm
+
+
+def sum_of_squares(q: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Exact ``Σ q²`` as the (high, low) words of a 64-bit integer.
+
+    Args:
+      q: integers of magnitude up to 2**15, of any dtype that holds them.
+      axes: the axes to sum over.
+
+    Returns:
+      Two uint32 arrays without those axes.
+
+    Example:
+      >>> sum_of_squares(jnp.full(8, 2**15), (0,))  # 2**33
+      (Array(2, dtype=uint32), Array(0, dtype=uint32))
+    """
+    squares = jnp.square(q.astype(jnp.int32)).astype(jnp.uint32)
+
+    def add(x: Any, y: Any) -> Any:
+        low = x[1] + y[1]
+        return x[0] + y[0] + (low < x[1]).astype(jnp.uint32), low
+
+    zero = jnp.uint32(0)
+    return lax.reduce((jnp.zeros_like(squares), squares), (zero, zero), add, axes)
+
+
+def square_root(high: jax.Array, low: jax.Array) -> jax.Array:
+    """Square root of 64-bit integers, by an integer root of 32 bits.
+
+    The integer is shifted up to fill its two words first, so that the root is right to
+    2**-31 of itself for small sums as well.
+
+    Args:
+      high: uint32, the upper words.
+      low: uint32, the lower words.
+
+    Returns:
+      float32 array, the root rounded once from 32 bits.
+
+    Example:
+      >>> square_root(jnp.uint32(2), jnp.uint32(0)) == 2**16.5
+      Array(True, dtype=bool)
+    """
+    zeros = jnp.where(high > 0, lax.clz(high), 32 + lax.clz(low)).astype(jnp.uint32)
+    shift = jnp.minimum(zeros & ~jnp.uint32(1), 62)
+    root = integer_root(*_shift_left(high, low, shift))
+    half = (shift >> 1).astype(jnp.int32)
+    return jnp.ldexp(root.astype(jnp.float32), -half)
+
+
+def integer_root(high: jax.Array, low: jax.Array) -> jax.Array:
+    """``⌊√x⌋`` of the 64-bit integers ``x = high · 2**32 + low``, as uint32.
+
+    Example:
+      >>> integer_root(jnp.uint32(0), jnp.uint32(99))
+      Array(9, dtype=uint32)
+    """
+
+    def try_bit(i: Any, root: jax.Array) -> jax.Array:
+        trial = root | (jnp.uint32(2**31) >> jnp.asarray(i).astype(jnp.uint32))
+        # A private helper of the module that owns 64-bit products.
+        square_high, square_low = fixed_point._multiply_u32(trial, trial)
+        fits = (square_high < high) | ((square_high == high) & (square_low <= low))
+        return jnp.where(fits, trial, root)
+
+    return lax.fori_loop(0, 32, try_bit, jnp.zeros_like(low))
+
+
+def _shift_left(
+    high: jax.Array, low: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``(high, low) << shift`` for shift in [0, 63]; XLA gives 0 for shifts >= 32."""
+    far = jnp.where(shift >= 32, low << jnp.where(shift >= 32, shift - 32, 0), 0)
+    carried = jnp.where(shift > 0, low >> jnp.where(shift > 0, 32 - shift, 0), 0)
+    near = (high << jnp.minimum(shift, 31)) | carried
+    wide = shift >= 32
+    return jnp.where(wide, far, near), jnp.where(wide, 0, low << jnp.minimum(shift, 31))

@@ -1,0 +1,125 @@
+"""Momentum-guided sampling: z is drawn around the direction of the last step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fgrad import evaluation, fixed_point, rules
+from fgrad.fixed_point import is_qtensor
+
+Schedule = float | jax.Array | Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumGuide:
+    """See `momentum_guided_sampling`.
+
+    Attributes:
+      alpha: α, or a schedule of it.
+      beta: β, or a schedule of it.
+    """
+
+    alpha: Schedule
+    beta: Schedule
+
+    def init(self, params: Any, mask: Any) -> dict[str, jax.Array]:
+        """Directions of zeros: int8, one for each trained leaf."""
+        directions = {}
+
+        def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
+            if trained:
+                name = jax.tree_util.keystr(path)
+                directions[name] = jnp.zeros(jnp.shape(leaf), jnp.int8)
+            return leaf
+
+        evaluation.map_leaves(collect, params, mask)
+        return directions
+
+    def at(self, state: dict[str, jax.Array], count: jax.Array) -> rules.Guidance:
+        """The shares of noise and direction in a step."""
+        alpha, beta = (
+            jnp.asarray(x(count) if callable(x) else x, jnp.float32)
+            for x in (self.alpha, self.beta)
+        )
+        # There is no direction before the first step.
+        pull = jnp.where(count > 0, 1 - beta, 0)
+        noise = jnp.sqrt(beta**2 * alpha + (1 - beta) ** 2 * (1 - alpha))
+        # Neither, which β = 1 and α = 0 ask for, is no direction to move in.
+        noise = jnp.where(noise + pull > 0, noise, 1)
+        length = jnp.sqrt(noise**2 + pull**2)
+        return rules.Guidance(state, noise / length, pull / length)
+
+    def advance(
+        self, state: dict[str, jax.Array], gradient: Any
+    ) -> dict[str, jax.Array]:
+        """Directions of unit mean square; a gradient of zero keeps the last one."""
+        leaves = jax.tree_util.tree_leaves_with_path(gradient, is_leaf=is_qtensor)
+        values = {
+            jax.tree_util.keystr(path): leaf.qvalue if is_qtensor(leaf) else leaf
+            for path, leaf in leaves
+        }
+
+        def direction(name: str, last: jax.Array) -> jax.Array:
+            g = values[name].astype(jnp.float32)
+            rms = jnp.sqrt(jnp.mean(jnp.square(g)))
+            steps = jnp.round(g / jnp.where(rms > 0, rms, 1) / rules.GUIDED_STEP)
+            new = jnp.clip(steps, -127, 127).astype(jnp.int8)
+            return jnp.where(rms > 0, new, last)
+
+        return {name: direction(name, last) for name, last in state.items()}
+
+
+def momentum_guided_sampling(
+    alpha: Schedule = 0.9, beta: Schedule = 0.9
+) -> MomentumGuide:
+    r"""Draws z around the direction of the last step, for ``guide=``.
+
+    .. math::
+      z_1 \sim N(0, α), \quad z_2 \sim N(z_t, 1 - α), \quad
+      z = β z_1 + (1 - β) z_2
+
+    z_t is the aggregated direction ``Σᵢ cᵢ zᵢ`` of the last step, scaled to unit mean
+    square in each leaf, and z is scaled back to unit variance. With β = 1 there is no
+    guidance. The direction takes one byte for each trained weight, and z is mixed in
+    integers of 32 bits.
+
+    Args:
+      alpha: α, the variance of the undirected noise, 0 to 1, or a schedule of it.
+      beta: β, the share of the undirected noise, 0 to 1, or a schedule of it.
+
+    Returns:
+      The ``guide`` of ``fixed_point_forward_grad``. Leaves of few bits that move by
+      ``fgrad.on_grid`` are not guided.
+
+    Raises:
+      ValueError: if α or β is out of range.
+
+    Example:
+      >>> import optax
+      >>> import fgrad
+      >>> tx = optax.chain(
+      ...     fgrad.fixed_point_forward_grad(
+      ...         jax.random.key(0), guide=momentum_guided_sampling()
+      ...     ),
+      ...     optax.sgd(0.1),
+      ... )
+      >>> state = tx.init({"w": jnp.ones(3)})
+      >>> state[0].guide["['w']"].dtype
+      dtype('int8')
+
+    Reference:
+      Section 3.4 of Feng et al. 2024.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if callable(value) or not fixed_point.is_concrete(value):
+            continue
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+        if name == "beta" and value == 0:
+            raise ValueError("beta=0 draws no fresh noise; use for example 0.9.")
+    return MomentumGuide(alpha, beta)

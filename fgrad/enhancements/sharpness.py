@@ -1,0 +1,212 @@
+"""Sharpness-aware perturbation: the estimate is taken one ascent step away."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fgrad import evaluation, fixed_point, perturbations, rules, transform
+from fgrad.enhancements import checks
+
+# Index of the ascent's z: no estimator has so many perturbations, so that the same
+# key here and in the estimator still gives other directions.
+_ASCENT = np.uint32(2**32 - 1)
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of `sharpness_aware`.
+
+    Attributes:
+      key: the key that, with ``count``, addresses every z₀.
+      count: int32 scalar, steps taken.
+      ascent: int32 scalar c₀ in {-1, 0, 1}, the side that the last step went to; 0
+        where both losses are equal or one is not finite.
+      forward_passes: int32 scalar, evaluations of the loss in the last step: two and
+        those of ``inner``.
+      inner_state: that of ``inner``.
+    """
+
+    key: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, and tuple's
+    ascent: jax.Array
+    forward_passes: jax.Array
+    inner_state: Any
+
+
+def sharpness_aware(
+    inner: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    rho: float | jax.Array | Callable[[jax.Array], jax.Array],
+    perturbation: perturbations.Perturbation | None = None,
+    mask: evaluation.Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets a transformation estimate its gradient at the worse of two neighbours.
+
+    .. math:: c_0 = sign(L(w + ρz_0) - L(w - ρz_0)), \quad
+      u = \text{inner}(w;\; w' \mapsto L(w' + ρ c_0 z_0))
+
+    The first pair of forward calls finds the way up; every evaluation of ``inner`` is
+    then made from there, and its update is applied to the original weights. No second
+    copy of the weights exists: each leaf gets ``ρ c_0 z_0`` where the loss uses it, on
+    top of the perturbation of ``inner``. In fixed point both are added by equation
+    (6), one after the other, and clipped and, for a Δ_z that is no power of two,
+    rounded after each.
+
+    Args:
+      inner: a transformation that contains ``fixed_point_forward_grad``. The loss in
+        its state is that of the neighbour.
+      key: PRNG key of z₀; with the step it addresses z₀.
+      rho: length ρ of the ascent in units of the weights, for each of them, or an
+        optax schedule of it.
+      perturbation: where z₀ comes from; ``perturbations.normal()`` by default.
+      mask: leaves that take part in the ascent, as in ``fixed_point_forward_grad``.
+
+    Returns:
+      A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``) and what it
+      names, as that of ``fixed_point_forward_grad``; ``inner`` gets all extra
+      arguments.
+
+    Raises:
+      TypeError, ValueError: here for bad options; in ``init`` for a rho of at most half
+        a weight step; in ``update`` without params or value_fn.
+
+    Example:
+      >>> from fgrad import qzo_ff
+      >>> inner = qzo_ff(0.01, jax.random.key(0))
+      >>> tx = sharpness_aware(inner, jax.random.key(1), rho=0.05)
+      >>> params = {"w": jnp.array([1.0, -2.0])}
+      >>> loss_fn = lambda params: jnp.sum(params["w"] ** 2)
+      >>> updates, state = tx.update(params, tx.init(params), params, value_fn=loss_fn)
+      >>> int(state.forward_passes)  # 2 for the ascent, 2m for the estimate
+      8
+
+    Reference:
+      Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024, after Foret et
+      al., "Sharpness-Aware Minimization", ICLR 2021.
+    """
+    inner = checks.transformation(inner)
+    transform._check_key(key)
+    if isinstance(rho, rules.LeafEpsilon):
+        raise TypeError(
+            f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
+            "would be that of the perturbed leaf."
+        )
+    if not callable(rho) and fixed_point.is_concrete(rho) and not rho > 0:
+        raise ValueError(
+            f"rho must be positive, got {rho}; try the epsilon of the estimator."
+        )
+    checks.perturbation(perturbation)
+
+    def init_fn(params: Any) -> SharpnessAwareState:
+        full_mask = evaluation.resolve_mask(mask, params)
+        evaluation.check_params(params, full_mask)
+        count = jnp.zeros([], jnp.int32)
+        _check_rho(params, rules.policy_at(count, rho, perturbation), full_mask)
+        return SharpnessAwareState(
+            key=jnp.array(key, copy=True),
+            count=count,
+            ascent=jnp.zeros([], jnp.int32),
+            forward_passes=jnp.zeros([], jnp.int32),
+            inner_state=inner.init(params),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: SharpnessAwareState,
+        params: Any = None,
+        *,
+        value_fn: Callable[..., jax.Array] | None = None,
+        obj_fn: Callable[..., jax.Array] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, SharpnessAwareState]:
+        loss_fn = checks.loss("sharpness_aware", params, value_fn, obj_fn)
+        full_mask = evaluation.resolve_mask(mask, params)
+        policy = rules.policy_at(state.count, rho, perturbation)
+        z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
+        named = transform._named_arguments(loss_fn, extra_args)
+        plus, minus = evaluation.evaluate_pairs(
+            lambda p: loss_fn(p, **named), params, z_key[None], policy, mask=full_mask
+        )
+        finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
+        ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
+        neighbour_fn = shifted(loss_fn, z_key, ascent, policy, full_mask)
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, value_fn=neighbour_fn, **extra_args
+        )
+        return updates, SharpnessAwareState(
+            key=state.key,
+            count=optax.safe_increment(state.count),
+            ascent=ascent,
+            forward_passes=jnp.int32(2 + _forward_passes(inner_state)),
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def shifted(
+    value_fn: Callable[..., jax.Array],
+    z_key: jax.Array,
+    sign: jax.Array,
+    policy: rules.Policy,
+    mask: evaluation.Mask = None,
+) -> Callable[..., jax.Array]:
+    """The loss as a function of weights that it moves by ``sign * ρz`` before use.
+
+    It can be traced inside another evaluation: then a leaf gets both perturbations
+    where it is first used.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs) -> scalar loss``.
+      z_key: key of z, from `perturbations.sample_key`.
+      sign: int32 scalar, -1, 0 or 1.
+      policy: how the leaves are perturbed, and ρ.
+      mask: leaves to perturb.
+
+    Returns:
+      A function of the signature of ``value_fn``.
+
+    Example:
+      >>> policy = rules.policy_at(0, 0.5, perturbations.rademacher())
+      >>> there = shifted(lambda w: w**2, jax.random.key(0), jnp.int32(0), policy)
+      >>> there(jnp.float32(3))
+      Array(9., dtype=float32)
+    """
+
+    # With the signature of value_fn, which says what extra arguments it is given.
+    @functools.wraps(value_fn, updated=())
+    def neighbour_fn(params: Any, **kwargs: Any) -> jax.Array:
+        full_mask = evaluation.resolve_mask(mask, params)
+        traced = evaluation._Traced(
+            lambda p: value_fn(p, **kwargs), params, full_mask, policy
+        )
+        return traced(evaluation.trained_keys(z_key, params, full_mask), sign)
+
+    return neighbour_fn
+
+
+def _check_rho(params: Any, policy: rules.Policy, mask: Any) -> None:
+    try:
+        evaluation.check_epsilon(params, policy, mask)
+    except ValueError as error:
+        raise ValueError(f"rho of sharpness_aware, read as epsilon: {error}") from error
+
+
+def _forward_passes(state: Any) -> Any:
+    """Evaluations of the last step, by what the states of the links say."""
+    if isinstance(state, transform.ForwardGradState):
+        return 2 * state.loss_differences.size
+    if isinstance(state, SharpnessAwareState):
+        return state.forward_passes
+    parts = state.values() if isinstance(state, dict) else state
+    inside = isinstance(state, tuple | list | dict)
+    return getattr(state, "importance_passes", 0) + (
+        sum(map(_forward_passes, parts)) if inside else 0
+    )
