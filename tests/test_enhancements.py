@@ -17,6 +17,7 @@ from fgrad.enhancements import (
     checks,
     kernel_normalization,
     sharpness_aware,
+    sparse,
     sparse_update,
 )
 from fgrad.enhancements.kernel_normalization import (
@@ -540,7 +541,7 @@ def test_magnitude_random_and_threshold_are_numpys_choice(bits, channel_axis):
     for name, index in chosen(criterion="random", key=CHOICE_KEY).items():
         places = jnp.arange(sizes[name], dtype=jnp.uint32)
         score = perturbations.counter_hash(keys[f"['{name}']"], places)
-        score = np.asarray(score).astype(np.int64)
+        score = np.asarray(score).astype(np.int64) >> 8
         k = share(sizes[name], 0.3)
         np.testing.assert_array_equal(index, largest(score, k))
 
@@ -683,6 +684,18 @@ def test_magnitude_follows_the_weights():
     assert chosen == [0, 0, 1]
 
 
+def test_a_state_with_a_key_keeps_its_count():
+    class Drawn(NamedTuple):
+        key: Any
+        count: Any
+        direction: Any
+
+    old, fresh = Drawn(1, 7, jnp.ones(2)), Drawn(1, 0, jnp.zeros(2))
+    marks = Drawn(False, False, True)
+    merged = sparse._restarted((old,), (fresh,), (marks,))[0]
+    assert (merged.key, merged.count, merged.direction.tolist()) == (1, 7, [0, 0])
+
+
 def test_inner_wrappers_restart_too():
     params = {"w": jnp.linspace(-1, 1, 40)}
 
@@ -707,8 +720,15 @@ def test_inner_wrappers_restart_too():
 # -------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("density", [0.1, 0.003])
-def test_a_sparse_step_needs_the_memory_of_one_layer(density):
+@pytest.mark.parametrize(
+    ("density", "options"),
+    [
+        (0.1, {}),
+        (0.003, {}),  # vectors so small that they are perturbed at the start
+        (0.01, {"criterion": "random", "key": CHOICE_KEY, "reselect_every": 9}),
+    ],
+)
+def test_a_sparse_step_needs_the_memory_of_one_layer(density, options):
     layers, width = 8, 512
     params = {f"w{i}": jnp.full((width, width), 0.01) for i in range(layers)}
 
@@ -717,7 +737,7 @@ def test_a_sparse_step_needs_the_memory_of_one_layer(density):
             batch = jnp.tanh(batch @ params[f"w{i}"])
         return jnp.mean(batch)
 
-    tx = sparse_update(chain(num_perturbations=1), density=density)
+    tx = sparse_update(chain(num_perturbations=1), density=density, **options)
     state = jax.eval_shape(tx.init, params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

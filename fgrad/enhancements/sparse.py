@@ -25,6 +25,9 @@ from fgrad import (
 from fgrad.enhancements import checks
 from fgrad.fixed_point import is_qtensor
 
+# score(after) is one number per value of a leaf, made no sooner than ``after``.
+Score = Callable[[jax.Array], jax.Array]
+
 CRITERIA = ("magnitude", "random", "threshold", "importance")
 
 # Index under which the key of the choice is derived: no estimator has so many
@@ -175,33 +178,37 @@ def sparse_update(
 
     def score_functions(
         params: Any, key: Any, count: jax.Array, full_mask: Any, loss_fn: Any
-    ) -> list[Callable[[], jax.Array]]:
-        """For each leaf what makes its score, one number per value."""
+    ) -> list[Score]:
+        """For each leaf what makes its score."""
         with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+        leaves = [leaf for _, leaf in with_paths]
+        names = [jax.tree_util.keystr(path) for path, _ in with_paths]
         if criterion in ("magnitude", "threshold"):
-            return [functools.partial(_magnitude, leaf) for _, leaf in with_paths]
+            return [functools.partial(_magnitude, leaf) for leaf in leaves]
         now = perturbations.sample_key(key, count, _CHOICE)
         if criterion == "random":
-            names = [jax.tree_util.keystr(path) for path, _ in with_paths]
             keys = perturbations.leaf_keys(now, names)
             return [
                 functools.partial(_random_words, keys[name], jnp.size(leaf))
-                for name, (_, leaf) in zip(names, with_paths, strict=True)
+                for name, leaf in zip(names, leaves, strict=True)
             ]
-        gradient = estimators.forward_gradient(
-            loss_fn,
-            params,
-            now,
-            step=count,
-            epsilon=epsilon,
-            num_perturbations=num_perturbations,
-            perturbation=perturbation,
-            estimator=estimators.spsa,
-            mask=full_mask,
-        ).gradient
+        policy = rules.policy_at(count, epsilon, perturbation)
+        z_keys = jax.vmap(lambda i: perturbations.sample_key(now, count, i))(
+            jnp.arange(num_perturbations)
+        )
+        plus, minus = evaluation.evaluate_pairs(
+            loss_fn, params, z_keys, policy, mask=full_mask
+        )
+        finite = jnp.isfinite(plus) & jnp.isfinite(minus)
+        coefficients = estimators.spsa(plus, minus, policy.epsilon)
+        coefficients = jnp.where(finite, coefficients, 0)
+        leaf_keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, full_mask))
+        keys = leaf_keys(z_keys)
         return [
-            functools.partial(jnp.abs, g.qvalue if is_qtensor(g) else g)
-            for g in jax.tree.leaves(gradient, is_leaf=is_qtensor)
+            functools.partial(
+                _importance, policy.rule(leaf), keys.get(name), coefficients
+            )
+            for name, leaf in zip(names, leaves, strict=True)
         ]
 
     def init_fn(params: Any) -> SparseUpdateState:
@@ -310,19 +317,31 @@ def _share(density: float, size: int) -> int:
     return min(size, max(1, round(density * size)))
 
 
-def _magnitude(leaf: Any) -> jax.Array:
+def _magnitude(leaf: Any, after: jax.Array) -> jax.Array:
     """``|w|`` as floats."""
     if is_qtensor(leaf):
-        return jnp.abs(leaf.qvalue.astype(jnp.float32)) * leaf.scale
-    return jnp.abs(jnp.asarray(leaf))
+        values = ordering.delayed(leaf.qvalue, after).astype(jnp.float32)
+        return jnp.abs(values) * leaf.scale
+    return jnp.abs(ordering.delayed(jnp.asarray(leaf), after))
 
 
-def _random_words(key: jax.Array, size: int) -> jax.Array:
-    return perturbations.counter_hash(key, lax.iota(jnp.uint32, size))
+def _random_words(key: jax.Array, size: int, after: jax.Array) -> jax.Array:
+    """Random integers of 24 bits, as floats: XLA's sort of integers needs more."""
+    places = lax.iota(jnp.uint32, size)
+    words = perturbations.counter_hash(ordering.delayed_key(key, after), places)
+    return (words >> 8).astype(jnp.float32)
+
+
+def _importance(
+    rule: rules.Rule, keys: Any, coefficients: jax.Array, after: jax.Array
+) -> jax.Array:
+    """``|Σᵢ cᵢ zᵢ|``, up to a factor for the leaf."""
+    keys = ordering.delayed_key(keys, after)
+    return jnp.abs(rule.weighted_sum(keys, coefficients))
 
 
 def _number_above(leaf: Any, threshold: float) -> int:
-    above = jnp.sum(_magnitude(leaf) > threshold)
+    above = jnp.sum(_magnitude(leaf, jnp.zeros([])) > threshold)
     if not fixed_point.is_concrete(above):
         raise TypeError(
             'criterion="threshold" counts the weights above the threshold, which are '
@@ -332,19 +351,16 @@ def _number_above(leaf: Any, threshold: float) -> int:
     return int(above)
 
 
-def _largest(
-    functions: Sequence[Callable[[], jax.Array]], sizes: Sequence[int]
-) -> list[jax.Array]:
-    """Sorted positions of the k largest scores of each leaf, as int32 [k]."""
+def _largest(scores: Sequence[Score], sizes: Sequence[int]) -> list[jax.Array]:
+    """Sorted positions of the k largest values of each score, as int32 [k]."""
     chosen: list[jax.Array] = []
     latest = jnp.zeros([], jnp.int32)
-    for score, k in zip(functions, sizes, strict=True):
+    for score, k in zip(scores, sizes, strict=True):
         if k == 0:
             chosen.append(jnp.zeros([0], jnp.int32))
             continue
         # One leaf after the other: a sort needs the leaf several times over.
-        values = ordering.delayed(score().reshape(-1), latest)
-        latest = jnp.sort(lax.top_k(values, k)[1])
+        latest = jnp.sort(lax.top_k(score(latest).reshape(-1), k)[1])
         chosen.append(latest)
     return chosen
 
@@ -370,17 +386,22 @@ def _restarted(old: Any, fresh: Any, momenta: Any) -> Any:
     """``fresh`` where a state holds momenta, ``old`` where it does not.
 
     A state is taken as a whole, for the count in Adam's corrects the bias of its
-    moments; a state inside it is judged by itself.
+    moments; a state inside it is judged by itself. One with a key keeps its count,
+    with which the key addresses z: beginning anew would draw the same z again.
     """
     if not _is_state(old):
         return fresh if any(jax.tree.leaves(momenta)) else old
+    fields = list(zip(old, fresh, momenta, strict=True))
     own = [not _is_state(x) for x in old]
-    restarts = any(
-        mine and any(jax.tree.leaves(m)) for mine, m in zip(own, momenta, strict=True)
-    )
+    of_momenta = [any(jax.tree.leaves(m)) for m in momenta]
+    if hasattr(old, "key"):
+        replaced = of_momenta
+    else:
+        restarts = any(m for m, mine in zip(of_momenta, own, strict=True) if mine)
+        replaced = [restarts] * len(own)
     parts = [
-        (f if restarts else o) if mine else _restarted(o, f, m)
-        for mine, o, f, m in zip(own, old, fresh, momenta, strict=True)
+        (f if new else o) if mine else _restarted(o, f, m)
+        for (o, f, m), mine, new in zip(fields, own, replaced, strict=True)
     ]
     return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
 
