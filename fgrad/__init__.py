@@ -15,7 +15,12 @@ from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, quantize
 from fgrad.low_bit import on_grid
 from fgrad.rules import relative_epsilon, step_epsilon
-from fgrad.transform import fixed_point_forward_grad, quantized_update, qzo_ff
+from fgrad.transform import (
+    fixed_point_forward_grad,
+    on_values,
+    quantized_update,
+    qzo_ff,
+)
 
 __version__ = "0.1.0"
 
@@ -30,6 +35,7 @@ __all__ = [
     "fixed_point_forward_grad",
     "layers",
     "on_grid",
+    "on_values",
     "perturbations",
     "products",
     "quantize",

@@ -359,6 +359,11 @@ def explain(
 
 def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]:
     """The key of z for each trained leaf, by ``keystr`` of its path."""
+    return perturbations.leaf_keys(key, trained_names(params, mask))
+
+
+def trained_names(params: Any, mask: Any) -> list[str]:
+    """``keystr`` of the paths of the trained leaves."""
     names: list[str] = []
 
     def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
@@ -367,7 +372,7 @@ def trained_keys(key: jax.Array, params: Any, mask: Any) -> dict[str, jax.Array]
         return leaf
 
     map_leaves(collect, params, mask)
-    return perturbations.leaf_keys(key, names)
+    return names
 
 
 def frozen_fraction(params: Any, policy: rules.Policy, mask: Mask = None) -> jax.Array:
@@ -456,6 +461,8 @@ def check_params(params: Any, mask: Any) -> None:
 
 def resolve_mask(mask: Mask, params: Any) -> Any:
     """A pytree of bools with one entry per leaf; a `QTensor` counts as one leaf."""
+    if not jax.tree.leaves(params):  # optax.tree.map_params inits with a placeholder
+        mask = None
     if callable(mask):
         mask = mask(params)
     try:

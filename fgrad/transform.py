@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -53,10 +53,10 @@ class Guide(Protocol):
     def init(self, params: Any, mask: Any) -> Any:
         """The state, for params and a full mask."""
 
-    def at(self, state: Any, count: jax.Array) -> rules.Guidance:
-        """The guidance of a step."""
+    def at(self, state: Any, count: jax.Array, names: Sequence[str]) -> rules.Guidance:
+        """The guidance of a step; ``names`` are the ``keystr`` of guided leaves."""
 
-    def advance(self, state: Any, gradient: Any) -> Any:
+    def advance(self, state: Any, gradient: Any, names: Sequence[str]) -> Any:
         """The state after the gradient of a step."""
 
 
@@ -78,7 +78,7 @@ def fixed_point_forward_grad(
     num_perturbations: int = 3,
     perturbation: perturbations.Perturbation | None = None,
     low_bit: OnGrid | None = None,
-    estimator: estimators.Estimator = estimators.sign_m_spsa,
+    estimator: estimators.Estimator | None = None,
     vectorize: int = 1,
     mask: evaluation.Mask = None,
     on_nonfinite: str = "skip",
@@ -147,6 +147,7 @@ def fixed_point_forward_grad(
             f"perturbation must come from fgrad.perturbations, got {perturbation!r}; "
             "use for example fgrad.perturbations.normal()."
         )
+    estimator = estimators.sign_m_spsa if estimator is None else estimator
     if not callable(estimator):
         raise TypeError(
             f"estimator must be a function, got {estimator!r}; use "
@@ -181,19 +182,23 @@ def fixed_point_forward_grad(
             count, epsilon, perturbation, low_bit, num_perturbations=num_perturbations
         )
 
-    def init_fn(params: Any) -> ForwardGradState:
-        full_mask = evaluation.resolve_mask(mask, params)
-        evaluation.check_params(params, full_mask)
-        count = jnp.zeros([], jnp.int32)
-        policy = policy_at(count)
-        evaluation.check_epsilon(params, policy, full_mask)
-        guided_mask = evaluation.map_leaves(
+    def guided(params: Any, full_mask: Any) -> Any:
+        policy = policy_at(jnp.zeros([], jnp.int32))
+        return evaluation.map_leaves(
             lambda _, leaf, trained: (
                 trained and not isinstance(policy.rule(leaf), rules.GridRule)
             ),
             params,
             full_mask,
         )
+
+    def init_fn(params: Any) -> ForwardGradState:
+        _check_visible(params)
+        full_mask = evaluation.resolve_mask(mask, params)
+        evaluation.check_params(params, full_mask)
+        count = jnp.zeros([], jnp.int32)
+        policy = policy_at(count)
+        evaluation.check_epsilon(params, policy, full_mask)
         return ForwardGradState(
             key=jnp.array(key, copy=True),
             count=count,
@@ -201,7 +206,7 @@ def fixed_point_forward_grad(
             loss_differences=jnp.zeros([num_perturbations], jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             frozen_fraction=jnp.zeros([], jnp.float32),
-            guide=guide.init(params, guided_mask) if guide else (),
+            guide=guide.init(params, guided(params, full_mask)) if guide else (),
         )
 
     def update_fn(
@@ -225,9 +230,11 @@ def fixed_point_forward_grad(
                 "state, params, value_fn=loss_fn, batch=...), with value_fn or its "
                 "alias obj_fn, not both."
             )
+        _check_visible(params)
         value_fn = obj_fn if value_fn is None else value_fn
         assert value_fn is not None
         full_mask = evaluation.resolve_mask(mask, params)
+        names = evaluation.trained_names(params, guided(params, full_mask))
         estimate = estimators.forward_gradient(
             value_fn,
             params,
@@ -241,7 +248,7 @@ def fixed_point_forward_grad(
             vectorize=vectorize,
             mask=full_mask,
             on_nonfinite=on_nonfinite,
-            guidance=guide.at(state.guide, state.count) if guide else None,
+            guidance=guide.at(state.guide, state.count, names) if guide else None,
             kwargs=_named_arguments(value_fn, extra_args),
         )
         return estimate.gradient, ForwardGradState(
@@ -253,7 +260,9 @@ def fixed_point_forward_grad(
             frozen_fraction=evaluation.frozen_fraction(
                 params, policy_at(state.count), full_mask
             ),
-            guide=guide.advance(state.guide, estimate.gradient) if guide else (),
+            guide=(
+                guide.advance(state.guide, estimate.gradient, names) if guide else ()
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -347,6 +356,59 @@ def quantized_update(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def on_values(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets an optimizer see the values of `QTensor` leaves, not their integers.
+
+    An optimizer makes its moments like the parameters and adds weight decay to them.
+    For a `QTensor` those would be its integers: moments cut to int16, and decay in
+    grid steps. Between the estimator and `quantized_update`, wrap any optimizer that
+    has moments or reads the parameters. Plain SGD does neither and needs no wrapper.
+
+    Args:
+      inner: any optax transformation.
+
+    Returns:
+      The same transformation on float32 arrays in the place of `QTensor` leaves. Its
+      moments take four bytes for each weight, like those of any optimizer.
+
+    Example:
+      >>> tx = optax.chain(
+      ...     fixed_point_forward_grad(jax.random.key(0), epsilon=1e-2),
+      ...     on_values(optax.adamw(1e-3)),
+      ...     quantized_update(),
+      ... )
+      >>> state = tx.init(fixed_point.quantize({"w": jnp.array([1.0, -2.0])}))
+      >>> optax.tree.get(state, "mu")["w"].dtype
+      dtype('float32')
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> Any:
+        return inner.init(fixed_point.dequantize(params))
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        values = jax.tree.map(
+            lambda u: u.qvalue if is_qtensor(u) else u, updates, is_leaf=is_qtensor
+        )
+        floats = None if params is None else fixed_point.dequantize(params)
+        values, state = inner.update(values, state, floats, **extra_args)
+        updates = jax.tree.map(
+            lambda u, value: (
+                dataclasses.replace(u, qvalue=value) if is_qtensor(u) else value
+            ),
+            updates,
+            values,
+            is_leaf=is_qtensor,
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def qzo_ff(
     learning_rate: optax.ScalarOrSchedule,
     key: jax.Array,
@@ -355,7 +417,7 @@ def qzo_ff(
     num_perturbations: int = 3,
     perturbation: perturbations.Perturbation | None = None,
     low_bit: OnGrid | bool = True,
-    estimator: estimators.Estimator = estimators.sign_m_spsa,
+    estimator: estimators.Estimator | None = None,
     vectorize: int = 1,
     mask: evaluation.Mask = None,
     on_nonfinite: str = "skip",
@@ -420,6 +482,18 @@ def qzo_ff(
     )
 
 
+def _check_visible(params: Any) -> None:
+    def hidden(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    if any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+        raise ValueError(
+            "optax.masked or optax.partition hid leaves of params, which value_fn "
+            "needs. Use the mask= of fixed_point_forward_grad or qzo_ff instead, and "
+            "wrap only the optimizer that follows."
+        )
+
+
 def _check_key(key: Any) -> None:
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (
@@ -430,7 +504,10 @@ def _check_key(key: Any) -> None:
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        raise ValueError(
+            f"{name} must be a positive integer, got {value!r}; under "
+            "optax.inject_hyperparams list it in static_args."
+        )
 
 
 def _named_arguments(

@@ -235,9 +235,8 @@ def train(tx, params, steps=STEPS, loss_fn=loss_fn, **extra):
         (None, None, None, "outside", False, "sgd", 1),
         (8, -1, None, "outside", True, "sgd", 1),
         (None, None, 0.1, None, False, "adam", 2),
-        (16, None, 0.6, None, False, "momentum", 1),
         (8, None, 0.1, None, False, "sgd", M),
-        (None, None, 0.6, "inside", True, "momentum", 1),
+        (16, None, 0.6, "inside", True, "momentum", 1),
         (16, -1, 0.6, "outside", True, "adam", 1),
     ],
 )

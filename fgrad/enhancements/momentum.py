@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,20 +27,17 @@ class MomentumGuide:
     alpha: Schedule
     beta: Schedule
 
-    def init(self, params: Any, mask: Any) -> dict[str, jax.Array]:
-        """Directions of zeros: int8, one for each trained leaf."""
-        directions = {}
+    def init(self, params: Any, mask: Any) -> Any:
+        """Directions of zeros: int8, one for each guided leaf, None for the others."""
+        return evaluation.map_leaves(
+            lambda _, leaf, trained: (
+                jnp.zeros(jnp.shape(leaf), jnp.int8) if trained else None
+            ),
+            params,
+            mask,
+        )
 
-        def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
-            if trained:
-                name = jax.tree_util.keystr(path)
-                directions[name] = jnp.zeros(jnp.shape(leaf), jnp.int8)
-            return leaf
-
-        evaluation.map_leaves(collect, params, mask)
-        return directions
-
-    def at(self, state: dict[str, jax.Array], count: jax.Array) -> rules.Guidance:
+    def at(self, state: Any, count: jax.Array, names: Sequence[str]) -> rules.Guidance:
         """The shares of noise and direction in a step."""
         alpha, beta = (
             jnp.asarray(x(count) if callable(x) else x, jnp.float32)
@@ -52,11 +49,10 @@ class MomentumGuide:
         # Neither, which β = 1 and α = 0 ask for, is no direction to move in.
         noise = jnp.where(noise + pull > 0, noise, 1)
         length = jnp.sqrt(noise**2 + pull**2)
-        return rules.Guidance(state, noise / length, pull / length)
+        directions = dict(zip(names, jax.tree.leaves(state), strict=True))
+        return rules.Guidance(directions, noise / length, pull / length)
 
-    def advance(
-        self, state: dict[str, jax.Array], gradient: Any
-    ) -> dict[str, jax.Array]:
+    def advance(self, state: Any, gradient: Any, names: Sequence[str]) -> Any:
         """Directions of unit mean square; a gradient of zero keeps the last one."""
         leaves = jax.tree_util.tree_leaves_with_path(gradient, is_leaf=is_qtensor)
         values = {
@@ -64,14 +60,15 @@ class MomentumGuide:
             for path, leaf in leaves
         }
 
-        def direction(name: str, last: jax.Array) -> jax.Array:
+        def direction(last: jax.Array, name: str) -> jax.Array:
             g = values[name].astype(jnp.float32)
             rms = jnp.sqrt(jnp.mean(jnp.square(g)))
             steps = jnp.round(g / jnp.where(rms > 0, rms, 1) / rules.GUIDED_STEP)
             new = jnp.clip(steps, -127, 127).astype(jnp.int8)
             return jnp.where(rms > 0, new, last)
 
-        return {name: direction(name, last) for name, last in state.items()}
+        directions, treedef = jax.tree.flatten(state)
+        return jax.tree.unflatten(treedef, map(direction, directions, names))
 
 
 def momentum_guided_sampling(
@@ -109,7 +106,7 @@ def momentum_guided_sampling(
       ...     optax.sgd(0.1),
       ... )
       >>> state = tx.init({"w": jnp.ones(3)})
-      >>> state[0].guide["['w']"].dtype
+      >>> state[0].guide["w"].dtype
       dtype('int8')
 
     Reference:

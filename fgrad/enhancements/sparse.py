@@ -88,8 +88,8 @@ def sparse_update(
     values. All other weights stay as they are, bit for bit.
 
     A leaf is put together where the loss uses it, from the frozen weights and the
-    perturbed values, so that the temporaries are those of one leaf. One that a
-    ``lax.scan`` slices is put together before it.
+    perturbed values, so that the temporaries are those of one leaf, and the chosen
+    values of all. One that a ``lax.scan`` slices is put together before it.
 
     Args:
       inner: a chain of ``fixed_point_forward_grad``, any optax optimizer, and
