@@ -111,7 +111,7 @@ def evaluate_pairs(
     """
     mask = resolve_mask(mask, params)
     check_params(params, mask)
-    traced = _Traced(value_fn, params, mask, policy)
+    traced = Traced(value_fn, params, mask, policy)
     leaf_keys = jax.vmap(lambda key: trained_keys(key, params, mask))(keys)
     pairs = len(keys)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
@@ -130,7 +130,7 @@ def evaluate_pairs(
     return plus, minus
 
 
-class _Traced:
+class Traced:
     """A loss function, traced once, to be evaluated at perturbed parameters."""
 
     def __init__(
@@ -326,11 +326,11 @@ def explain(
     mask = resolve_mask(mask, params)
     check_params(params, mask)
     events: list[point_of_use.Event] = []
-    traced: list[_Traced] = []
+    traced: list[Traced] = []
 
     def evaluate() -> jax.Array:
         traced.append(
-            _Traced(
+            Traced(
                 lambda p: value_fn(p, **kwargs),
                 params,
                 mask,

@@ -480,7 +480,7 @@ def requantize(
     limit = 2 ** (bits - 1) - 1
     if isinstance(multiplier, int) and multiplier == 1 and isinstance(shift, int):
         return jnp.clip(_rounding_shift(acc, shift), -limit, limit)
-    high, low = _multiply_u32(_magnitude(acc), jnp.asarray(multiplier, jnp.uint32))
+    high, low = multiply_u32(_magnitude(acc), jnp.asarray(multiplier, jnp.uint32))
     shift = jnp.asarray(shift, jnp.uint32)
     high_q, low_q = _shift_right(high, low, shift)
     # The bit below the result decides, and whether anything is set below that bit.
@@ -613,7 +613,7 @@ def _magnitude(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, ~bits + 1, bits)
 
 
-def _multiply_u32(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def multiply_u32(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The 64-bit product of two uint32, as (high, low) words."""
     a_high, a_low = a >> 16, a & 0xFFFF
     b_high, b_low = b >> 16, b & 0xFFFF

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import (
+    checks,
     estimators,
     evaluation,
     fixed_point,
@@ -89,7 +89,8 @@ def fixed_point_forward_grad(
     .. math:: ĝ = \frac{1}{m} \sum_{i=1}^m sign(L(w + εz_i) - L(w - εz_i)) z_i
 
     The gradient has the structure of params and is in units of loss per unit of
-    weight, for float and `QTensor` leaves alike, so any optax optimizer can follow.
+    weight, for float and `QTensor` leaves alike, so any optax optimizer can follow:
+    SGD as it is, one with moments or weight decay inside `on_values`.
 
     Args:
       key: PRNG key; z is a function of it, the step, the index i, the leaf's path
@@ -140,21 +141,17 @@ def fixed_point_forward_grad(
     Reference:
       Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024, section 3.
     """
-    _check_key(key)
+    checks.key(key)
     perturbation = perturbations.normal() if perturbation is None else perturbation
-    if not isinstance(perturbation, perturbations.Perturbation):
-        raise TypeError(
-            f"perturbation must come from fgrad.perturbations, got {perturbation!r}; "
-            "use for example fgrad.perturbations.normal()."
-        )
+    checks.perturbation(perturbation)
     estimator = estimators.sign_m_spsa if estimator is None else estimator
     if not callable(estimator):
         raise TypeError(
             f"estimator must be a function, got {estimator!r}; use "
             "fgrad.estimators.sign_m_spsa or fgrad.estimators.spsa."
         )
-    _check_count("num_perturbations", num_perturbations)
-    _check_count("vectorize", vectorize)
+    checks.count("num_perturbations", num_perturbations)
+    checks.count("vectorize", vectorize)
     if vectorize > num_perturbations:
         raise ValueError(
             f"vectorize={vectorize} exceeds num_perturbations={num_perturbations}; "
@@ -193,7 +190,7 @@ def fixed_point_forward_grad(
         )
 
     def init_fn(params: Any) -> ForwardGradState:
-        _check_visible(params)
+        checks.visible(params)
         full_mask = evaluation.resolve_mask(mask, params)
         evaluation.check_params(params, full_mask)
         count = jnp.zeros([], jnp.int32)
@@ -219,24 +216,12 @@ def fixed_point_forward_grad(
         **extra_args: Any,
     ) -> tuple[Any, ForwardGradState]:
         del updates
-        if params is None:
-            raise ValueError(
-                "fixed_point_forward_grad needs the parameters: call "
-                "tx.update(updates, state, params, value_fn=...)."
-            )
-        if (value_fn is None) == (obj_fn is None):
-            raise ValueError(
-                "fixed_point_forward_grad needs the loss: call tx.update(updates, "
-                "state, params, value_fn=loss_fn, batch=...), with value_fn or its "
-                "alias obj_fn, not both."
-            )
-        _check_visible(params)
-        value_fn = obj_fn if value_fn is None else value_fn
-        assert value_fn is not None
+        loss_fn = checks.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
+        checks.visible(params)
         full_mask = evaluation.resolve_mask(mask, params)
         names = evaluation.trained_names(params, guided(params, full_mask))
         estimate = estimators.forward_gradient(
-            value_fn,
+            loss_fn,
             params,
             state.key,
             step=state.count,
@@ -249,7 +234,7 @@ def fixed_point_forward_grad(
             mask=full_mask,
             on_nonfinite=on_nonfinite,
             guidance=guide.at(state.guide, state.count, names) if guide else None,
-            kwargs=_named_arguments(value_fn, extra_args),
+            kwargs=checks.named_arguments(loss_fn, extra_args),
         )
         return estimate.gradient, ForwardGradState(
             key=state.key,
@@ -480,54 +465,3 @@ def qzo_ff(
         optax.sgd(learning_rate),
         quantized_update(mask=mask),
     )
-
-
-def _check_visible(params: Any) -> None:
-    def hidden(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
-    if any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
-        raise ValueError(
-            "optax.masked or optax.partition hid leaves of params, which value_fn "
-            "needs. Use the mask= of fixed_point_forward_grad or qzo_ff instead, and "
-            "wrap only the optimizer that follows."
-        )
-
-
-def _check_key(key: Any) -> None:
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
-    ):
-        raise TypeError(f"key must be a PRNG key, got {key!r}; use jax.random.key(0).")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name} must be a positive integer, got {value!r}; under "
-            "optax.inject_hyperparams list it in static_args."
-        )
-
-
-def _named_arguments(
-    value_fn: Callable[..., Any], extra_args: dict[str, Any]
-) -> dict[str, Any]:
-    """Those of the extra arguments that ``value_fn`` names, after its params."""
-    try:
-        named = list(inspect.signature(value_fn).parameters.values())[1:]
-    except (TypeError, ValueError):  # no signature to be had: a C function
-        return extra_args
-    if any(p.kind is p.VAR_KEYWORD for p in named):
-        return extra_args
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    keywords = [p for p in named if p.kind in kinds]
-    missing = [
-        p.name for p in keywords if p.default is p.empty and p.name not in extra_args
-    ]
-    if missing:
-        raise TypeError(
-            f"value_fn needs {', '.join(missing)}, which update() did not receive: "
-            f"call tx.update(..., value_fn=value_fn, {missing[0]}=...)."
-        )
-    return {p.name: extra_args[p.name] for p in keywords if p.name in extra_args}

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from light_keys import light_key
 
 import fgrad
-from fgrad import evaluation, perturbations
+from fgrad import checks, evaluation, perturbations
 from fgrad.enhancements import (
-    checks,
     kernel_normalization,
     sharpness_aware,
     sparse,

@@ -8,8 +8,8 @@ tuned on the validation split by a run of full length with a seed of its own.
 
 Expected test accuracy, seeds 0 to 4, 22,400 forward passes each (backpropagation: 900):
 backpropagation 97.9 ± 0.0, 16w8a 94.8 ± 0.9, 8w8a 94.9 ± 1.4, 6w8a 94.4 ± 0.6, 4w8a
-94.3 ± 0.6; rounded 8w8a 95.2 ± 0.8, rounded 6w8a 91.3 ± 1.6. Rates of 2e-2, the least of
-the grid, were chosen at 16, 8 and 4 bits, 4e-2, the largest, for rounded 6w8a.
+94.3 ± 0.6; rounded 8w8a 95.2 ± 0.8, rounded 6w8a 91.3 ± 1.6. A rate of 2e-2, the least
+of those tried, was chosen at 16, 8 and 4 bits, 4e-2, the largest, for rounded 6w8a.
 
     python -m experiments.main \
         --config=experiments/configs/low_bit.py --workdir=workdir/low_bit

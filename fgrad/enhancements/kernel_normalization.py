@@ -239,7 +239,7 @@ def integer_root(high: jax.Array, low: jax.Array) -> jax.Array:
     def try_bit(i: Any, root: jax.Array) -> jax.Array:
         trial = root | (jnp.uint32(2**31) >> jnp.asarray(i).astype(jnp.uint32))
         # A private helper of the module that owns 64-bit products.
-        square_high, square_low = fixed_point._multiply_u32(trial, trial)
+        square_high, square_low = fixed_point.multiply_u32(trial, trial)
         fits = (square_high < high) | ((square_high == high) & (square_low <= low))
         return jnp.where(fits, trial, root)
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fgrad import evaluation, fixed_point, perturbations, rules, transform
-from fgrad.enhancements import checks
+from fgrad import checks, evaluation, fixed_point, perturbations, rules, transform
 
 # Index of the ascent's z: no estimator has so many perturbations, so that the same
 # key here and in the estimator still gives other directions.
@@ -92,7 +91,7 @@ def sharpness_aware(
       al., "Sharpness-Aware Minimization", ICLR 2021.
     """
     inner = checks.transformation(inner)
-    transform._check_key(key)
+    checks.key(key)
     if isinstance(rho, rules.LeafEpsilon):
         raise TypeError(
             f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
@@ -130,7 +129,7 @@ def sharpness_aware(
         full_mask = evaluation.resolve_mask(mask, params)
         policy = rules.policy_at(state.count, rho, perturbation)
         z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
-        named = transform._named_arguments(loss_fn, extra_args)
+        named = checks.named_arguments(loss_fn, extra_args)
         plus, minus = evaluation.evaluate_pairs(
             lambda p: loss_fn(p, **named), params, z_key[None], policy, mask=full_mask
         )
@@ -184,7 +183,7 @@ def shifted(
     @functools.wraps(value_fn, updated=())
     def neighbour_fn(params: Any, **kwargs: Any) -> jax.Array:
         full_mask = evaluation.resolve_mask(mask, params)
-        traced = evaluation._Traced(
+        traced = evaluation.Traced(
             lambda p: value_fn(p, **kwargs), params, full_mask, policy
         )
         return traced(evaluation.trained_keys(z_key, params, full_mask), sign)

@@ -14,15 +14,14 @@ import optax
 from jax import lax
 
 from fgrad import (
+    checks,
     estimators,
     evaluation,
     fixed_point,
     ordering,
     perturbations,
     rules,
-    transform,
 )
-from fgrad.enhancements import checks
 from fgrad.fixed_point import is_qtensor
 
 # score(after) is one number per value of a leaf, made no sooner than ``after``.
@@ -127,7 +126,8 @@ def sparse_update(
         params or value_fn.
 
     Example:
-      >>> tx = sparse_update(transform.qzo_ff(0.1, jax.random.key(0)), density=0.5)
+      >>> import fgrad
+      >>> tx = sparse_update(fgrad.qzo_ff(0.1, jax.random.key(0)), density=0.5)
       >>> params = {"w": jnp.array([3.0, -0.1, 0.2, -4.0])}
       >>> loss_fn = lambda params: jnp.sum(params["w"] ** 2)
       >>> state = tx.init(params)
@@ -153,7 +153,7 @@ def sparse_update(
             f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}."
         )
     if key is not None:
-        transform._check_key(key)
+        checks.key(key)
     elif criterion in ("random", "importance"):
         raise ValueError(
             f"criterion={criterion!r} draws random numbers and got no key: give "
@@ -167,14 +167,14 @@ def sparse_update(
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}.")
     if reselect_every is not None:
-        transform._check_count("reselect_every", reselect_every)
+        checks.count("reselect_every", reselect_every)
         if criterion == "threshold":
             raise ValueError(
                 f"reselect_every={reselect_every} with a threshold: how many weights "
                 'are above it is known in init only. Use criterion="magnitude", or '
                 "call init again."
             )
-    transform._check_count("num_perturbations", num_perturbations)
+    checks.count("num_perturbations", num_perturbations)
 
     def score_functions(
         params: Any, key: Any, count: jax.Array, full_mask: Any, loss_fn: Any
@@ -227,7 +227,7 @@ def sparse_update(
                 min(k, _number_above(leaf, threshold)) if k else 0
                 for k, leaf in zip(sizes, leaves, strict=True)
             ]
-        if not any(sizes):
+        if not any(sizes) and jax.tree.leaves(params):
             raise ValueError(
                 "no weight is chosen, so nothing would be trained: "
                 + (
@@ -263,7 +263,7 @@ def sparse_update(
     ) -> tuple[Any, SparseUpdateState]:
         del updates
         loss_fn = checks.loss("sparse_update", params, value_fn, obj_fn)
-        named = transform._named_arguments(loss_fn, extra_args)
+        named = checks.named_arguments(loss_fn, extra_args)
         full_mask = evaluation.resolve_mask(mask, params)
 
         def choose() -> tuple[Any, Any]:
