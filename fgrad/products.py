@@ -174,7 +174,7 @@ def _integer_dot(
         return tuple(axis + (axis >= place) for axis in axes)
 
     both = product(
-        jnp.stack(_limbs(x, q), axis=place),
+        _limbs(x, q, place),
         ((lhs_contract, shifted(rhs_contract)), (lhs_batch, shifted(rhs_batch))),
     )
     place = x.ndim - len(lhs_contract)  # the first free axis of q in the output
@@ -232,9 +232,7 @@ def _integer_conv(
             *w.shape[:out_feature], groups, -1, *w.shape[out_feature + 1 :]
         )
 
-    limbs = jnp.concatenate(
-        [by_group(limb) for limb in _limbs(x, q)], axis=out_feature + 1
-    )
+    limbs = _limbs(x, by_group(q), out_feature + 1)
     shape = list(q.shape)
     shape[out_feature] *= 2
     both = product(limbs.reshape(shape))
@@ -263,11 +261,14 @@ def _integer_conv(
     return _join(high, low, sums.transpose(np.argsort(numbers.out_spec)))
 
 
-def _limbs(x: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The int8 h and l of ``q = 256 h + (l + 128)``, not before x."""
+def _limbs(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
+    """The int8 h and l of ``q = 256 h + (l + 128)`` along a new axis, not before x."""
     # Or the limbs of all weights would be made first, a second copy of the model.
     q = ordering.delayed(q.astype(jnp.int16), x) if x.size else q.astype(jnp.int16)
-    return (q >> 8).astype(jnp.int8), ((q & 255) - 128).astype(jnp.int8)
+    # The bytes of a word, low first. Of a concatenation of the two, XLA would make a
+    # slow loop, and put into it, twice, all that makes a perturbed q.
+    low_high = lax.bitcast_convert_type(q ^ 128, jnp.int8)
+    return jnp.moveaxis(low_high[..., ::-1], -1, axis)
 
 
 def _join(high: jax.Array, low: jax.Array, sums: jax.Array) -> jax.Array:
