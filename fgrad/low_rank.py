@@ -152,11 +152,10 @@ def _dot_correction(
     out_aval: Any = equation.outvars[0].aval
     dtype = out_aval.dtype
     amplitude = weight.amplitude.astype(dtype)
-    xu = xu.astype(dtype)
     total = jnp.einsum(
         f"{''.join([*x_axes_left, rank, *u_axes_left])},{''.join([rank, *v_axes])}->"
         f"{''.join(out)}",
-        xu,
+        xu.astype(dtype),
         v.astype(dtype),
         precision="highest",
     )

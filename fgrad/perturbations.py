@@ -122,21 +122,6 @@ class Perturbation:
         """
         return math.prod(shape) <= SMALL
 
-    def weighted_sum(
-        self, keys: jax.Array, coefficients: jax.Array, shape: tuple[int, ...]
-    ) -> jax.Array:
-        """``Σᵢ cᵢ z_qᵢ``, one z at a time.
-
-        Args:
-          keys: [m], of the leaf in each perturbation.
-          coefficients: int32 or float32 [m].
-          shape: shape of the leaf.
-
-        Returns:
-          The sum in the dtype of the coefficients, of the leaf's shape.
-        """
-        return accumulate(lambda k: self.sample(k, shape), keys, coefficients, shape)
-
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Perturbation):

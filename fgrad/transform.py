@@ -189,6 +189,9 @@ def fixed_point_forward_grad(
             full_mask,
         )
 
+    def guided_names(params: Any, full_mask: Any) -> list[str]:
+        return evaluation.trained_names(params, guided(params, full_mask))
+
     def init_fn(params: Any) -> ForwardGradState:
         checks.visible(params)
         full_mask = evaluation.resolve_mask(mask, params)
@@ -219,7 +222,7 @@ def fixed_point_forward_grad(
         loss_fn = checks.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
         checks.visible(params)
         full_mask = evaluation.resolve_mask(mask, params)
-        names = evaluation.trained_names(params, guided(params, full_mask))
+        names = guided_names(params, full_mask) if guide else []
         estimate = estimators.forward_gradient(
             loss_fn,
             params,

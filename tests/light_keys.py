@@ -30,7 +30,7 @@ _LIGHT = jax.extend.random.define_prng_impl(
     split=_split,
     random_bits=None,
     fold_in=_fold_in,
-    name="light of the enhancements",
+    name="light",
 )
 
 

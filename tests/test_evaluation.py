@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import io_callback
+from light_keys import light_key
 from loss_cases import CASES, LINEAR, X, affine, integers, size, weights
 
 import fgrad
@@ -34,28 +34,7 @@ fast_jit = functools.partial(
     else None,
 )
 
-
-def _fold_in(key: jax.Array, data: Any) -> jax.Array:
-    mixed = (key ^ data) * np.uint32([0x9E3779B1, 0x85EBCA6B])
-    return mixed + (mixed >> 15)
-
-
-def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    counts = jnp.arange(math.prod(shape), dtype=jnp.uint32)
-    return jax.vmap(functools.partial(_fold_in, key))(counts).reshape(*shape, 2)
-
-
-# For the same reason, keys whose fold_in is a multiplication; threefry would take a
-# third of the file's time.
-_LIGHT = jax.extend.random.define_prng_impl(
-    key_shape=(2,),
-    seed=lambda seed: jnp.stack([seed, ~seed]).astype(jnp.uint32),
-    split=_split,
-    random_bits=None,
-    fold_in=_fold_in,
-    name="light",
-)
-KEY = jax.random.wrap_key_data(np.uint32([1, 2]), impl=_LIGHT)
+KEY = light_key(1, 2)
 
 
 class Form(NamedTuple):
