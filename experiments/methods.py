@@ -5,7 +5,6 @@ pure functions that start a run, take a step and count what is right. The learni
 and the number of steps are arguments of the step, so one compilation serves all runs.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ from ml_collections import ConfigDict
 
 import fgrad
 from experiments.data.arrays import Split
-from fgrad import layers, perturbations
+from experiments.optimizers import forward_passes, make_optimizer
+from fgrad import layers
 
 
 class TrainState(NamedTuple):
@@ -75,23 +75,6 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         labels = optax.smooth_labels(labels, method.get("label_smoothing", 0.0))
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    def optimizer(
-        learning_rate: Any, steps: Any, key: jax.Array
-    ) -> optax.GradientTransformationExtraArgs:
-        schedule = _linear_decay(learning_rate, steps)
-        links = [_OPTIMIZERS[method.optimizer](schedule)]
-        if forward:
-            estimate = fgrad.fixed_point_forward_grad(
-                key,
-                epsilon=method.epsilon,
-                num_perturbations=method.num_perturbations,
-                vectorize=method.vectorize,
-                perturbation=_perturbation(method),
-                low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
-            )
-            links = [estimate, *links, fgrad.quantized_update()]
-        return optax.with_extra_args_support(optax.chain(*links))
-
     def init(params: Any, images: jax.Array, seed: int) -> TrainState:
         batch_key, z_key = jax.random.split(jax.random.key(seed))
         scales = {}
@@ -107,14 +90,14 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
             )
             scales = {layers.SCALES: variables[layers.SCALES]}
         params = jax.tree.map(jnp.copy, params)  # the step donates its own
-        opt_state = optimizer(0.0, 1, z_key).init(params)
+        opt_state = make_optimizer(method, 0.0, 1, z_key).init(params)
         return TrainState(params, opt_state, scales, batch_key, jnp.int32(0))
 
     def step(
         state: TrainState, learning_rate: jax.Array, steps: jax.Array, split: Split
     ) -> TrainState:
         batch = _sample(method, jax.random.fold_in(state.key, state.count), split)
-        tx = optimizer(learning_rate, steps, state.key)
+        tx = make_optimizer(method, learning_rate, steps, state.key)
         if forward:
             updates, opt_state = tx.update(
                 state.params,
@@ -138,13 +121,7 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         logits = model.apply({"params": state.params, **state.scales}, split.images)
         return jnp.mean(jnp.argmax(logits, axis=-1) == split.labels)
 
-    passes = 2 * method.num_perturbations if forward else 3
-    return Learner(init, step, accuracy, passes)
-
-
-def _perturbation(method: ConfigDict) -> perturbations.Perturbation:
-    arguments = {"rank": method.rank} if method.perturbation == "low_rank" else {}
-    return getattr(perturbations, method.perturbation)(**arguments)
+    return Learner(init, step, accuracy, forward_passes(method))
 
 
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:
@@ -167,15 +144,3 @@ def _translate(image: jax.Array, offset: jax.Array) -> jax.Array:
     padded = jnp.pad(image, ((height, height), (width, width), (0, 0)))
     start = (height - offset[0], width - offset[1], 0)
     return jax.lax.dynamic_slice(padded, start, image.shape)
-
-
-def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:
-    """From the learning rate to 0; unlike optax's, ``steps`` may be traced."""
-    return lambda count: learning_rate * jnp.maximum(1 - count / steps, 0)
-
-
-_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
-    "adam": optax.adam,
-}

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -26,9 +27,30 @@ _COLUMNS = (
 )
 
 
+class Progress:
+    """A progress bar of training steps; yielded by `progress`."""
+
+    def __init__(self, bar: rich.progress.Progress):
+        """Adds itself to rich's bar."""
+        self._bar = bar
+        self._task = bar.add_task("training steps", total=0)
+        self._lock = threading.Lock()
+        self._total = 0
+
+    def expect(self, steps: int) -> None:
+        """Announces further steps."""
+        with self._lock:
+            self._total += steps
+            self._bar.update(self._task, total=self._total)
+
+    def advance(self, steps: int) -> None:
+        """Counts steps as taken."""
+        self._bar.advance(self._task, steps)
+
+
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar of ``total`` steps; yields what advances it."""
+def progress() -> Iterator[Progress]:
+    """Shows a progress bar."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -37,8 +59,15 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns) as bar:
-        task = bar.add_task("training steps", total=total)
-        yield lambda steps: bar.advance(task, steps)
+        yield Progress(bar)
+
+
+def write_json(
+    results: dict[str, Any], config: ConfigDict, directory: pathlib.Path
+) -> None:
+    """Writes results.json and config.json, also of an unfinished experiment."""
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
 def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) -> None:
@@ -63,10 +92,9 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         table.add_row(*row)
     rich.print(table)
 
-    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    write_json(results, config, directory)
     (directory / "table.md").write_text(_markdown(rows, note))
-    _figure(results, directory / "accuracy.png")
+    _FIGURES[config.figure](results, directory / "accuracy.png")
     rich.print(
         f"Written to {directory}: results.json, config.json, table.md, accuracy.png"
     )
@@ -91,7 +119,7 @@ def _markdown(rows: list[list[str]], note: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 
 
-def _figure(results: dict[str, Any], path: pathlib.Path) -> None:
+def _curves(results: dict[str, Any], path: pathlib.Path) -> None:
     fig = figure.Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = fig.subplots()
     for name, result in results.items():
@@ -110,3 +138,23 @@ def _figure(results: dict[str, Any], path: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     fig.savefig(path, dpi=120)
+
+
+def _dots(results: dict[str, Any], path: pathlib.Path) -> None:
+    """One line for each method, for experiments with many."""
+    fig = figure.Figure(figsize=(6.4, 1 + 0.22 * len(results)), layout="constrained")
+    axes = fig.subplots()
+    names = [name for name in results if name != "zero_shot"]
+    mean = np.array([100 * results[name]["accuracy"] for name in names])
+    std = np.array([100 * results[name]["accuracy_std"] for name in names])
+    rows = np.arange(len(names))
+    axes.errorbar(mean, rows, xerr=std, fmt="o", capsize=3)
+    axes.axvline(mean[names.index("base")], color="grey", linestyle=":")
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    fig.savefig(path, dpi=120)
+
+
+_FIGURES = {"curves": _curves, "dots": _dots}

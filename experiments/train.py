@@ -1,5 +1,6 @@
 """The loop: pre-train on the source, tune and adapt on the target, report."""
 
+import functools
 import itertools
 import pathlib
 import time
@@ -14,12 +15,16 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from experiments import report
-from experiments.data import arrays, digits
+from experiments.data import arrays, digits, mnist
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn
 
-NETWORKS = {"cnn": cnn.CNN}
-DATASETS = {"digits": digits.Digits}
+NETWORKS = {
+    "cnn": cnn.CNN,
+    # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
+    "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
+}
+DATASETS = {"digits": digits.Digits, "mnist_5k": mnist.Mnist5k}
 
 Splits = Mapping[str, arrays.Split]
 
@@ -110,37 +115,49 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Runs an experiment and writes its results into the workdir.
 
     Args:
-      config: see ``configs/quickstart.py``.
-      workdir: results.json, config.json, table.md and accuracy.png go here.
+      config: see ``configs/quickstart.py``; one with ``parts``, such as
+        ``configs/ablation.py``, holds experiments by name.
+      workdir: results.json, config.json, table.md and accuracy.png go here, those of a
+        part into a folder of its name.
 
     Returns:
       What results.json holds: by method (and "zero_shot") the accuracy on the target's
-      test split as mean, standard deviation and list over seeds, and what it cost.
+      test split as mean, standard deviation and list over seeds, and what it cost; of
+      parts by their names.
     """
     directory = pathlib.Path(workdir)
+    if "parts" in config:
+        parts = config.parts.items()
+        return {name: run(part, str(directory / name)) for name, part in parts}
     directory.mkdir(parents=True, exist_ok=True)
     source = _load(config, config.source, directory)
     target = _load(config, config.target, directory)
     network = NETWORKS[config.network]
-    with report.progress(_total_steps(config)) as advance:
-        start = _pretrain(config, network, source, advance)
+    results: dict[str, Any] = {}
+    with report.progress() as progress:
+        progress.expect(_total_steps(config))
+        start = _pretrain(config, network, source, progress)
 
         def adapt(name: str) -> dict[str, Any]:
             method = config.methods[name]
-            return _adapt(config, method, network, start, target, advance)
+            return _adapt(config, method, network, start, target, progress)
 
         # Methods side by side, so that one compiles while another trains.
         with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
-            results = dict(zip(config.run, pool.map(adapt, config.run), strict=True))
-    first = next(iter(results.values()))
-    zero_shot = [curve[0] for curve in first["curves"]]
-    results = {"zero_shot": {**_summary(zero_shot), "forward_passes": 0}, **results}
+            for name, result in zip(
+                config.run, pool.map(adapt, config.run), strict=True
+            ):
+                if not results:
+                    zero_shot = _summary([curve[0] for curve in result["curves"]])
+                    results["zero_shot"] = {**zero_shot, "forward_passes": 0}
+                results[name] = result
+                report.write_json(results, config, directory)
     report.write(results, config, directory)
     return results
 
 
 def _pretrain(
-    config: ConfigDict, network: Any, data: Splits, advance: Callable[[int], None]
+    config: ConfigDict, network: Any, data: Splits, progress: report.Progress
 ) -> Any:
     """The float parameters where all runs start."""
     key = jax.random.key(config.pretrain.seed)
@@ -152,7 +169,7 @@ def _pretrain(
         config.pretrain.learning_rate,
         steps=config.pretrain.steps,
         num_evals=1,
-        progress=advance,
+        progress=progress.advance,
     )
     return pretrained.state.params
 
@@ -163,7 +180,7 @@ def _adapt(
     network: Any,
     start: Any,
     data: Splits,
-    advance: Callable[[int], None],
+    progress: report.Progress,
 ) -> dict[str, Any]:
     """Chooses a learning rate on the validation split, then runs every seed."""
     trainer = Trainer(method, network, start, data)
@@ -175,7 +192,7 @@ def _adapt(
             learning_rate,
             steps=_tuning_steps(config, method),
             num_evals=1,
-            progress=advance,
+            progress=progress.advance,
         ).validation
 
     def adapt(seed: int) -> Run:
@@ -185,26 +202,42 @@ def _adapt(
             learning_rate,
             steps=method.steps,
             num_evals=config.num_evals,
-            progress=advance,
+            progress=progress.advance,
         )
 
-    tuned = [tune(rate) for rate in method.learning_rates]
-    learning_rate = method.learning_rates[int(np.argmax(tuned))]
+    tuned = {rate: tune(rate) for rate in method.learning_rates}
+    for _ in range(config.wider_tuning):
+        if not (rate := _beyond(tuned)):
+            break
+        progress.expect(_tuning_steps(config, method))
+        tuned[rate] = tune(rate)
+    learning_rate = _best(tuned)
     runs = [adapt(seed) for seed in config.seeds]
     return {
         **_summary([r.curve[-1] for r in runs]),
         "validation_accuracies": [r.validation for r in runs],
         "learning_rate": learning_rate,
-        "tuning": {
-            str(rate): accuracy
-            for rate, accuracy in zip(method.learning_rates, tuned, strict=True)
-        },
+        "tuning": {f"{rate:g}": tuned[rate] for rate in sorted(tuned)},
         "steps": method.steps,
         "forward_passes": method.steps * trainer.learner.passes_per_step,
         "seconds": float(np.mean([r.seconds for r in runs])),
         "temporaries_mib": trainer.temporaries / 2**20,
         "curves": [r.curve for r in runs],
     }
+
+
+def _best(tuned: Mapping[float, float]) -> float:
+    """The learning rate of the best accuracy; of equal ones the first tried."""
+    return max(tuned, key=lambda rate: tuned[rate])
+
+
+def _beyond(tuned: Mapping[float, float]) -> float | None:
+    """The next learning rate in geometric order if the best is the last, or None."""
+    rates = sorted(tuned)
+    if len(rates) > 1 and _best(tuned) in (rates[0], rates[-1]):
+        end, inner = rates[:2] if _best(tuned) == rates[0] else rates[:-3:-1]
+        return float(f"{end * end / inner:.2g}")
+    return None
 
 
 def _summary(accuracies: list[float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From losses and seeds to a gradient: SPSA and sign-m-SPSA.
+"""From losses and seeds to a gradient: SPSA, sign-m-SPSA and what lies between.
 
 ``ĝ = 1/m Σᵢ cᵢ zᵢ``, where an estimator gives the coefficient cᵢ of a pair of losses.
 The perturbations are regenerated from their addresses, never stored. With integer
@@ -71,6 +71,46 @@ def spsa(
       Section 3 of Feng et al. 2024; Spall 1992.
     """
     return ((loss_plus - loss_minus) / (2 * jnp.asarray(epsilon))).astype(jnp.float32)
+
+
+def normalized_spsa(
+    loss_plus: jax.Array, loss_minus: jax.Array, epsilon: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""Coefficient ``(L₊ - L₋) / rms(L₊ - L₋)``: SPSA with the step of sign-m-SPSA.
+
+    .. math:: ĝ = \frac{1}{m} \sum_i \frac{d_i}{\sqrt{\frac{1}{m} \sum_j d_j^2}} z_i,
+      \quad d_i = L(w + εz_i) - L(w - εz_i)
+
+    The m directions of a step are weighed by how much the loss changes along them,
+    which a sign forgets, while the length of the step does not depend on the size of
+    the loss: learning rates of sign-m-SPSA carry over. With m = 1 both are the same.
+
+    Args:
+      loss_plus: losses at w + εz, [m].
+      loss_minus: losses at w - εz, [m].
+      epsilon: not used.
+
+    Returns:
+      float32 array [m] of unit mean square over the finite pairs, or zeros if all
+      differences are zero.
+
+    Example:
+      >>> normalized_spsa(jnp.array([4.0, 0.0]), jnp.array([1.0, 4.0]), 1e-3)
+      Array([ 0.84852815, -1.1313709 ], dtype=float32)
+
+    Reference:
+      The fitness shaping of evolution strategies, e.g. Wierstra et al., "Natural
+      Evolution Strategies", JMLR 2014, applied to pairs.
+    """
+    del epsilon
+    differences = (loss_plus - loss_minus).astype(jnp.float32)
+    finite = jnp.isfinite(differences)
+    # Of the largest first, or squares of tiny differences would vanish.
+    largest = jnp.max(jnp.abs(differences), where=finite, initial=0.0)
+    some = largest > 0
+    shares = jnp.where(finite & some, differences / jnp.where(some, largest, 1), 0)
+    mean_square = jnp.mean(jnp.square(shares), where=finite)
+    return shares / jnp.where(some, jnp.sqrt(mean_square), 1)
 
 
 class Estimate(NamedTuple):

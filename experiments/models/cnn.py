@@ -1,5 +1,6 @@
-"""A small convolutional network without normalisation, for 8x8 images."""
+"""Small convolutional networks without normalisation, for digits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,17 +10,21 @@ from fgrad import fixed_point, layers
 
 
 class CNN(nn.Module):
-    """Three 3x3 convolutions (16, 32, 64; strides 2, 1, 2) and a linear head.
+    """3x3 convolutions and a linear head.
 
-    25,866 parameters for 8x8x1 images and 10 classes.
+    By default 25,866 parameters for 8x8x1 images and 10 classes.
 
     Attributes:
       num_classes: number of logits.
+      features: channels of each convolution.
+      strides: stride of each convolution.
       bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
       calibration: how the scales of activations are found.
     """
 
     num_classes: int = 10
+    features: Sequence[int] = (16, 32, 64)
+    strides: Sequence[int] = (2, 1, 2)
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
@@ -27,8 +32,9 @@ class CNN(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits [batch, classes] of float images [batch, height, width, channels]."""
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
-        x = nn.relu(layers.Conv(16, (3, 3), strides=2, **settings)(images))
-        x = nn.relu(layers.Conv(32, (3, 3), **settings)(x))
-        x = nn.relu(layers.Conv(64, (3, 3), strides=2, **settings)(x))
+        x = images
+        for features, strides in zip(self.features, self.strides, strict=True):
+            x = layers.Conv(features, (3, 3), strides=strides, **settings)(x)
+            x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)
         return layers.Dense(self.num_classes, **settings)(x)

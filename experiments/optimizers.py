@@ -1,0 +1,87 @@
+"""The optax chain of a method: estimator, enhancements, optimizer, weight grid."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import fgrad
+from fgrad import enhancements, estimators, perturbations
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
+
+
+def make_optimizer(
+    method: ConfigDict, learning_rate: Any, steps: Any, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the chain.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+      learning_rate: at the start; it decays linearly to 0. May be traced.
+      steps: length of the run. May be traced.
+      key: of all random choices: perturbations, ascents and sparse weights.
+    """
+    schedule = _linear_decay(learning_rate, steps)
+    optimizer = OPTIMIZERS[method.optimizer](schedule)
+    if method.gradient == "backward":
+        return optax.with_extra_args_support(optimizer)
+    ascent_key, choice_key = (jax.random.fold_in(key, i) for i in (1, 2))
+    chosen: Mapping[str, Any] = method.enhancements
+    if unknown := set(chosen) - set(enhancements.__all__):
+        raise ValueError(
+            f"there are no enhancements {sorted(unknown)}; choose from "
+            f"{enhancements.__all__}."
+        )
+    guide = "momentum_guided_sampling"
+    estimate = fgrad.fixed_point_forward_grad(
+        key,
+        epsilon=method.epsilon,
+        num_perturbations=method.num_perturbations,
+        vectorize=method.vectorize,
+        perturbation=_perturbation(method),
+        estimator=getattr(estimators, method.estimator),
+        low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
+        guide=enhancements.momentum_guided_sampling(**chosen[guide])
+        if guide in chosen
+        else None,
+    )
+    links = [estimate]
+    if "kernel_normalization" in chosen:
+        settings = chosen["kernel_normalization"]
+        links.append(enhancements.kernel_normalization(**settings))
+    links += [fgrad.on_values(optimizer), fgrad.quantized_update()]
+    chain = optax.chain(*links)
+    if "sharpness_aware" in chosen:
+        settings = chosen["sharpness_aware"]
+        chain = enhancements.sharpness_aware(chain, ascent_key, **settings)
+    if "sparse_update" in chosen:
+        settings = chosen["sparse_update"]
+        chain = enhancements.sparse_update(chain, key=choice_key, **settings)
+    return optax.with_extra_args_support(chain)
+
+
+def forward_passes(method: ConfigDict) -> int:
+    """Forward passes of a step; a backward pass counts as two."""
+    if method.gradient == "backward":
+        return 3
+    pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
+    return 2 * pairs
+
+
+def _perturbation(method: ConfigDict) -> perturbations.Perturbation:
+    arguments = {"rank": method.rank} if method.perturbation == "low_rank" else {}
+    return getattr(perturbations, method.perturbation)(**arguments)
+
+
+def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:
+    """From the learning rate to 0; unlike optax's, ``steps`` may be traced."""
+    return lambda count: learning_rate * jnp.maximum(1 - count / steps, 0)
