@@ -45,9 +45,12 @@ TRANSFORMATIONS = {
     "momentum_guided_sampling": lambda key: fgrad.fixed_point_forward_grad(
         key, **OPTIONS, guide=enhancements.momentum_guided_sampling()
     ),
+    "error_feedback": lambda key: optax.chain(
+        enhancements.error_feedback(below=17), fgrad.quantized_update()
+    ),
 }
 # These use the incoming updates; the others must ignore them.
-USES_UPDATES = {"quantized_update"}
+USES_UPDATES = {"quantized_update", "error_feedback"}
 ESTIMATORS = [name for name in TRANSFORMATIONS if name not in USES_UPDATES]
 
 # The leaves a, b, ... of params. One leaf where one will do: compiling takes the time.
