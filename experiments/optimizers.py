@@ -18,6 +18,12 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
 }
 
+EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
+    "weights": lambda epsilon: epsilon,
+    "rms": fgrad.relative_epsilon,
+    "step": fgrad.step_epsilon,
+}
+
 
 def make_optimizer(
     method: ConfigDict, learning_rate: Any, steps: Any, key: jax.Array
@@ -41,25 +47,27 @@ def make_optimizer(
             f"there are no enhancements {sorted(unknown)}; choose from "
             f"{enhancements.__all__}."
         )
-    guide = "momentum_guided_sampling"
+
+    def links(name: str) -> list[Any]:
+        return [getattr(enhancements, name)(**chosen[name])] if name in chosen else []
+
     estimate = fgrad.fixed_point_forward_grad(
         key,
-        epsilon=method.epsilon,
+        epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
         num_perturbations=method.num_perturbations,
         vectorize=method.vectorize,
         perturbation=_perturbation(method),
         estimator=getattr(estimators, method.estimator),
         low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
-        guide=enhancements.momentum_guided_sampling(**chosen[guide])
-        if guide in chosen
-        else None,
+        guide=next(iter(links("momentum_guided_sampling")), None),
     )
-    links = [estimate]
-    if "kernel_normalization" in chosen:
-        settings = chosen["kernel_normalization"]
-        links.append(enhancements.kernel_normalization(**settings))
-    links += [fgrad.on_values(optimizer), fgrad.quantized_update()]
-    chain = optax.chain(*links)
+    chain = optax.chain(
+        estimate,
+        *links("kernel_normalization"),
+        fgrad.on_values(optimizer),
+        *links("error_feedback"),
+        fgrad.quantized_update(),
+    )
     if "sharpness_aware" in chosen:
         settings = chosen["sharpness_aware"]
         chain = enhancements.sharpness_aware(chain, ascent_key, **settings)

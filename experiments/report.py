@@ -149,7 +149,7 @@ def _dots(results: dict[str, Any], path: pathlib.Path) -> None:
     std = np.array([100 * results[name]["accuracy_std"] for name in names])
     rows = np.arange(len(names))
     axes.errorbar(mean, rows, xerr=std, fmt="o", capsize=3)
-    axes.axvline(mean[names.index("base")], color="grey", linestyle=":")
+    axes.axvline(mean.max(), color="grey", linestyle=":")
     axes.set_yticks(rows, names)
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy (%)")

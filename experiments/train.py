@@ -137,6 +137,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     with report.progress() as progress:
         progress.expect(_total_steps(config))
         start = _pretrain(config, network, source, progress)
+        if config.layer_scales:
+            start = cnn.rescaled(start, config.layer_scales)
 
         def adapt(name: str) -> dict[str, Any]:
             method = config.methods[name]

@@ -166,6 +166,24 @@ def test_bad_settings_are_refused():
         make_learner(method, cnn.CNN)
 
 
+def test_rescaled_layers_make_the_same_function():
+    model, images = cnn.CNN(), jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda p: p + 0.1, params)  # biases count, too
+    scaled = cnn.rescaled(params, (10.0, 1.0, 0.1, 1.0))
+    ratios = [
+        float(jnp.std(scaled[name]["kernel"]) / jnp.std(params[name]["kernel"]))
+        for name in ("Conv_0", "Conv_1", "Conv_2", "Dense_0")
+    ]
+    np.testing.assert_allclose(ratios, [10, 1, 0.1, 1], rtol=1e-5)
+    logits = [model.apply({"params": p}, images) for p in (params, scaled)]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="multiply to 2"):
+        cnn.rescaled(params, (2.0, 1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="need as many positive factors"):
+        cnn.rescaled(params, (1.0, 1.0))
+
+
 def test_unknown_enhancements_are_refused():
     method = quickstart.get_config().methods.forward_fp32
     method.enhancements = ConfigDict({"warp_drive": {}})

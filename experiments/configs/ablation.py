@@ -23,7 +23,6 @@ from experiments.optimizers import forward_passes
 
 BUDGETS = {"digits": 22_400, "mnist": 11_200}  # forward passes of a run
 IMPORTANCE_PAIRS = 16  # of the score that chooses sparse weights, once a run
-RATIO = 1.6  # of learning rates, five to a decade
 
 # What differs from the base, and what to multiply its middle learning rate with.
 # Averaging m directions makes the update sqrt(m) times shorter, and there are 1/m as
@@ -108,12 +107,8 @@ def _part(variant: str, budget: int) -> ConfigDict:
     config.methods = ConfigDict()
     config.methods.backprop = backprop
     for name, (changes, factor) in VARIANTS.items():
-        method = forward.copy_and_resolve_references()
-        with method.unlocked():
-            for field, value in changes.items():
-                method[field] = ConfigDict(value) if isinstance(value, dict) else value
-        rates = [middle * factor * RATIO**i for i in (-1, 0, 1)]
-        method.learning_rates = tuple(float(f"{rate:.2g}") for rate in rates)
+        method = quickstart.changed(forward, changes)
+        method.learning_rates = quickstart.rates_around(middle * factor)
         if smoke:
             method.num_perturbations = min(method.num_perturbations, 2)
         else:

@@ -14,6 +14,9 @@ Expected test accuracy, seeds 0 to 2: 45.3% before, 98.0 ± 0.1 (backpropagation
 A smoke run of some seconds: ``--config=experiments/configs/quickstart.py:smoke``.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -41,6 +44,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.parallel_runs = 2  # methods at a time, one run each
     config.num_evals = 2 if smoke else 10  # points of the curves
     config.figure = "curves"  # or "dots", for many methods
+
+    # Factors of the layers of the network that is adapted, which leave its function as
+    # it is; see `experiments.models.cnn.rescaled`.
+    config.layer_scales = ()
 
     # One pre-trained network, where all runs start. Shifts, noise and soft labels make
     # its minimum wide, which forward gradients need more than backpropagation does.
@@ -76,7 +83,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.rank = 1  # of "low_rank" only
     forward.estimator = "sign_m_spsa"  # or another name in fgrad.estimators
     forward.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
-    forward.epsilon = 3e-2  # in units of the weights
+    forward.epsilon = 3e-2
+    forward.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
     forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
     forward.per_channel = False  # one weight scale per output channel
     forward.headroom = 1.5  # weights may grow to this multiple of max|w|
@@ -92,3 +100,18 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.methods.forward_8w8a = forward.copy_and_resolve_references()
     config.methods.forward_8w8a.bits = (8, 8)
     return config
+
+
+def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a method with some fields changed; theirs may change in type."""
+    method = method.copy_and_resolve_references()
+    with method.ignore_type():
+        for field, value in changes.items():
+            method[field] = ConfigDict(value) if isinstance(value, dict) else value
+    return method
+
+
+def rates_around(middle: float) -> tuple[float, float, float]:
+    """Three learning rates to choose from, of five to a decade."""
+    low, high = (float(f"{middle * factor:.2g}") for factor in (1 / 1.6, 1.6))
+    return low, float(f"{middle:.2g}"), high

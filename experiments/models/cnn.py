@@ -1,10 +1,11 @@
 """Small convolutional networks without normalisation, for digits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from fgrad import fixed_point, layers
 
@@ -38,3 +39,29 @@ class CNN(nn.Module):
             x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)
         return layers.Dense(self.num_classes, **settings)(x)
+
+
+def rescaled(params: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any]:
+    """The same function from layers of other sizes, as ReLU networks allow.
+
+    Args:
+      params: of a `CNN`.
+      factors: what to multiply the kernels of the layers with, in order; a bias takes
+        the product of the factors so far. All together they multiply to 1.
+
+    Returns:
+      New parameters, in the same structure.
+    """
+    names = sorted(params, key=lambda name: (name.startswith("Dense"), name))
+    products = np.cumprod(factors)
+    if len(factors) != len(names) or min(factors) <= 0:
+        raise ValueError(f"{names} need as many positive factors, got {factors}.")
+    if not np.isclose(products[-1], 1):
+        raise ValueError(f"the factors {factors} multiply to {products[-1]}, not to 1.")
+    return {
+        name: {
+            "kernel": params[name]["kernel"] * factor,
+            "bias": params[name]["bias"] * product,
+        }
+        for name, factor, product in zip(names, factors, products, strict=True)
+    }

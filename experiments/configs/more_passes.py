@@ -1,0 +1,57 @@
+r"""Digits, as in the quickstart: 16w8a with three times the forward passes.
+
+How close forward gradients come to backpropagation: sign-m-SPSA as in the quickstart,
+and with what weighs directions by their loss differences (``normalized_spsa``), draws z
+around the last step's direction (``momentum_guided_sampling``), or takes more
+directions a step. Learning rates are tuned on the validation split by runs of full
+length: three rates, then further ones while the best is the last in order.
+
+    python -m experiments.main \
+        --config=experiments/configs/more_passes.py --workdir=workdir/more_passes
+
+A smoke run of some seconds: ``--config=experiments/configs/more_passes.py:smoke``.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs import quickstart
+from experiments.optimizers import forward_passes
+
+BUDGET = 67_200  # forward passes of a run, three times the quickstart's
+
+# name: what differs from the quickstart's 16w8a, and the middle learning rate.
+METHODS: dict[str, tuple[dict[str, Any], float]] = {
+    "sign": ({}, 0.02),
+    "normalized": ({"estimator": "normalized_spsa"}, 0.02),
+    "normalized_m_48": (
+        {"estimator": "normalized_spsa", "num_perturbations": 48},
+        0.05,
+    ),
+    "normalized_guided": (
+        {
+            "estimator": "normalized_spsa",
+            "enhancements": {"momentum_guided_sampling": {}},
+        },
+        0.02,
+    ),
+}
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration; ``variant`` as in the quickstart's."""
+    config = quickstart.get_config(variant)
+    if variant == "full":
+        config.seeds = (0, 1, 2, 3, 4)
+        config.tuning_fraction, config.wider_tuning = 1.0, 3
+    backprop, forward = config.methods.backprop, config.methods.forward_16w8a
+    config.methods = ConfigDict({"backprop": backprop})
+    for name, (changes, middle) in METHODS.items():
+        method = quickstart.changed(forward, changes)
+        method.learning_rates = quickstart.rates_around(middle)
+        if variant == "full":
+            method.steps = BUDGET // forward_passes(method)
+        config.methods[name] = method
+    config.run = ("backprop", *METHODS)
+    return config
