@@ -24,7 +24,10 @@ class RotatedConfig(tfds.core.BuilderConfig):
     degrees: float = 0.0
 
 
-class RotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RotatedImages(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]  # mypy does not see tfds
+):
     """Builder of grey images, upright and rotated; works without TensorFlow.
 
     The splits hold the same images in every domain and are stratified by class.

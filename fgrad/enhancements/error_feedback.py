@@ -91,7 +91,8 @@ def error_feedback(
                 "error_feedback needs the parameters: call "
                 "tx.update(updates, state, params, ...)."
             )
-        leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
+        leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
+        treedef: Any = jax.tree.structure(params, is_leaf=is_qtensor)
         rounded = [
             _round(leaf, update, residual)
             for leaf, update, residual in zip(
