@@ -2,11 +2,13 @@
 
 python -m experiments.main --config=experiments/configs/quickstart.py \
         --workdir=workdir/quickstart --config.seeds=0,1,2,3,4
+
+The same command goes on with an experiment that was killed.
 """
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import train
@@ -15,6 +17,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.")
+_RESUME = flags.DEFINE_bool(
+    "resume", True, "Go on with what the workdir holds; --noresume begins anew."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -22,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the experiment that the flags name."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    train.run(_CONFIG.value, _WORKDIR.value)
+    logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
+    train.run(_CONFIG.value, _WORKDIR.value, _RESUME.value)
 
 
 if __name__ == "__main__":

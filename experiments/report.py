@@ -15,6 +15,8 @@ import rich.table
 from matplotlib import figure
 from ml_collections import ConfigDict
 
+from experiments import runs
+
 mpl.use("Agg")
 
 _COLUMNS = (
@@ -62,16 +64,13 @@ def progress() -> Iterator[Progress]:
         yield Progress(bar)
 
 
-def write_json(
-    results: dict[str, Any], config: ConfigDict, directory: pathlib.Path
-) -> None:
-    """Writes results.json and config.json, also of an unfinished experiment."""
-    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+def write_json(results: dict[str, Any], directory: pathlib.Path) -> None:
+    """Writes results.json, also of an unfinished experiment."""
+    runs.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) -> None:
-    """Prints the table; writes results.json, config.json, table.md and accuracy.png.
+    """Prints the table; writes results.json, table.md and accuracy.png.
 
     Args:
       results: as `experiments.train.run` returns them.
@@ -92,7 +91,7 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         table.add_row(*row)
     rich.print(table)
 
-    write_json(results, config, directory)
+    write_json(results, directory)
     (directory / "table.md").write_text(_markdown(rows, note))
     _FIGURES[config.figure](results, directory / "accuracy.png")
     rich.print(

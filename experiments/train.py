@@ -1,7 +1,6 @@
 """The loop: pre-train on the source, tune and adapt on the target, report."""
 
 import functools
-import itertools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import report
+from experiments import report, runs
 from experiments.data import arrays, digits, mnist
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn
@@ -26,20 +25,20 @@ NETWORKS = {
 }
 DATASETS = {"digits": digits.Digits, "mnist_5k": mnist.Mnist5k}
 
+_CHUNK = 10  # steps between two looks at the clock
+
 Splits = Mapping[str, arrays.Split]
 
 
 class Run(NamedTuple):
-    """One run of a method.
+    """What came of one run of a method.
 
     Attributes:
-      state: where it ended.
       validation: accuracy on the validation split at its end.
       curve: test accuracies, at the start and after each part of the run.
       seconds: wall time of the steps, without compilation and evaluation.
     """
 
-    state: TrainState
     validation: float
     curve: list[float]
     seconds: float
@@ -73,7 +72,7 @@ class Trainer:
         memory: Any = self._step.memory_analysis()
         self.temporaries = memory.temp_size_in_bytes
 
-    def run(
+    def train(
         self,
         params: Any,
         seed: int,
@@ -82,8 +81,9 @@ class Trainer:
         steps: int,
         num_evals: int,
         progress: Callable[[int], None],
-    ) -> Run:
-        """Trains from float parameters.
+        directory: runs.RunDirectory,
+    ) -> runs.Snapshot:
+        """Trains from float parameters, or from where the directory's run was.
 
         Args:
           params: where the run starts.
@@ -92,57 +92,94 @@ class Trainer:
           steps: length of the run.
           num_evals: points of the curve after the start.
           progress: called with the number of steps just taken.
+          directory: where the run leaves its snapshots.
         """
         state = self.learner.init(params, self._data["train"].images, seed)
-        curve, seconds = [self._accuracy(state, "test")], 0.0
-        ends = np.linspace(0, steps, num_evals + 1).astype(int)
+        done, (state, curve, seconds) = directory.latest(like=state) or (
+            0,
+            runs.Snapshot(state, [self._accuracy(state, "test")], 0.0),
+        )
+        progress(done)
+        evals = set(np.linspace(0, steps, num_evals + 1).astype(int).tolist())
         rate, horizon = jnp.float32(learning_rate), jnp.float32(steps)
-        for start, end in itertools.pairwise(ends):
+        while done < steps:
+            end = min(done + _CHUNK, *(n for n in (*evals, steps) if n > done))
             began = time.perf_counter()
-            for _ in range(start, end):
+            for _ in range(done, end):
                 state = self._step(state, rate, horizon, self._data["train"])
             jax.block_until_ready(state)
             seconds += time.perf_counter() - began
-            curve.append(self._accuracy(state, "test"))
-            progress(int(end - start))
-        return Run(state, self._accuracy(state, "validation"), curve, seconds)
+            progress(end - done)
+            done = end
+            if done in evals:
+                curve.append(self._accuracy(state, "test"))
+            if directory.due():
+                directory.save(done, runs.Snapshot(state, curve, seconds))
+        return runs.Snapshot(state, curve, seconds)
+
+    def run(
+        self,
+        *args: Any,
+        progress: Callable[[int], None],
+        directory: runs.RunDirectory,
+        **kwargs: Any,
+    ) -> Run:
+        """As `train`, but only the numbers; those of a finished run are read."""
+        if result := directory.result():
+            progress(kwargs["steps"])
+            return Run(**result)
+        end = self.train(*args, progress=progress, directory=directory, **kwargs)
+        validation = self._accuracy(end.state, "validation")
+        run = Run(validation, end.curve, end.seconds)
+        directory.finish(run._asdict())
+        return run
 
     def _accuracy(self, state: TrainState, split: str) -> float:
         return float(self.learner.accuracy(state, self._data[split]))
 
 
-def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Runs an experiment and writes its results into the workdir.
+def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
+    """Runs an experiment, or goes on with it, and writes its results into the workdir.
 
     Args:
       config: see ``configs/quickstart.py``; one with ``parts``, such as
         ``configs/ablation.py``, holds experiments by name.
       workdir: results.json, config.json, table.md and accuracy.png go here, those of a
-        part into a folder of its name.
+        part into a folder of its name; and under runs/ what a killed experiment goes on
+        from.
+      resume: whether to go on from there; otherwise the experiment begins anew.
 
     Returns:
       What results.json holds: by method (and "zero_shot") the accuracy on the target's
       test split as mean, standard deviation and list over seeds, and what it cost; of
       parts by their names.
+
+    Raises:
+      RuntimeError, ValueError: as `experiments.runs.owned`.
     """
     directory = pathlib.Path(workdir)
     if "parts" in config:
         parts = config.parts.items()
-        return {name: run(part, str(directory / name)) for name, part in parts}
-    directory.mkdir(parents=True, exist_ok=True)
+        return {name: run(part, str(directory / name), resume) for name, part in parts}
+    with runs.owned(directory, config, resume):
+        return _run(config, directory)
+
+
+def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     source = _load(config, config.source, directory)
     target = _load(config, config.target, directory)
     network = NETWORKS[config.network]
     results: dict[str, Any] = {}
     with report.progress() as progress:
         progress.expect(_total_steps(config))
-        start = _pretrain(config, network, source, progress)
+        start = _pretrain(config, network, source, progress, directory / "runs")
         if config.layer_scales:
             start = cnn.rescaled(start, config.layer_scales)
 
         def adapt(name: str) -> dict[str, Any]:
             method = config.methods[name]
-            return _adapt(config, method, network, start, target, progress)
+            where = directory / "runs" / name
+            return _adapt(config, method, network, start, target, progress, where)
 
         # Methods side by side, so that one compiles while another trains.
         with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
@@ -153,27 +190,34 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     zero_shot = _summary([curve[0] for curve in result["curves"]])
                     results["zero_shot"] = {**zero_shot, "forward_passes": 0}
                 results[name] = result
-                report.write_json(results, config, directory)
+                report.write_json(results, directory)
     report.write(results, config, directory)
     return results
 
 
 def _pretrain(
-    config: ConfigDict, network: Any, data: Splits, progress: report.Progress
+    config: ConfigDict,
+    network: Any,
+    data: Splits,
+    progress: report.Progress,
+    where: pathlib.Path,
 ) -> Any:
     """The float parameters where all runs start."""
     key = jax.random.key(config.pretrain.seed)
     params = network(bits=None).init(key, data["train"].images[:1])["params"]
     trainer = Trainer(config.pretrain, network, params, data)
-    pretrained = trainer.run(
+    directory = runs.RunDirectory(where / "pretrain", config.snapshot_seconds)
+    end = trainer.train(
         params,
         config.pretrain.seed,
         config.pretrain.learning_rate,
         steps=config.pretrain.steps,
         num_evals=1,
         progress=progress.advance,
+        directory=directory,
     )
-    return pretrained.state.params
+    directory.save(config.pretrain.steps, end)  # where runs start after a kill as well
+    return end.state.params
 
 
 def _adapt(
@@ -183,9 +227,13 @@ def _adapt(
     start: Any,
     data: Splits,
     progress: report.Progress,
+    where: pathlib.Path,
 ) -> dict[str, Any]:
     """Chooses a learning rate on the validation split, then runs every seed."""
     trainer = Trainer(method, network, start, data)
+
+    def directory(name: str) -> runs.RunDirectory:
+        return runs.RunDirectory(where / name, config.snapshot_seconds)
 
     def tune(learning_rate: float) -> float:
         return trainer.run(
@@ -195,6 +243,7 @@ def _adapt(
             steps=_tuning_steps(config, method),
             num_evals=1,
             progress=progress.advance,
+            directory=directory(f"tune_{learning_rate:g}"),
         ).validation
 
     def adapt(seed: int) -> Run:
@@ -205,6 +254,7 @@ def _adapt(
             steps=method.steps,
             num_evals=config.num_evals,
             progress=progress.advance,
+            directory=directory(f"seed_{seed}"),
         )
 
     tuned = {rate: tune(rate) for rate in method.learning_rates}
@@ -214,17 +264,17 @@ def _adapt(
         progress.expect(_tuning_steps(config, method))
         tuned[rate] = tune(rate)
     learning_rate = _best(tuned)
-    runs = [adapt(seed) for seed in config.seeds]
+    adapted = [adapt(seed) for seed in config.seeds]
     return {
-        **_summary([r.curve[-1] for r in runs]),
-        "validation_accuracies": [r.validation for r in runs],
+        **_summary([r.curve[-1] for r in adapted]),
+        "validation_accuracies": [r.validation for r in adapted],
         "learning_rate": learning_rate,
         "tuning": {f"{rate:g}": tuned[rate] for rate in sorted(tuned)},
         "steps": method.steps,
         "forward_passes": method.steps * trainer.learner.passes_per_step,
-        "seconds": float(np.mean([r.seconds for r in runs])),
+        "seconds": float(np.mean([r.seconds for r in adapted])),
         "temporaries_mib": trainer.temporaries / 2**20,
-        "curves": [r.curve for r in runs],
+        "curves": [r.curve for r in adapted],
     }
 
 

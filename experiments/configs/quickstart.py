@@ -42,6 +42,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.tuning_fraction = 0.1  # its length, as a share of a run's steps
     config.wider_tuning = 0  # further rates to try while the best is the last in order
     config.parallel_runs = 2  # methods at a time, one run each
+    config.snapshot_seconds = 30.0  # of a run; a killed one goes on from the last
     config.num_evals = 2 if smoke else 10  # points of the curves
     config.figure = "curves"  # or "dots", for many methods
 
