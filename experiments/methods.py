@@ -1,7 +1,7 @@
 """Ways to train a network: backpropagation or forward gradients, float or fixed point.
 
 A method is a `ConfigDict` (see ``configs/quickstart.py``) that becomes a `Learner`:
-pure functions that start a run, take a step and count what is right. The learning rate
+pure functions that start a run, take a step and predict. The learning rate
 and the number of steps are arguments of the step, so one compilation serves all runs.
 """
 
@@ -44,13 +44,13 @@ class Learner(NamedTuple):
     Attributes:
       init: ``init(params, calibration_images, seed) -> TrainState`` from float params.
       step: ``step(state, learning_rate, steps, split) -> TrainState``; not jitted.
-      accuracy: ``accuracy(state, split) -> `` share of right answers; jitted.
+      logits: ``logits(state, images) -> `` [examples, classes]; jitted.
       passes_per_step: forward passes of a step; a backward pass counts as two.
     """
 
     init: Callable[[Any, jax.Array, int], TrainState]
     step: Callable[[TrainState, jax.Array, jax.Array, Split], TrainState]
-    accuracy: Callable[[TrainState, Split], jax.Array]
+    logits: Callable[[TrainState, jax.Array], jax.Array]
     passes_per_step: int
 
 
@@ -117,11 +117,10 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         )
 
     @jax.jit
-    def accuracy(state: TrainState, split: Split) -> jax.Array:
-        logits = model.apply({"params": state.params, **state.scales}, split.images)
-        return jnp.mean(jnp.argmax(logits, axis=-1) == split.labels)
+    def logits(state: TrainState, images: jax.Array) -> jax.Array:
+        return model.apply({"params": state.params, **state.scales}, images)
 
-    return Learner(init, step, accuracy, forward_passes(method))
+    return Learner(init, step, logits, forward_passes(method))
 
 
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -19,14 +19,7 @@ from experiments import runs
 
 mpl.use("Agg")
 
-_COLUMNS = (
-    "method",
-    "accuracy",
-    "forward passes",
-    "learning rate",
-    "seconds",
-    "temporaries MiB",
-)
+_COLUMNS = ("forward passes", "learning rate", "seconds", "temporaries MiB")
 
 
 class Progress:
@@ -70,42 +63,50 @@ def write_json(results: dict[str, Any], directory: pathlib.Path) -> None:
 
 
 def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) -> None:
-    """Prints the table; writes results.json, table.md and accuracy.png.
+    """Prints the table; writes results.json, table.md and figure.png.
 
     Args:
       results: as `experiments.train.run` returns them.
       config: the configuration behind them.
       directory: the workdir.
     """
-    rows = [_row(name, result) for name, result in results.items()]
+    columns = ("method", *config.metrics, *_COLUMNS)
+    rows = [_row(name, result, config.metrics) for name, result in results.items()]
     note = (
-        f"{config.source} to {config.target}, test accuracy in % as mean ± standard "
-        f"deviation over {len(config.seeds)} seeds; a backward pass counts as two "
-        f"forward passes; seconds per run with {config.parallel_runs} runs at a time; "
-        "temporaries of the compiled step."
+        f"{config.source} to {config.target}, test {' and '.join(config.metrics)} in % "
+        f"as mean ± standard deviation over {len(config.seeds)} seeds; a backward pass "
+        "counts as two forward passes; seconds per run with "
+        f"{config.parallel_runs} runs at a time; temporaries of the compiled step."
     )
-    table = rich.table.Table(*_COLUMNS, caption=note, caption_justify="left")
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table = rich.table.Table(*columns, caption=note, caption_justify="left")
+    for column in table.columns[: 1 + len(config.metrics)]:
+        column.no_wrap = True
     table.columns[0].min_width = max(len(row[0]) for row in rows)
     for row in rows:
         table.add_row(*row)
     rich.print(table)
 
     write_json(results, directory)
-    (directory / "table.md").write_text(_markdown(rows, note))
-    _FIGURES[config.figure](results, directory / "accuracy.png")
+    lines = [columns, ["---"] * len(columns), *rows]
+    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (directory / "table.md").write_text(f"{markdown}\n\n{note}\n")
+    draw = _FIGURES[config.figure]
+    draw(results, config.metrics[0], directory / "figure.png")
     rich.print(
-        f"Written to {directory}: results.json, config.json, table.md, accuracy.png"
+        f"Written to {directory}: results.json, config.json, table.md, figure.png"
     )
 
 
-def _row(name: str, result: dict[str, Any]) -> list[str]:
-    accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['accuracy_std']:.1f}"
+def _row(name: str, result: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    scores = [
+        f"{100 * result[metric]:.1f} ± {100 * result[f'{metric}_std']:.1f}"
+        for metric in metrics
+    ]
     if "steps" not in result:
-        return [name, accuracy, "0", "", "", ""]
+        return [name, *scores, "0", "", "", ""]
     return [
         name,
-        accuracy,
+        *scores,
         f"{result['forward_passes']:,}",
         f"{result['learning_rate']:g}",
         f"{result['seconds']:.1f}",
@@ -113,12 +114,7 @@ def _row(name: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _markdown(rows: list[list[str]], note: str) -> str:
-    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
-
-
-def _curves(results: dict[str, Any], path: pathlib.Path) -> None:
+def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
     fig = figure.Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = fig.subplots()
     for name, result in results.items():
@@ -131,27 +127,27 @@ def _curves(results: dict[str, Any], path: pathlib.Path) -> None:
         axes.fill_between(
             passes, mean - std, mean + std, alpha=0.2, color=line.get_color()
         )
-    zero_shot = 100 * results["zero_shot"]["accuracy"]
+    zero_shot = 100 * results["zero_shot"][metric]
     axes.axhline(zero_shot, color="grey", linestyle=":", label="zero_shot")
-    axes.set(xlabel="forward passes", ylabel="test accuracy (%)")
+    axes.set(xlabel="forward passes", ylabel=f"test {metric} (%)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     fig.savefig(path, dpi=120)
 
 
-def _dots(results: dict[str, Any], path: pathlib.Path) -> None:
+def _dots(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
     """One line for each method, for experiments with many."""
     fig = figure.Figure(figsize=(6.4, 1 + 0.22 * len(results)), layout="constrained")
     axes = fig.subplots()
     names = [name for name in results if name != "zero_shot"]
-    mean = np.array([100 * results[name]["accuracy"] for name in names])
-    std = np.array([100 * results[name]["accuracy_std"] for name in names])
+    mean = np.array([100 * results[name][metric] for name in names])
+    std = np.array([100 * results[name][f"{metric}_std"] for name in names])
     rows = np.arange(len(names))
     axes.errorbar(mean, rows, xerr=std, fmt="o", capsize=3)
     axes.axvline(mean.max(), color="grey", linestyle=":")
     axes.set_yticks(rows, names)
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy (%)")
+    axes.set(xlabel=f"test {metric} (%)")
     axes.grid(alpha=0.3)
     fig.savefig(path, dpi=120)
 

@@ -3,22 +3,23 @@
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import report, runs
+from experiments import metrics, report, runs
 from experiments.data import arrays, digits, mnist
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn.CNN,
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
@@ -34,12 +35,14 @@ class Run(NamedTuple):
     """What came of one run of a method.
 
     Attributes:
-      validation: accuracy on the validation split at its end.
-      curve: test accuracies, at the start and after each part of the run.
+      validation: the first of the metrics on the validation split at its end.
+      scores: all metrics on the test split at its end, by name.
+      curve: the first of them, at the start and after each part of the run.
       seconds: wall time of the steps, without compilation and evaluation.
     """
 
     validation: float
+    scores: dict[str, float]
     curve: list[float]
     seconds: float
 
@@ -53,7 +56,14 @@ class Trainer:
       temporaries: scratch memory of the compiled step in bytes, beside its arguments.
     """
 
-    def __init__(self, config: ConfigDict, network: Any, params: Any, data: Splits):
+    def __init__(
+        self,
+        config: ConfigDict,
+        network: Any,
+        params: Any,
+        data: Splits,
+        names: Sequence[str],
+    ):
         """Compiles the step.
 
         Args:
@@ -61,8 +71,10 @@ class Trainer:
           network: ``network(bits=...)`` gives the Flax module.
           params: float parameters, for their shapes.
           data: the splits to train on.
+          names: of metrics, keys of `experiments.metrics.METRICS`.
         """
         self.config = config
+        self._names = names
         self.learner: Learner = make_learner(config, network)
         self._data = data
         state = self.learner.init(params, data["train"].images, 0)
@@ -97,7 +109,7 @@ class Trainer:
         state = self.learner.init(params, self._data["train"].images, seed)
         done, (state, curve, seconds) = directory.latest(like=state) or (
             0,
-            runs.Snapshot(state, [self._accuracy(state, "test")], 0.0),
+            runs.Snapshot(state, [self._first(state)], 0.0),
         )
         progress(done)
         evals = set(np.linspace(0, steps, num_evals + 1).astype(int).tolist())
@@ -112,7 +124,7 @@ class Trainer:
             progress(end - done)
             done = end
             if done in evals:
-                curve.append(self._accuracy(state, "test"))
+                curve.append(self._first(state))
             if directory.due():
                 directory.save(done, runs.Snapshot(state, curve, seconds))
         return runs.Snapshot(state, curve, seconds)
@@ -129,13 +141,18 @@ class Trainer:
             progress(kwargs["steps"])
             return Run(**result)
         end = self.train(*args, progress=progress, directory=directory, **kwargs)
-        validation = self._accuracy(end.state, "validation")
-        run = Run(validation, end.curve, end.seconds)
+        validation = self._scores(end.state, "validation")[self._names[0]]
+        run = Run(validation, self._scores(end.state, "test"), end.curve, end.seconds)
         directory.finish(run._asdict())
         return run
 
-    def _accuracy(self, state: TrainState, split: str) -> float:
-        return float(self.learner.accuracy(state, self._data[split]))
+    def _scores(self, state: TrainState, split: str) -> dict[str, float]:
+        data = self._data[split]
+        logits = self.learner.logits(state, data.images)
+        return metrics.scores(self._names, logits, data.labels)
+
+    def _first(self, state: TrainState) -> float:
+        return self._scores(state, "test")[self._names[0]]
 
 
 def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
@@ -144,13 +161,13 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
     Args:
       config: see ``configs/quickstart.py``; one with ``parts``, such as
         ``configs/ablation.py``, holds experiments by name.
-      workdir: results.json, config.json, table.md and accuracy.png go here, those of a
+      workdir: results.json, config.json, table.md and figure.png go here, those of a
         part into a folder of its name; and under runs/ what a killed experiment goes on
         from.
       resume: whether to go on from there; otherwise the experiment begins anew.
 
     Returns:
-      What results.json holds: by method (and "zero_shot") the accuracy on the target's
+      What results.json holds: by method (and "zero_shot") the metrics on the target's
       test split as mean, standard deviation and list over seeds, and what it cost; of
       parts by their names.
 
@@ -168,13 +185,18 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     source = _load(config, config.source, directory)
     target = _load(config, config.target, directory)
-    network = NETWORKS[config.network]
+    num_classes = int(jnp.max(target["train"].labels)) + 1
+    network = functools.partial(NETWORKS[config.network], num_classes=num_classes)
     results: dict[str, Any] = {}
     with report.progress() as progress:
         progress.expect(_total_steps(config))
         start = _pretrain(config, network, source, progress, directory / "runs")
         if config.layer_scales:
             start = cnn.rescaled(start, config.layer_scales)
+
+        logits = network(bits=None).apply({"params": start}, target["test"].images)
+        before = metrics.scores(config.metrics, logits, target["test"].labels)
+        results["zero_shot"] = _summary([before] * len(config.seeds))
 
         def adapt(name: str) -> dict[str, Any]:
             method = config.methods[name]
@@ -186,9 +208,6 @@ def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
             for name, result in zip(
                 config.run, pool.map(adapt, config.run), strict=True
             ):
-                if not results:
-                    zero_shot = _summary([curve[0] for curve in result["curves"]])
-                    results["zero_shot"] = {**zero_shot, "forward_passes": 0}
                 results[name] = result
                 report.write_json(results, directory)
     report.write(results, config, directory)
@@ -205,7 +224,7 @@ def _pretrain(
     """The float parameters where all runs start."""
     key = jax.random.key(config.pretrain.seed)
     params = network(bits=None).init(key, data["train"].images[:1])["params"]
-    trainer = Trainer(config.pretrain, network, params, data)
+    trainer = Trainer(config.pretrain, network, params, data, config.metrics)
     directory = runs.RunDirectory(where / "pretrain", config.snapshot_seconds)
     end = trainer.train(
         params,
@@ -230,7 +249,7 @@ def _adapt(
     where: pathlib.Path,
 ) -> dict[str, Any]:
     """Chooses a learning rate on the validation split, then runs every seed."""
-    trainer = Trainer(method, network, start, data)
+    trainer = Trainer(method, network, start, data, config.metrics)
 
     def directory(name: str) -> runs.RunDirectory:
         return runs.RunDirectory(where / name, config.snapshot_seconds)
@@ -266,20 +285,20 @@ def _adapt(
     learning_rate = _best(tuned)
     adapted = [adapt(seed) for seed in config.seeds]
     return {
-        **_summary([r.curve[-1] for r in adapted]),
-        "validation_accuracies": [r.validation for r in adapted],
+        **_summary([run.scores for run in adapted]),
+        "validation": [run.validation for run in adapted],
         "learning_rate": learning_rate,
         "tuning": {f"{rate:g}": tuned[rate] for rate in sorted(tuned)},
         "steps": method.steps,
         "forward_passes": method.steps * trainer.learner.passes_per_step,
-        "seconds": float(np.mean([r.seconds for r in adapted])),
+        "seconds": float(np.mean([run.seconds for run in adapted])),
         "temporaries_mib": trainer.temporaries / 2**20,
-        "curves": [r.curve for r in adapted],
+        "curves": [run.curve for run in adapted],
     }
 
 
 def _best(tuned: Mapping[float, float]) -> float:
-    """The learning rate of the best accuracy; of equal ones the first tried."""
+    """The best learning rate; of equal ones the first tried."""
     return max(tuned, key=lambda rate: tuned[rate])
 
 
@@ -292,12 +311,15 @@ def _beyond(tuned: Mapping[float, float]) -> float | None:
     return None
 
 
-def _summary(accuracies: list[float]) -> dict[str, Any]:
-    return {
-        "accuracy": float(np.mean(accuracies)),
-        "accuracy_std": float(np.std(accuracies, ddof=1)),
-        "accuracies": accuracies,
-    }
+def _summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean, standard deviation and list of each metric over the runs."""
+    summary: dict[str, Any] = {"scores": {}}
+    for name in scores[0]:
+        values = [run[name] for run in scores]
+        summary[name] = float(np.mean(values))
+        summary[f"{name}_std"] = float(np.std(values, ddof=1))
+        summary["scores"][name] = values
+    return summary
 
 
 def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:

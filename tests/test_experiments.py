@@ -130,7 +130,7 @@ def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
     assert json.loads((tmp_path / "results.json").read_text()) == results
     for name in names:
         result = results[name]
-        accuracies = result["accuracies"]
+        accuracies = result["scores"]["accuracy"]
         assert len(accuracies) == len(config.seeds)
         np.testing.assert_allclose(result["accuracy"], np.mean(accuracies))
         np.testing.assert_allclose(result["accuracy_std"], np.std(accuracies, ddof=1))
@@ -144,7 +144,7 @@ def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
         assert results[name]["temporaries_mib"] > 0
     table = (tmp_path / "table.md").read_text()
     assert all(name in table for name in names)
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     config_written = json.loads((tmp_path / "config.json").read_text())
     assert config_written["target"] == "rotated_30"
 
@@ -227,4 +227,4 @@ def test_ablations_run(tmp_path, data_dir):
     del config.parts["mnist"]
     results = train.run(config, str(tmp_path))
     assert list(results["digits"]) == ["zero_shot", "base", "all_enhancements"]
-    assert (tmp_path / "digits" / "accuracy.png").exists()
+    assert (tmp_path / "digits" / "figure.png").exists()

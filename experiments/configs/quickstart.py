@@ -37,6 +37,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.target = "rotated_30"  # domain of adaptation
     config.data_dir = config_dict.placeholder(str)  # <workdir>/data by default
 
+    config.metrics = ("accuracy",)  # of experiments.metrics; the first one decides
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seed = 100  # a run of its own chooses the learning rates
     config.tuning_fraction = 0.1  # its length, as a share of a run's steps

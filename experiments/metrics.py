@@ -1,0 +1,61 @@
+"""Metrics of predictions, by name; scikit-learn's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+from sklearn import metrics
+
+
+def scores(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
+    """Metrics of predictions, between 0 and 1, by their names.
+
+    Args:
+      names: keys of `METRICS`.
+      logits: float [examples, classes].
+      labels: integers [examples].
+
+    Raises:
+      ValueError: for an unknown name; for "auc" unless every class has an example.
+
+    Example:
+      >>> logits, labels = [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1]
+      >>> {name: round(x, 3) for name, x in scores(METRICS, logits, labels).items()}
+      {'accuracy': 0.667, 'balanced_accuracy': 0.75, 'auc': 1.0}
+    """
+    if unknown := set(names) - set(METRICS):
+        raise ValueError(
+            f"there are no metrics {sorted(unknown)}; choose from {list(METRICS)}."
+        )
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    return {name: float(METRICS[name](logits, labels)) for name in names}
+
+
+def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return metrics.accuracy_score(labels, logits.argmax(-1))
+
+
+def _balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return metrics.balanced_accuracy_score(labels, logits.argmax(-1))
+
+
+def _auc(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve; of more than two classes the mean of one-vs-rest."""
+    classes = logits.shape[-1]
+    if len(np.unique(labels)) < classes:
+        raise ValueError(
+            f"auc needs an example of each of {classes} classes, got labels "
+            f"{np.unique(labels)}."
+        )
+    if classes == 2:
+        return metrics.roc_auc_score(labels, logits[:, 1] - logits[:, 0])
+    probabilities = special.softmax(logits, axis=-1)
+    return metrics.roc_auc_score(labels, probabilities, multi_class="ovr")
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced_accuracy,
+    "auc": _auc,
+}
