@@ -78,18 +78,9 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         "counts as two forward passes; seconds per run with "
         f"{config.parallel_runs} runs at a time; temporaries of the compiled step."
     )
-    table = rich.table.Table(*columns, caption=note, caption_justify="left")
-    for column in table.columns[: 1 + len(config.metrics)]:
-        column.no_wrap = True
-    table.columns[0].min_width = max(len(row[0]) for row in rows)
-    for row in rows:
-        table.add_row(*row)
-    rich.print(table)
-
+    _print_table(columns, rows, note, wide=1 + len(config.metrics))
     write_json(results, directory)
-    lines = [columns, ["---"] * len(columns), *rows]
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (directory / "table.md").write_text(f"{markdown}\n\n{note}\n")
+    (directory / "table.md").write_text(_markdown(columns, rows, note))
     draw = _FIGURES[config.figure]
     draw(results, config.metrics[0], directory / "figure.png")
     rich.print(
@@ -97,11 +88,71 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     )
 
 
-def _row(name: str, result: dict[str, Any], metrics: Sequence[str]) -> list[str]:
-    scores = [
-        f"{100 * result[metric]:.1f} ± {100 * result[f'{metric}_std']:.1f}"
-        for metric in metrics
+def write_parts(
+    results: dict[str, dict[str, Any]], config: ConfigDict, directory: pathlib.Path
+) -> None:
+    """Prints the parts of an experiment side by side; writes table.md and figure.png.
+
+    Args:
+      results: by the names of the parts, which have the same methods.
+      config: the configuration behind them.
+      directory: the workdir.
+    """
+    parts = config.parts
+    metric = next(iter(parts.values())).metrics[0]
+    names = next(iter(results.values()))
+    rows = [
+        [name, *(_score(part[name], metric) for part in results.values())]
+        for name in names
     ]
+    tasks = "; ".join(
+        f"{name}: {parts[name].source} to {parts[name].target}, "
+        f"{max(r.get('forward_passes', 0) for r in part.values()):,} forward passes"
+        for name, part in results.items()
+    )
+    seeds = {len(part.seeds) for part in parts.values()}
+    note = (
+        f"Test {metric} in % as mean ± standard deviation over "
+        f"{' or '.join(map(str, sorted(seeds)))} seeds. {tasks}."
+    )
+    columns = ("method", *results)
+    _print_table(columns, rows, note, wide=len(columns))
+    (directory / "table.md").write_text(_markdown(columns, rows, note))
+
+    size = (3.2 * (1 + len(results)), 1 + 0.22 * len(rows))
+    fig = figure.Figure(figsize=size, layout="constrained")
+    panels = fig.subplots(ncols=len(results), sharey=True, squeeze=False)[0]
+    for axes, (name, part) in zip(panels, results.items(), strict=True):
+        _draw_dots(axes, part, metric)
+        axes.set_title(name)
+    panels[0].invert_yaxis()
+    fig.savefig(directory / "figure.png", dpi=120)
+
+
+def _print_table(
+    columns: Sequence[str], rows: list[list[str]], note: str, wide: int
+) -> None:
+    """On the terminal; the first ``wide`` columns are not folded."""
+    table = rich.table.Table(*columns, caption=note, caption_justify="left")
+    for column in table.columns[:wide]:
+        column.no_wrap = True
+    table.columns[0].min_width = max(len(row[0]) for row in rows)
+    for row in rows:
+        table.add_row(*row)
+    rich.print(table)
+
+
+def _markdown(columns: Sequence[str], rows: list[list[str]], note: str) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+
+
+def _score(result: dict[str, Any], metric: str) -> str:
+    return f"{100 * result[metric]:.1f} ± {100 * result[f'{metric}_std']:.1f}"
+
+
+def _row(name: str, result: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    scores = [_score(result, metric) for metric in metrics]
     if "steps" not in result:
         return [name, *scores, "0", "", "", ""]
     return [
@@ -139,6 +190,13 @@ def _dots(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
     """One line for each method, for experiments with many."""
     fig = figure.Figure(figsize=(6.4, 1 + 0.22 * len(results)), layout="constrained")
     axes = fig.subplots()
+    _draw_dots(axes, results, metric)
+    axes.invert_yaxis()
+    fig.savefig(path, dpi=120)
+
+
+def _draw_dots(axes: Any, results: dict[str, Any], metric: str) -> None:
+    """Mean and standard deviation of each method, and a line at the best mean."""
     names = [name for name in results if name != "zero_shot"]
     mean = np.array([100 * results[name][metric] for name in names])
     std = np.array([100 * results[name][f"{metric}_std"] for name in names])
@@ -146,10 +204,8 @@ def _dots(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
     axes.errorbar(mean, rows, xerr=std, fmt="o", capsize=3)
     axes.axvline(mean.max(), color="grey", linestyle=":")
     axes.set_yticks(rows, names)
-    axes.invert_yaxis()
     axes.set(xlabel=f"test {metric} (%)")
     axes.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
 
 
 _FIGURES = {"curves": _curves, "dots": _dots}

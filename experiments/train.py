@@ -162,8 +162,8 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       config: see ``configs/quickstart.py``; one with ``parts``, such as
         ``configs/ablation.py``, holds experiments by name.
       workdir: results.json, config.json, table.md and figure.png go here, those of a
-        part into a folder of its name; and under runs/ what a killed experiment goes on
-        from.
+        part into a folder of its name, beside a table and a figure of all parts; and
+        under runs/ what a killed experiment goes on from.
       resume: whether to go on from there; otherwise the experiment begins anew.
 
     Returns:
@@ -177,7 +177,11 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
     directory = pathlib.Path(workdir)
     if "parts" in config:
         parts = config.parts.items()
-        return {name: run(part, str(directory / name), resume) for name, part in parts}
+        results = {
+            name: run(part, str(directory / name), resume) for name, part in parts
+        }
+        report.write_parts(results, config, directory)
+        return results
     with runs.owned(directory, config, resume):
         return _run(config, directory)
 

@@ -228,3 +228,8 @@ def test_ablations_run(tmp_path, data_dir):
     results = train.run(config, str(tmp_path))
     assert list(results["digits"]) == ["zero_shot", "base", "all_enhancements"]
     assert (tmp_path / "digits" / "figure.png").exists()
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "table.md").read_text()
+    digits = results["digits"]["all_enhancements"]
+    expected = f"{100 * digits['accuracy']:.1f} ± {100 * digits['accuracy_std']:.1f}"
+    assert f"| all_enhancements | {expected} |" in table
