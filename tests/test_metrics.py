@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import metrics
 
@@ -38,3 +39,38 @@ def test_what_has_no_answer_is_refused():
         metrics.scores(["f1"], np.zeros((2, 2)), [0, 1])
     with pytest.raises(ValueError, match="auc needs an example of each of 2 classes"):
         metrics.scores(["auc"], np.zeros((2, 2)), [1, 1])
+
+
+def test_naming_the_larger_class_is_accurate_only():
+    labels = np.array([0] * 90 + [1] * 10)
+    logits = np.tile([2.0, -1.0], (100, 1))
+    found = metrics.scores(metrics.METRICS, logits, labels)
+    assert found == {"accuracy": 0.9, "balanced_accuracy": 0.5, "auc": 0.5}
+
+
+def test_scores_of_a_few_examples_by_hand():
+    # 3 of 4 negatives and 1 of 2 positives are right; of 8 pairs, 6 and a tie are won.
+    margins = np.array([-2.0, -1.0, -0.5, 1.0, -0.5, 3.0])
+    logits = np.stack([np.full(6, 7.0), 7.0 + margins], axis=1)
+    found = metrics.scores(metrics.METRICS, logits, [0, 0, 0, 0, 1, 1])
+    expected = {"accuracy": 4 / 6, "balanced_accuracy": 5 / 8, "auc": 6.5 / 8}
+    assert found == pytest.approx(expected)
+
+
+def test_normal_margins_have_closed_forms():
+    n, shift = 20_000, 1.0
+    normal = stats.norm.ppf((np.arange(n) + 0.5) / n)  # quantiles, not a sample
+    margins = np.concatenate([normal, normal[::10] + shift]) - shift / 2
+    logits = np.stack([np.zeros_like(margins), margins], axis=1)
+    found = metrics.scores(metrics.METRICS, logits, [0] * n + [1] * (n // 10))
+    right = stats.norm.cdf(shift / 2)
+    area = stats.norm.cdf(shift / np.sqrt(2))
+    expected = {"accuracy": right, "balanced_accuracy": right, "auc": area}
+    # Each tenth quantile stands for ten: off by less than 10 / n in probability.
+    assert found == pytest.approx(expected, abs=10 / n)
+
+
+def test_large_logits_keep_their_order():
+    # As probabilities in float32 all would be 1.
+    logits = np.array([[0.0, 50.0], [0.0, 60.0], [0.0, 70.0]], np.float32)
+    assert metrics.scores(["auc"], logits, [0, 1, 1])["auc"] == 1
