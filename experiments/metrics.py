@@ -32,17 +32,27 @@ def scores(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
     return {name: float(METRICS[name](logits, labels)) for name in names}
 
 
+def _predictions(logits: np.ndarray) -> np.ndarray:
+    """The likeliest class; none, -1, where a run has diverged."""
+    finite = np.isfinite(logits).all(-1)
+    return np.where(finite, np.nan_to_num(logits).argmax(-1), -1)
+
+
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    return metrics.accuracy_score(labels, logits.argmax(-1))
+    return metrics.accuracy_score(labels, _predictions(logits))
 
 
 def _balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    return metrics.balanced_accuracy_score(labels, logits.argmax(-1))
+    classes = np.unique(labels)
+    predictions = _predictions(logits)
+    return metrics.recall_score(labels, predictions, labels=classes, average="macro")
 
 
 def _auc(logits: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve; of more than two classes the mean of one-vs-rest."""
     classes = logits.shape[-1]
+    finite = np.isfinite(logits).all(-1, keepdims=True)
+    logits = np.where(finite, logits, 0)  # undecided where a run has diverged
     if len(np.unique(labels)) < classes:
         raise ValueError(
             f"auc needs an example of each of {classes} classes, got labels "

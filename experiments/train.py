@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from experiments import metrics, report, runs
-from experiments.data import arrays, digits, mnist
+from experiments.data import arrays, digits, mnist, solar
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn
 
@@ -24,7 +24,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
 }
-DATASETS = {"digits": digits.Digits, "mnist_5k": mnist.Mnist5k}
+DATASETS = {
+    "digits": digits.Digits,
+    "mnist_5k": mnist.Mnist5k,
+    "solar_cells": solar.SolarCells,
+}
 
 _CHUNK = 10  # steps between two looks at the clock
 

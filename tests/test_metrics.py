@@ -74,3 +74,10 @@ def test_large_logits_keep_their_order():
     # As probabilities in float32 all would be 1.
     logits = np.array([[0.0, 50.0], [0.0, 60.0], [0.0, 70.0]], np.float32)
     assert metrics.scores(["auc"], logits, [0, 1, 1])["auc"] == 1
+
+
+def test_a_diverged_run_predicts_nothing():
+    logits = np.array([[np.nan, 0.0], [np.inf, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    found = metrics.scores(metrics.METRICS, logits, [0, 1, 1, 0])
+    # Two are right; of each class one; and the undecided lie between the two.
+    assert found == {"accuracy": 0.5, "balanced_accuracy": 0.5, "auc": 0.875}

@@ -17,6 +17,8 @@ The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
 A smoke run of some seconds: ``--config=experiments/configs/cross_domain.py:smoke``.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
@@ -48,7 +50,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.batch_size = 256
     forward.epsilon = 1e-2
     forward.learning_rates = quickstart.rates_around(4e-3)
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "forward_fp32": {},
         "forward_16w8a": {"bits": (16, 8)},
         "normalized_fp32": {"estimator": "normalized_spsa"},
