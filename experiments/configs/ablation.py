@@ -86,6 +86,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.parts = ConfigDict()
     config.parts.digits = _part(variant, BUDGETS["digits"])
     mnist = _part(variant, BUDGETS["mnist"])
+    for name in VARIANTS:
+        mnist.methods[name].batch_size = 32
     mnist.network = "cnn_28"
     mnist.dataset = "mnist_5k"
     mnist.target = "rotated_45"
