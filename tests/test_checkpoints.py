@@ -47,7 +47,7 @@ class Storage:
 class Pickler(pickle._Pickler):
     """Writes pickles as torch.save does."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012  # the base class's way
 
     def save_global_by_name(self, obj):
         self.write(f"c{obj.module}\n{obj.name}\n".encode())
