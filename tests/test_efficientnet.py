@@ -1,4 +1,3 @@
-import functools
 import importlib.util
 import subprocess
 import sys
@@ -76,8 +75,13 @@ def test_16w8a_logits_are_close_to_the_float_ones():
     params, images = load("imagenet"), recorded.images(2, 96)
     expected = np.load(recorded.REFERENCES)["imagenet_96"]
     model = efficientnet.EfficientNetLite0(bits=(16, 8))
-    quantized = {"params": fixed_point.quantize(params, bits=16)}
-    variables = jax.jit(functools.partial(layers.calibrate, model))(quantized, images)
+
+    @jax.jit  # or each of its operations would be compiled for each shape
+    def prepare(params, images):
+        params = fixed_point.quantize(params, bits=16)
+        return layers.calibrate(model, {"params": params}, images)
+
+    variables = prepare(params, images)
     found = np.asarray(jax.jit(model.apply)(variables, images))
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
     pairs = zip(found, expected, strict=True)
