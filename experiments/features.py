@@ -15,7 +15,7 @@ _FLOOR = 0.1
 
 
 def extract(
-    backbone: Callable[[jax.Array], jax.Array],
+    backbone: Callable[[], Callable[[jax.Array], jax.Array]],
     splits: Mapping[str, Split],
     cache: pathlib.Path,
     batch_size: int = 32,
@@ -23,8 +23,8 @@ def extract(
     """Replaces images by their features.
 
     Args:
-      backbone: maps images [batch, height, width, channels] to features
-        [batch, size].
+      backbone: makes a function from images [batch, height, width, channels], floats in
+        [0, 1], to features [batch, size]. It is called only if they are to be computed.
       splits: of images.
       cache: an npz file that is read if it is there, and written if not.
       batch_size: images at once.
@@ -33,7 +33,7 @@ def extract(
       Splits whose ``images`` are float32 features [examples, size].
     """
     if not cache.exists():
-        apply = jax.jit(backbone)
+        apply = jax.jit(backbone())
         features: dict[str, Any] = {}
         for name, split in splits.items():
             count = len(split.labels)

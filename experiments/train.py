@@ -14,13 +14,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import metrics, report, runs
+from experiments import features, metrics, report, runs
 from experiments.data import arrays, digits, mnist, solar
 from experiments.methods import Learner, TrainState, make_learner
-from experiments.models import cnn
+from experiments.models import cnn, efficientnet, linear
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn.CNN,
+    "linear": linear.Linear,
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
 }
@@ -29,6 +30,7 @@ DATASETS = {
     "mnist_5k": mnist.Mnist5k,
     "solar_cells": solar.SolarCells,
 }
+BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
 
 _CHUNK = 10  # steps between two looks at the clock
 
@@ -337,7 +339,13 @@ def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
     builder = DATASETS[config.dataset](
         config=domain, data_dir=data_dir, file_format="array_record"
     )
-    return arrays.load(builder)
+    splits = arrays.load(builder)
+    if not config.backbone:
+        return splits
+    name = f"{config.dataset}_{domain}_{config.backbone}.npz"
+    cache = pathlib.Path(data_dir) / "features" / name
+    splits = features.extract(BACKBONES[config.backbone], splits, cache)
+    return features.standardize(splits)
 
 
 def _tuning_steps(config: ConfigDict, method: ConfigDict) -> int:

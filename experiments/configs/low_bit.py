@@ -16,6 +16,8 @@ EXPECTED
 A smoke run of some seconds: ``--config=experiments/configs/low_bit.py:smoke``.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
@@ -36,7 +38,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.learning_rates = quickstart.rates_around(2e-2)
     backprop = config.methods.backprop
     config.methods = ConfigDict({"backprop": backprop})
-    feedback = {"error_feedback": {}}
+    feedback: dict[str, Any] = {"error_feedback": {}}
     for bits in BITS:
         on_grid = {"bits": (bits, 8)}
         rounded = {**on_grid, "low_bit": False}

@@ -32,6 +32,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config = ConfigDict()
 
     config.network = "cnn"  # 25,866 parameters
+    config.backbone = ""  # or "efficientnet_lite0": its features instead of images
     config.dataset = "digits"  # scikit-learn's 1,797 real images
     config.source = "upright"  # domain of pre-training
     config.target = "rotated_30"  # domain of adaptation

@@ -2,11 +2,12 @@
 
 import importlib.util
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -90,7 +91,6 @@ class EfficientNetLite0(nn.Module):
       calibration: how the scales of activations are found.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> images = jnp.zeros((1, 32, 32, 3))
       >>> model = EfficientNetLite0(num_classes=10)
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -238,3 +238,22 @@ def load_imagenet() -> dict[str, Any]:
         )
     folder = pathlib.Path(spec.submodule_search_locations[0]) / "models"
     return from_state_dict(checkpoints.load(folder / "efficientnet-lite0-57934424.pth"))
+
+
+def backbone() -> Callable[[jax.Array], jax.Array]:
+    """Features of images by ImageNet's weights.
+
+    Returns:
+      A function from [batch, height, width, 1 or 3], in [0, 1], to [batch, 1280].
+
+    Raises:
+      ModuleNotFoundError: as `load_imagenet`.
+    """
+    model, params = EfficientNetLite0(), load_imagenet()
+
+    def features(images: jax.Array) -> jax.Array:
+        colours = jnp.broadcast_to(images, (*images.shape[:-1], 3))
+        normalised = (255 * colours - 127) / 128
+        return model.apply({"params": params}, normalised, method="features")
+
+    return features
