@@ -272,7 +272,7 @@ class ConvGeneralDilated(_Product):
         return self._with_weights(
             lhs,
             rhs,
-            lambda x, w: lax.conv_general_dilated(
+            lambda x, w: products.float_conv_general_dilated(
                 x, w, *arguments, precision=precision
             ),
             lambda x, w: products.conv_general_dilated(x, w, *arguments),

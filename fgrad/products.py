@@ -7,7 +7,7 @@ two: with ``q = 256 h + (l + 128)``, h and l are int8 for every 16-bit q, and
 
 Each of the three sums is exact in int32 for up to 2**17 terms; they are joined in
 float32, where the scales are applied. Depthwise convolutions are shifted
-multiply-adds in int32.
+multiply-adds, in int32 or of floats.
 """
 
 from __future__ import annotations
@@ -120,32 +120,116 @@ def conv_general_dilated(
         shape = [1] * rhs.ndim
         shape[numbers.out_spec[1]] = scale.size
         scale = scale.reshape(shape)
-    image = range(len(spatial))
-    window = [rhs.shape[axis] for axis in spatial]
+    product = integer_conv_p.bind(
+        lhs.qvalue,
+        rhs.qvalue,
+        bits=rhs.bits,
+        **_geometry(
+            lhs.shape,
+            rhs.shape,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            numbers,
+        ),
+        dimension_numbers=numbers,
+        feature_group_count=int(feature_group_count),
+    )
+    return product * (lhs.scale.reshape(()) * scale)
+
+
+def float_conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> jax.Array:
+    """``lax.conv_general_dilated`` of floats, depthwise as shifted multiply-adds.
+
+    With them EfficientNet-Lite0 (96 px, batch 16, 2 cores) takes 62 ms in place of 534,
+    and with backpropagation 0.8 s in place of 3.6. They add up in float32 or wider.
+
+    Args:
+      lhs: activations.
+      rhs: kernel of the same dtype.
+      window_strides: as for ``jax.lax.conv_general_dilated``, like all that follow.
+      padding: "SAME", "VALID" or pairs.
+      lhs_dilation: dilation of the input.
+      rhs_dilation: dilation of the kernel.
+      dimension_numbers: layout of input, kernel and output.
+      feature_group_count: number of groups.
+      precision: of what is not depthwise; multiply-adds have that of their dtype.
+
+    Returns:
+      The convolution, in the dtype of the operands.
+
+    Example:
+      >>> x, w = jnp.arange(4.0).reshape(1, 2, 2), jnp.array([[[1.0, 10.0]]])
+      >>> layout = ("NWC", "WIO", "NWC")
+      >>> float_conv_general_dilated(x, w, (1,), "SAME", None, None, layout, 2)
+      Array([[[ 0., 10.],
+              [ 2., 30.]]], dtype=float32)
+    """
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    arguments = window_strides, padding, lhs_dilation, rhs_dilation, numbers
+    if not _is_depthwise(rhs.shape, lhs_dilation, numbers, feature_group_count):
+        return lax.conv_general_dilated(
+            lhs, rhs, *arguments, feature_group_count, precision=precision
+        )
+    geometry = _geometry(lhs.shape, rhs.shape, *arguments)
+    del geometry["lhs_dilation"]
+    y = _shifted_multiply_adds(lhs, rhs, **geometry, numbers=numbers)
+    return y.astype(lhs.dtype)
+
+
+def _geometry(
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    numbers: lax.ConvDimensionNumbers,
+) -> dict[str, Any]:
+    """Strides, dilations and pairs of padding as tuples of ints."""
+    window = [rhs_shape[axis] for axis in numbers.rhs_spec[2:]]
     strides = tuple(map(int, window_strides))
-    rhs_dilation = tuple(int(rhs_dilation[i]) if rhs_dilation else 1 for i in image)
-    lhs_dilation = tuple(int(lhs_dilation[i]) if lhs_dilation else 1 for i in image)
+    lhs_dilation = tuple(map(int, lhs_dilation or [1] * len(window)))
+    rhs_dilation = tuple(map(int, rhs_dilation or [1] * len(window)))
     if isinstance(padding, str):
         if max(lhs_dilation) > 1:
             raise ValueError(
                 "String padding is not implemented for a dilated input, got "
                 f"padding={padding!r} and lhs_dilation={lhs_dilation}; give pairs."
             )
-        size = [lhs.shape[axis] for axis in numbers.lhs_spec[2:]]
+        size = [lhs_shape[axis] for axis in numbers.lhs_spec[2:]]
         reach = [(n - 1) * d + 1 for n, d in zip(window, rhs_dilation, strict=True)]
         padding = lax.padtype_to_pads(size, reach, strides, padding)
-    product = integer_conv_p.bind(
-        lhs.qvalue,
-        rhs.qvalue,
-        bits=rhs.bits,
-        window_strides=strides,
-        padding=tuple((int(low), int(high)) for low, high in padding),
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-        feature_group_count=int(feature_group_count),
-    )
-    return product * (lhs.scale.reshape(()) * scale)
+    return {
+        "window_strides": strides,
+        "padding": tuple((int(low), int(high)) for low, high in padding),
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
+    }
+
+
+def _is_depthwise(
+    rhs_shape: Sequence[int],
+    lhs_dilation: Sequence[int] | None,
+    numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+) -> bool:
+    """Whether a convolution is depthwise, and small enough to be unrolled."""
+    _, in_feature, *spatial = numbers.rhs_spec
+    taps = math.prod(rhs_shape[axis] for axis in spatial)
+    depthwise = rhs_shape[in_feature] == 1 and feature_group_count > 1
+    return depthwise and max(lhs_dilation or [1]) == 1 and taps <= MAX_SHIFTS
 
 
 # ---------------------------------------------------------------------- primitives
@@ -201,10 +285,8 @@ def _integer_conv(
 ) -> jax.Array:
     """``conv_general_dilated`` of int8 and up to int16 integers, as float32."""
     numbers = dimension_numbers
-    out_feature, in_feature, *spatial = numbers.rhs_spec
-    taps = math.prod(q.shape[axis] for axis in spatial)
-    depthwise = q.shape[in_feature] == 1 and feature_group_count > 1
-    if depthwise and max(lhs_dilation) == 1 and taps <= MAX_SHIFTS:
+    out_feature, _, *spatial = numbers.rhs_spec
+    if _is_depthwise(q.shape, lhs_dilation, numbers, feature_group_count):
         return _shifted_multiply_adds(
             x, q, window_strides, padding, rhs_dilation, numbers
         )
@@ -285,26 +367,30 @@ def _shifted_multiply_adds(
     rhs_dilation: Sequence[int],
     numbers: lax.ConvDimensionNumbers,
 ) -> jax.Array:
-    """Depthwise convolution: ``Σ_taps x[shifted by the tap] * w[tap]`` in int32.
+    """Depthwise convolution: ``Σ_taps x[shifted by the tap] * w[tap]``.
 
-    No limbs are needed, and XLA fuses the sum into one pass over the image, where its
-    depthwise convolution leaves the hardware idle.
+    Of integers in int32, which needs no limbs; of floats in float32 or wider. XLA fuses
+    the sum into one pass over the image, where its depthwise convolution leaves the
+    hardware idle.
     """
     batch, feature, *image = numbers.lhs_spec
     out_feature, in_feature, *spatial = numbers.rhs_spec
     x = x.transpose((batch, *image, feature))
-    w = q.transpose((*spatial, in_feature, out_feature)).astype(jnp.int32)
+    integers = jnp.issubdtype(x.dtype, jnp.integer)
+    wide = jnp.int32 if integers else jnp.promote_types(x.dtype, jnp.float32)
+    w = q.transpose((*spatial, in_feature, out_feature)).astype(wide)
     window, groups = w.shape[: len(spatial)], x.shape[-1]
     # Fused into the sum, whatever made the weights would run again for every pixel.
     w = lax.optimization_barrier(w.reshape(*window, groups, -1))
-    x = lax.pad(x, jnp.int8(0), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
     out = [
         max(0, (size - (n - 1) * d - 1) // stride + 1)
         for size, n, d, stride in zip(
             x.shape[1:-1], window, rhs_dilation, window_strides, strict=True
         )
     ]
-    total = jnp.zeros((), jnp.int32)
+    total = jnp.zeros((), wide)
     for tap in np.ndindex(*window):
         start = [t * d for t, d in zip(tap, rhs_dilation, strict=True)]
         stop = [
@@ -317,13 +403,13 @@ def _shifted_multiply_adds(
             (x.shape[0], *stop, groups),
             (1, *window_strides, 1),
         )
-        total += shifted[..., None].astype(jnp.int32) * w[tap]
+        total += shifted[..., None].astype(wide) * w[tap]
     y = total.reshape(*total.shape[:-2], -1)
     # From [batch, *image, feature] to the layout of the output.
     order = np.argsort(
         [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
     )
-    return y.transpose(order).astype(jnp.float32)
+    return y.transpose(order).astype(jnp.float32 if integers else wide)
 
 
 def _primitive(

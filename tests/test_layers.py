@@ -896,7 +896,7 @@ def test_a_fixed_point_cnn_multiplies_int8_only():
     # The depthwise convolution needs no product at all.
     assert products_of(fixed_point_cnn, x) == [INTEGER] * 4
     # The walk would see the floats.
-    assert products_of(Cnn(settings={}), x) == [FLOAT] * 5
+    assert products_of(Cnn(settings={}), x) == [FLOAT] * 4
 
 
 @pytest.mark.parametrize("name", ["attention", "attention_cross"])
