@@ -8,6 +8,11 @@ gradients, in float32 and 16w8a. Defects are the rarer class, so the area under 
 curve decides. Learning rates are tuned on the validation split by runs of full length:
 three rates, then further ones while the best is the last in order.
 
+Expected on the test split, seeds 0 to 4, 64,000 forward passes each (backpropagation:
+900), AUC: zero-shot 62.3, backpropagation 89.6 ± 0.3, sign-m-SPSA 89.9 ± 0.6 in float32
+and 89.0 ± 0.4 in 16w8a, normalized 89.8 ± 0.4 and 89.1 ± 0.2, 8w8a on the grid 88.1 ±
+0.8. Accuracy is 84 to 85% and balanced accuracy 77 to 79% for all of them.
+
 The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
 ``pip install 'fgrad[solar]'``.
 
@@ -50,12 +55,13 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.batch_size = 256
     forward.epsilon = 1e-2
     forward.learning_rates = quickstart.rates_around(4e-3)
+    sign = {"estimator": "sign_m_spsa"}
     changes: dict[str, dict[str, Any]] = {
-        "forward_fp32": {},
-        "forward_16w8a": {"bits": (16, 8)},
-        "normalized_fp32": {"estimator": "normalized_spsa"},
-        "normalized_16w8a": {"estimator": "normalized_spsa", "bits": (16, 8)},
-        "forward_8w8a": {"bits": (8, 8)},
+        "forward_fp32": sign,
+        "forward_16w8a": {**sign, "bits": (16, 8)},
+        "normalized_fp32": {},
+        "normalized_16w8a": {"bits": (16, 8)},
+        "forward_8w8a": {"bits": (8, 8)},  # on the grid it is by signs
     }
     config.methods = ConfigDict({"backprop": backprop})
     for name, change in changes.items():

@@ -30,6 +30,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
     config = quickstart.get_config(variant)
     forward = config.methods.forward_16w8a
+    forward.estimator = "sign_m_spsa"
     forward.per_channel = True
     if variant == "full":
         config.seeds = (0, 1, 2, 3, 4)

@@ -24,6 +24,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
     config = quickstart.get_config(variant)
     forward = config.methods.forward_fp32
+    forward.estimator = "sign_m_spsa"
     config.methods = ConfigDict()
     config.methods.normal = forward
     config.methods.rademacher = forward.copy_and_resolve_references()

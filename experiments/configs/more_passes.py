@@ -1,7 +1,7 @@
 r"""Digits, as in the quickstart: 16w8a with three times the forward passes.
 
-How close forward gradients come to backpropagation: sign-m-SPSA as in the quickstart,
-and with what weighs directions by their loss differences (``normalized_spsa``), draws z
+How close forward gradients come to backpropagation: sign-m-SPSA, as in the paper, and
+with what weighs directions by their loss differences (``normalized_spsa``), draws z
 around the last step's direction (``momentum_guided_sampling``), or takes more
 directions a step. Learning rates are tuned on the validation split by runs of full
 length: three rates, then further ones while the best is the last in order.
@@ -23,19 +23,10 @@ BUDGET = 67_200  # forward passes of a run, three times the quickstart's
 
 # name: what differs from the quickstart's 16w8a, and the middle learning rate.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "sign": ({}, 0.02),
-    "normalized": ({"estimator": "normalized_spsa"}, 0.02),
-    "normalized_m_48": (
-        {"estimator": "normalized_spsa", "num_perturbations": 48},
-        0.05,
-    ),
-    "normalized_guided": (
-        {
-            "estimator": "normalized_spsa",
-            "enhancements": {"momentum_guided_sampling": {}},
-        },
-        0.02,
-    ),
+    "sign": ({"estimator": "sign_m_spsa"}, 0.02),
+    "normalized": ({}, 0.02),
+    "normalized_m_48": ({"num_perturbations": 48}, 0.05),
+    "normalized_guided": ({"enhancements": {"momentum_guided_sampling": {}}}, 0.02),
 }
 
 

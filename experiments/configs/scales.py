@@ -5,9 +5,9 @@ which leaves the function as it is (ReLU networks allow it; cf. Dinh et al., "Sh
 Minima Can Generalize For Deep Nets", ICML 2017). Compared are one epsilon for all
 leaves, of several sizes, and one relative to each leaf's rms
 (``fgrad.relative_epsilon``); with SGD as it is, and with ``kernel_normalization``,
-which makes the step relative, too. 16w8a, half the quickstart's forward passes,
-learning rates tuned on the validation split by runs of full length: three rates, then
-further ones while the best is the last in order.
+which makes the step relative, too. Sign-m-SPSA in 16w8a with half the quickstart's
+forward passes; learning rates are tuned on the validation split by runs of full length:
+three rates, then further ones while the best is the last in order.
 
     python -m experiments.main \
         --config=experiments/configs/scales.py --workdir=workdir/scales
@@ -40,6 +40,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     if variant == "full":
         config.tuning_fraction, config.wider_tuning = 1.0, 4
     forward = config.methods.forward_16w8a
+    forward.estimator = "sign_m_spsa"
     config.methods = ConfigDict()
     for step, middle in STEPS.items():
         for name, (epsilon, unit) in EPSILONS.items():
