@@ -109,7 +109,8 @@ def fixed_point_forward_grad(
         params to it. Use it rather than ``optax.masked``, which would hide leaves
         from ``value_fn``.
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss and counts it
-        in the state; "raise" stops the program.
+        in the state; "raise" stops the program. ``optax.apply_if_finite`` looks at
+        incoming updates, which are ignored here: put it around the optimizer only.
       guide: draws z around a direction that it keeps in the state, such as
         ``enhancements.momentum_guided_sampling()``; none by default.
 

@@ -10,6 +10,7 @@ from experiments.benchmarks.table import Table, mib
 METHODS: dict[str, Callable[[Problem], Program]] = {
     "inference": programs.inference,
     "m=1": programs.forward_step,
+    "m=1, sparse 10%": lambda problem: programs.sparse_step(problem, 0.1),
     "m=4": lambda problem: programs.forward_step(problem, 4),
     "K=4": lambda problem: programs.forward_step(problem, 4, vectorize=4),
     "K=8 low-rank": lambda problem: programs.low_rank_step(problem, 8),

@@ -46,6 +46,10 @@ def forward_step(
         perturbation=perturbation,
     )
 
+    return _step(problem, tx)
+
+
+def _step(problem: Problem, tx: optax.GradientTransformationExtraArgs) -> Program:
     def step(carry: Any, data: Any) -> Any:
         params, state = carry
         # The incoming updates are ignored, so anything of their shape will do.
@@ -56,6 +60,14 @@ def forward_step(
 
     carry = (problem.params, tx.init(problem.params))
     return Program(step, carry, problem.data, carries=True)
+
+
+def sparse_step(problem: Problem, density: float) -> Program:
+    """A step of ``fgrad.qzo_ff`` that trains a share of the weights."""
+    inner = fgrad.qzo_ff(
+        LEARNING_RATE, jax.random.key(2), epsilon=EPSILON, num_perturbations=1
+    )
+    return _step(problem, fgrad.enhancements.sparse_update(inner, density=density))
 
 
 def low_rank_step(problem: Problem, pairs: int) -> Program:

@@ -14,7 +14,7 @@ and 89.0 ± 0.4 in 16w8a, normalized 89.8 ± 0.4 and 89.1 ± 0.2, 8w8a on the gr
 0.8. Accuracy is 84 to 85% and balanced accuracy 77 to 79% for all of them.
 
 The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
-``pip install 'fgrad[solar]'``.
+``pip install -e '.[solar,weights]'``.
 
     python -m experiments.main \
         --config=experiments/configs/cross_domain.py --workdir=workdir/cross_domain
