@@ -6,6 +6,10 @@ around the last step's direction (``momentum_guided_sampling``), or takes more
 directions a step. Learning rates are tuned on the validation split by runs of full
 length: three rates, then further ones while the best is the last in order.
 
+Expected test accuracy, seeds 0 to 4, 67,200 forward passes each: sign 96.6 ± 0.4,
+normalized 96.7 ± 0.6, with m = 48 96.8 ± 0.5, with guided sampling 96.9 ± 0.5;
+backpropagation 97.9 ± 0.0 with 900.
+
     python -m experiments.main \
         --config=experiments/configs/more_passes.py --workdir=workdir/more_passes
 
