@@ -1,4 +1,4 @@
-"""Digits, as in the quickstart: weights of 16, 8, 6 and 4 bits.
+r"""Digits, as in the quickstart: weights of 16, 8, 6 and 4 bits.
 
 Sign-m-SPSA with the quickstart's budget of forward passes, 8-bit activations and
 per-channel weight scales. Below 16 bits the weights move by sparse integer steps
@@ -8,7 +8,10 @@ rounding leaves in a byte for each weight (``enhancements.error_feedback``). Lea
 rates are tuned on the validation split by runs of full length with a seed of their own:
 three rates, then further ones while the best is the last in order.
 
-EXPECTED
+Expected test accuracy, seeds 0 to 4, 22,400 forward passes each (backpropagation: 900):
+backpropagation 97.9 ± 0.0, residual 8w8a 94.7 ± 0.8, residual 6w8a 94.4 ± 0.6; with the
+rates 2e-2, 3e-2 and 4e-2 only, 16w8a 94.8 ± 0.9, 8w8a 94.9 ± 1.4, 6w8a 94.4 ± 0.6, 4w8a
+94.3 ± 0.6, rounded 8w8a 95.2 ± 0.8, rounded 6w8a 91.3 ± 1.6.
 
     python -m experiments.main \
         --config=experiments/configs/low_bit.py --workdir=workdir/low_bit

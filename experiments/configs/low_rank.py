@@ -1,4 +1,4 @@
-"""Digits, as in the quickstart: perturbations of low rank against dense ones.
+r"""Digits, as in the quickstart: perturbations of low rank against dense ones.
 
 Sign-m-SPSA in float32 with the quickstart's budget and tuning; only z differs: normal,
 Rademacher, and of rank 1, 2, 4 and 8.

@@ -1,4 +1,4 @@
-"""Digits: from upright to rotated by 30 degrees, four ways.
+r"""Digits: from upright to rotated by 30 degrees, four ways.
 
 A small CNN is pre-trained on upright digits with backpropagation, then adapted to the
 rotated ones by backpropagation, by forward gradients (``normalized_spsa``) in float32
