@@ -164,7 +164,11 @@ def test_a_killed_experiment_ends_in_the_same_bits(tmp_path):
     ]
 
     def kept():
-        return set((workdir / "runs").rglob("*.json"))
+        while True:
+            try:
+                return set((workdir / "runs").rglob("*.json"))
+            except FileNotFoundError:  # a folder was renamed or removed meanwhile
+                continue
 
     def launch():
         return subprocess.Popen(command, stdout=subprocess.DEVNULL)
