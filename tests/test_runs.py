@@ -139,7 +139,12 @@ def test_a_workdir_has_one_owner_and_one_configuration(tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
-SETTINGS = {"run": ("forward_16w8a",), "snapshot_seconds": 0.0}
+KILLS = int(os.environ.get("FGRAD_TEST_KILLS", "2"))
+SETTINGS = {
+    "run": ("forward_16w8a",),
+    "snapshot_seconds": 0.0,
+    "methods.forward_16w8a.steps": 10 * KILLS,  # enough snapshots to be killed after
+}
 
 
 def without_times(results):
@@ -149,9 +154,8 @@ def without_times(results):
 
 
 def test_a_killed_experiment_ends_in_the_same_bits(tmp_path):
-    kills = int(os.environ.get("FGRAD_TEST_KILLS", "2"))
     config = quickstart.get_config("smoke")
-    config.update(SETTINGS)
+    config.update_from_flattened_dict(SETTINGS)
     config.data_dir = str(tmp_path / "data")
     expected = without_times(train.run(config, str(tmp_path / "whole")))
 
@@ -174,7 +178,7 @@ def test_a_killed_experiment_ends_in_the_same_bits(tmp_path):
         return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
     rng = np.random.default_rng(0)
-    for _ in range(kills):
+    for _ in range(KILLS):
         process, before = launch(), kept()
         # Somewhere after the next few snapshots, in the midst of a step or a write.
         more = int(rng.integers(1, 5))
