@@ -9,9 +9,9 @@ rates are tuned on the validation split by runs of full length with a seed of th
 three rates, then further ones while the best is the last in order.
 
 Expected test accuracy, seeds 0 to 4, 22,400 forward passes each (backpropagation: 900):
-backpropagation 97.9 ± 0.0, residual 8w8a 94.7 ± 0.8, residual 6w8a 94.4 ± 0.6; with the
-rates 2e-2, 3e-2 and 4e-2 only, 16w8a 94.8 ± 0.9, 8w8a 94.9 ± 1.4, 6w8a 94.4 ± 0.6, 4w8a
-94.3 ± 0.6, rounded 8w8a 95.2 ± 0.8, rounded 6w8a 91.3 ± 1.6.
+backpropagation 97.9 ± 0.0, residual 8w8a 94.7 ± 0.8, residual 6w8a 94.4 ± 0.6. Earlier,
+with the rates 2e-2, 3e-2 and 4e-2 only: 16w8a 94.8 ± 0.9, 8w8a 94.9 ± 1.4, 6w8a 94.4 ±
+0.6, 4w8a 94.3 ± 0.6, rounded 8w8a 95.2 ± 0.8, rounded 6w8a 91.3 ± 1.6.
 
     python -m experiments.main \
         --config=experiments/configs/low_bit.py --workdir=workdir/low_bit
