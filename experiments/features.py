@@ -34,15 +34,10 @@ def extract(
     """
     if not cache.exists():
         apply = jax.jit(backbone())
-        features: dict[str, Any] = {}
-        for name, split in splits.items():
-            count = len(split.labels)
-            # Batches of one size, so that one program serves all.
-            padding = [(0, -count % batch_size)] + [(0, 0)] * (split.images.ndim - 1)
-            images = np.pad(np.asarray(split.images), padding)
-            batches = images.reshape(-1, batch_size, *images.shape[1:])
-            parts = [np.asarray(apply(batch)) for batch in batches]
-            features[name] = np.concatenate(parts)[:count]
+        features: dict[str, Any] = {
+            name: batched(apply, split.images, batch_size)
+            for name, split in splits.items()
+        }
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".partial.npz")
         np.savez(partial, **features)
@@ -52,6 +47,30 @@ def extract(
             name: Split(jnp.asarray(stored[name]), split.labels)
             for name, split in splits.items()
         }
+
+
+def batched(
+    apply: Callable[[jax.Array], jax.Array], images: jax.Array, batch_size: int = 32
+) -> np.ndarray:
+    """``apply(images)``, a batch at a time.
+
+    Args:
+      apply: of a batch, a jitted function.
+      images: [examples, ...].
+      batch_size: of every batch, so that one program serves all.
+
+    Returns:
+      [examples, ...], in the order of the images.
+
+    Example:
+      >>> batched(lambda x: 2 * x, jnp.arange(3), batch_size=2)
+      array([0, 2, 4], dtype=int32)
+    """
+    count = len(images)
+    padding = [(0, -count % batch_size)] + [(0, 0)] * (images.ndim - 1)
+    padded = np.pad(np.asarray(images), padding)
+    batches = padded.reshape(-1, batch_size, *images.shape[1:])
+    return np.concatenate([np.asarray(apply(batch)) for batch in batches])[:count]
 
 
 def standardize(splits: Mapping[str, Split]) -> dict[str, Split]:
@@ -65,10 +84,35 @@ def standardize(splits: Mapping[str, Split]) -> dict[str, Split]:
     Returns:
       The same splits, standardized; deviations have a floor of a tenth of their mean.
     """
-    train = splits["train"].images
-    deviation = jnp.std(train, axis=0)
-    scale = jnp.maximum(deviation, _FLOOR * jnp.mean(deviation))
+    mean, scale = _moments(splits["train"].images)
     return {
-        name: split._replace(images=(split.images - jnp.mean(train, axis=0)) / scale)
+        name: split._replace(images=(split.images - mean) / scale)
         for name, split in splits.items()
     }
+
+
+def aligned(features: jax.Array, domain: jax.Array, reference: jax.Array) -> jax.Array:
+    """Gives features the mean and deviation of another domain's, without labels.
+
+    Args:
+      features: float [examples, size], of a domain.
+      domain: those of its train split, whose statistics these are taken to have.
+      reference: [others, size], features of the domain whose statistics they get.
+
+    Returns:
+      [examples, size].
+
+    Example:
+      >>> column = lambda *x: jnp.array(x)[:, None]
+      >>> aligned(column(2.0), column(1.0, 3.0), column(10.0, 30.0))
+      Array([[20.]], dtype=float32)
+    """
+    (mean, scale), (new_mean, new_scale) = _moments(domain), _moments(reference)
+    return (features - mean) / scale * new_scale + new_mean
+
+
+def _moments(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of each feature."""
+    deviation = jnp.std(features, axis=0)
+    floor = _FLOOR * jnp.mean(deviation)
+    return jnp.mean(features, axis=0), jnp.maximum(deviation, floor)

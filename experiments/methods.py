@@ -5,7 +5,8 @@ pure functions that start a run, take a step and predict. The learning rate
 and the number of steps are arguments of the step, so one compilation serves all runs.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 import fgrad
+from experiments import adapt, features
 from experiments.data.arrays import Split
 from experiments.optimizers import forward_passes, make_optimizer
 from fgrad import layers
@@ -24,7 +26,8 @@ class TrainState(NamedTuple):
     """State of a run.
 
     Attributes:
-      params: weights, float or `fgrad.QTensor`.
+      params: weights that train, float or `fgrad.QTensor`.
+      frozen: those that do not.
       opt_state: state of the optax chain.
       scales: scales of activations; empty for float networks.
       key: PRNG key of the batches.
@@ -32,6 +35,7 @@ class TrainState(NamedTuple):
     """
 
     params: Any
+    frozen: Any
     opt_state: Any
     scales: Any
     key: jax.Array
@@ -43,12 +47,16 @@ class Learner(NamedTuple):
 
     Attributes:
       init: ``init(params, calibration_images, seed) -> TrainState`` from float params.
+      cached: ``cached(state, splits) -> splits``, in which the activations behind the
+        frozen part of the network are in the place of images if the method keeps them;
+        for `step` and `logits`.
       step: ``step(state, learning_rate, steps, split) -> TrainState``; not jitted.
       logits: ``logits(state, images) -> `` [examples, classes]; jitted.
       passes_per_step: forward passes of a step; a backward pass counts as two.
     """
 
     init: Callable[[Any, jax.Array, int], TrainState]
+    cached: Callable[[TrainState, Mapping[str, Split]], Mapping[str, Split]]
     step: Callable[[TrainState, jax.Array, jax.Array, Split], TrainState]
     logits: Callable[[TrainState, jax.Array], jax.Array]
     passes_per_step: int
@@ -67,16 +75,32 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         )
     forward = method.gradient == "forward"
     bits = method.get("bits")
-    model = network(bits=tuple(bits) if bits else None)
+    way = method.get("adaptation", {})
+    model = adapt.make(network(bits=tuple(bits) if bits else None), way)
+    cache = method.get("cache_frozen", False)
+    if cache and (method.get("input_shift") or method.get("input_noise")):
+        raise ValueError(
+            "cache_frozen keeps activations of images as they are, and input_shift or "
+            "input_noise changes them in every step; set one of them only."
+        )
 
-    def loss_fn(params: Any, scales: Any, batch: Split) -> jax.Array:
-        logits = model.apply({"params": params, **scales}, batch.images)
+    def apply(trained: Any, frozen: Any, scales: Any, x: jax.Array) -> jax.Array:
+        """Logits of images, or of what is cached."""
+        cut = model.cut(trained) if cache else 0
+        stages = {"start": cut} if cut else {}
+        params = adapt.merge(trained, frozen)
+        return model.apply({"params": params, **scales}, x, **stages)
+
+    def loss_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
+        logits = apply(params, frozen, scales, batch.images)
         labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
         labels = optax.smooth_labels(labels, method.get("label_smoothing", 0.0))
         return optax.softmax_cross_entropy(logits, labels).mean()
 
     def init(params: Any, images: jax.Array, seed: int) -> TrainState:
-        batch_key, z_key = jax.random.split(jax.random.key(seed))
+        key = jax.random.key(seed)
+        batch_key, z_key = jax.random.split(key)
+        params = model.begin(params, jax.random.fold_in(key, 0), images[:1])
         scales = {}
         if bits:
             params = fgrad.quantize(
@@ -90,8 +114,22 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
             )
             scales = {layers.SCALES: variables[layers.SCALES]}
         params = jax.tree.map(jnp.copy, params)  # the step donates its own
-        opt_state = make_optimizer(method, 0.0, 1, z_key).init(params)
-        return TrainState(params, opt_state, scales, batch_key, jnp.int32(0))
+        trained, frozen = model.split(params)
+        opt_state = make_optimizer(method, 0.0, 1, z_key).init(trained)
+        return TrainState(trained, frozen, opt_state, scales, batch_key, jnp.int32(0))
+
+    def cached(state: TrainState, splits: Mapping[str, Split]) -> Mapping[str, Split]:
+        if not (cut := model.cut(state.params) if cache else 0):
+            return splits
+        variables = {"params": state.frozen, **state.scales}
+        apply = jax.jit(functools.partial(model.apply, stop=cut))
+        prefix = functools.partial(apply, variables)
+        return {
+            name: split._replace(
+                images=jnp.asarray(features.batched(prefix, split.images))
+            )
+            for name, split in splits.items()
+        }
 
     def step(
         state: TrainState, learning_rate: jax.Array, steps: jax.Array, split: Split
@@ -104,11 +142,14 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
                 state.opt_state,
                 state.params,
                 value_fn=loss_fn,
+                frozen=state.frozen,
                 scales=state.scales,
                 batch=batch,
             )
         else:
-            gradient = jax.grad(loss_fn)(state.params, state.scales, batch)
+            gradient = jax.grad(loss_fn)(
+                state.params, state.frozen, state.scales, batch
+            )
             updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         return state._replace(
             params=optax.apply_updates(state.params, updates),
@@ -118,9 +159,9 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
 
     @jax.jit
     def logits(state: TrainState, images: jax.Array) -> jax.Array:
-        return model.apply({"params": state.params, **state.scales}, images)
+        return apply(state.params, state.frozen, state.scales, images)
 
-    return Learner(init, step, logits, forward_passes(method))
+    return Learner(init, cached, step, logits, forward_passes(method))
 
 
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:

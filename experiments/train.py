@@ -15,19 +15,24 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from experiments import features, metrics, report, runs
-from experiments.data import arrays, digits, mnist, solar
+from experiments.data import arrays, digits, mnist, mnist_c, solar
 from experiments.methods import Learner, TrainState, make_learner
-from experiments.models import cnn, efficientnet, linear
+from experiments.models import cnn, efficientnet, linear, vit
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn.CNN,
     "linear": linear.Linear,
+    # 83,386 parameters for 32x32x1 images: 16 patches and the class token.
+    "vit_32": functools.partial(
+        vit.ViT, patch=8, width=48, depth=4, num_heads=4, mlp_width=96
+    ),
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
 }
 DATASETS = {
     "digits": digits.Digits,
     "mnist_5k": mnist.Mnist5k,
+    "mnist_5k_c": mnist_c.Mnist5kC,
     "solar_cells": solar.SolarCells,
 }
 BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
@@ -82,10 +87,12 @@ class Trainer:
         self.config = config
         self._names = names
         self.learner: Learner = make_learner(config, network)
-        self._data = data
-        state = self.learner.init(params, data["train"].images, 0)
+        self._images = data["train"].images
+        state = self.learner.init(params, self._images, 0)
+        # What is frozen does not depend on the seed.
+        self._data = self.learner.cached(state, data)
         step = jax.jit(self.learner.step, donate_argnums=0)
-        lowered = step.lower(state, jnp.float32(0), jnp.float32(1), data["train"])
+        lowered = step.lower(state, jnp.float32(0), jnp.float32(1), self._data["train"])
         self._step = lowered.compile()
         memory: Any = self._step.memory_analysis()
         self.temporaries = memory.temp_size_in_bytes
@@ -112,7 +119,7 @@ class Trainer:
           progress: called with the number of steps just taken.
           directory: where the run leaves its snapshots.
         """
-        state = self.learner.init(params, self._data["train"].images, seed)
+        state = self.learner.init(params, self._images, seed)
         done, (state, curve, seconds) = directory.latest(like=state) or (
             0,
             runs.Snapshot(state, [self._first(state)], 0.0),
@@ -207,6 +214,9 @@ def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
         logits = network(bits=None).apply({"params": start}, target["test"].images)
         before = metrics.scores(config.metrics, logits, target["test"].labels)
         results["zero_shot"] = _summary([before] * len(config.seeds))
+        if config.realigned:
+            scores = _realigned(config, network(bits=None), start, source, target)
+            results["realigned"] = _summary([scores] * len(config.seeds))
 
         def adapt(name: str) -> dict[str, Any]:
             method = config.methods[name]
@@ -247,6 +257,20 @@ def _pretrain(
     )
     directory.save(config.pretrain.steps, end)  # where runs start after a kill as well
     return end.state.params
+
+
+def _realigned(
+    config: ConfigDict, model: Any, start: Any, source: Splits, target: Splits
+) -> dict[str, float]:
+    """Scores of the head on features with the source's mean and deviation."""
+    apply = jax.jit(functools.partial(model.apply, {"params": start}, stop=-1))
+    test, domain, reference = (
+        jnp.asarray(features.batched(apply, split.images))
+        for split in (target["test"], target["train"], source["train"])
+    )
+    aligned = features.aligned(test, domain, reference)
+    logits = model.apply({"params": start}, aligned, start=-1)
+    return metrics.scores(config.metrics, logits, target["test"].labels)
 
 
 def _adapt(

@@ -39,6 +39,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.target = "rotated_30"  # domain of adaptation
     config.data_dir = config_dict.placeholder(str)  # <workdir>/data by default
 
+    # Whether to score the source's network also on features that have the source's mean
+    # and deviation, for which no labels are needed; a network with stages can.
+    config.realigned = False
     config.metrics = ("accuracy",)  # of experiments.metrics; the first one decides
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seed = 100  # a run of its own chooses the learning rates
@@ -93,6 +96,12 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.per_channel = False  # one weight scale per output channel
     forward.headroom = 1.5  # weights may grow to this multiple of max|w|
     forward.activation_headroom = 1.5  # and activations
+
+    # Ways to adapt, names in experiments.adapt, and their options; by default all
+    # weights train. What is frozen before them can run once for all steps.
+    for method in (backward, forward):
+        method.adaptation = ConfigDict()
+        method.cache_frozen = False
 
     # Methods to run, in the order of the table.
     config.run = ("backprop", "forward_fp32", "forward_16w8a", "forward_8w8a")

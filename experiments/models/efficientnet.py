@@ -117,6 +117,12 @@ class EfficientNetLite0(nn.Module):
         self.head = layers.Conv(1280, (1, 1), **settings)
         self.classifier = layers.Dense(self.num_classes, **settings)
 
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Parameters of each stage: stem, 16 blocks, last convolution, classifier."""
+        blocks = ((f"blocks_{index}",) for index, _ in enumerate(_blocks()))
+        return ("stem",), *blocks, ("head",), ("classifier",)
+
     def features(self, images: jax.Array) -> jax.Array:
         """Pooled features: ``model.apply(variables, images, method="features")``.
 
@@ -126,23 +132,33 @@ class EfficientNetLite0(nn.Module):
         Returns:
           [batch, 1280], not negative.
         """
-        x = nn.relu6(self.stem(images))
-        for block in self.blocks:
-            x = block(x)
-        return nn.relu6(self.head(x)).mean(axis=(1, 2))
+        return self(images, stop=-1)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, start: int = 0, stop: int | None = None
+    ) -> jax.Array:
         """Logits of images.
 
         Args:
-          images: floats [batch, height, width, 3] of any size, red first; for the
-            weights of `load_imagenet` normalised as ``(pixels - 127) / 128`` of pixels
-            between 0 and 255.
+          x: floats [batch, height, width, 3] of any size, red first; for the weights
+            of `load_imagenet` normalised as ``(pixels - 127) / 128`` of pixels between
+            0 and 255. With ``start`` what the stages before it return.
+          start: first stage to run.
+          stop: stage to stop before, as in a slice.
 
         Returns:
-          [batch, classes].
+          [batch, classes]; with ``stop`` what the stage before it returns.
         """
-        return self.classifier(self.features(images))
+
+        def stem(images: jax.Array) -> jax.Array:
+            return nn.relu6(self.stem(images))
+
+        def pool(x: jax.Array) -> jax.Array:
+            return nn.relu6(self.head(x)).mean(axis=(1, 2))
+
+        for stage in (stem, *self.blocks, pool, self.classifier)[start:stop]:
+            x = stage(x)
+        return x
 
 
 def _blocks() -> Iterator[tuple[_Stage, int]]:

@@ -1,5 +1,6 @@
 """A vision transformer; by default DeiT-tiny."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -68,19 +69,48 @@ class ViT(nn.Module):
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Parameters of each stage: embedding, blocks, last normalisation, head."""
+        blocks = ((f"Block_{i}",) for i in range(self.depth))
+        embedding = ("Conv_0", "class_token", "positions")
+        return embedding, *blocks, ("LayerNorm_0",), ("Dense_0",)
+
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [batch, classes] of float images [batch, height, width, channels]."""
+    def __call__(
+        self, x: jax.Array, start: int = 0, stop: int | None = None
+    ) -> jax.Array:
+        """Logits [batch, classes] of float images [batch, height, width, channels].
+
+        ``start`` and ``stop`` choose stages as in a slice: what those before ``start``
+        return goes in, and what the last chosen one returns comes out.
+        """
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
-        patch = (self.patch, self.patch)
-        x = layers.Conv(self.width, patch, strides=patch, **settings)(images)
-        x = x.reshape(x.shape[0], -1, self.width)
-        small = nn.initializers.truncated_normal(0.02)
-        # A QTensor here stands for its value.
-        token = jnp.asarray(self.param("class_token", small, (1, 1, self.width)))
-        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
-        x += jnp.asarray(self.param("positions", small, (1, *x.shape[1:])))
-        for _ in range(self.depth):
-            x = Block(self.num_heads, self.mlp_width, **settings)(x)
-        x = nn.LayerNorm(epsilon=1e-6)(x)
-        return layers.Dense(self.num_classes, **settings)(x[:, 0])
+
+        def embed(images: jax.Array) -> jax.Array:
+            patch = (self.patch, self.patch)
+            x = layers.Conv(
+                self.width, patch, strides=patch, name="Conv_0", **settings
+            )(images)
+            x = x.reshape(x.shape[0], -1, self.width)
+            small = nn.initializers.truncated_normal(0.02)
+            # A QTensor here stands for its value.
+            token = jnp.asarray(self.param("class_token", small, (1, 1, self.width)))
+            x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
+            return x + jnp.asarray(self.param("positions", small, (1, *x.shape[1:])))
+
+        def block(index: int, tokens: jax.Array) -> jax.Array:
+            return Block(
+                self.num_heads, self.mlp_width, name=f"Block_{index}", **settings
+            )(tokens)
+
+        def normalise(tokens: jax.Array) -> jax.Array:
+            return nn.LayerNorm(epsilon=1e-6, name="LayerNorm_0")(tokens)[:, 0]
+
+        def classify(features: jax.Array) -> jax.Array:
+            return layers.Dense(self.num_classes, name="Dense_0", **settings)(features)
+
+        blocks = [functools.partial(block, index) for index in range(self.depth)]
+        for stage in (embed, *blocks, normalise, classify)[start:stop]:
+            x = stage(x)
+        return x

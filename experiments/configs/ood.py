@@ -1,0 +1,97 @@
+r"""Out of distribution: a vision transformer adapts to corrupted images, three ways.
+
+A ViT of 83,386 parameters is pre-trained on 3,000 clean images of MNIST and adapted to
+others in the fifteen corruptions of CIFAR-10-C, at severity 1 (easy), 3 (medium) and 5
+(hard): by a linear probe of one or of three layers, or by deep visual prompts and the
+head (`experiments.adapt`). Each by backpropagation and by forward gradients
+(``normalized_spsa``) in float32, in 16w8a, and in 16w8a with 10% of the weights, chosen
+by a zeroth-order importance score. Controls without training are the source's network
+("zero_shot") and the same with features that have the source's mean and deviation
+("realigned", which needs no labels).
+
+Learning rates are tuned on the validation split by runs of full length with a seed of
+their own: three rates, then further ones while the best is the last in order. What is
+frozen before the weights that train runs once, on the whole dataset. The corruptions
+are a package's: ``pip install -e '.[corruptions]'``.
+
+    python -m experiments.main \
+        --config=experiments/configs/ood.py --workdir=workdir/ood
+
+A smoke run, on clean images: ``--config=experiments/configs/ood.py:smoke``.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs import quickstart
+
+SEVERITIES = {"easy": 1, "medium": 3, "hard": 5}
+
+# name: the way, what differs in its methods, and the middle learning rates of
+# backpropagation and of forward gradients.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], float, float]] = {
+    "lp_1": ({"linear_probe": {}}, {}, 1e-2, 1e-2),
+    "lp_3": ({"linear_probe": {"num_layers": 3}}, {}, 1e-2, 1e-2),
+    "d_vpt": ({"deep_prompts": {"num_prompts": 8}}, {}, 1e-2, 1e-2),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "16w8a": {"bits": (16, 8)},
+    "sparse": {
+        "bits": (16, 8),
+        "enhancements": {
+            "sparse_update": {
+                "density": 0.1,
+                "criterion": "importance",
+                "epsilon": 1e-2,
+                "num_perturbations": 64,
+            }
+        },
+    },
+}
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration; ``variant`` as in the quickstart's."""
+    config = ConfigDict()
+    config.parts = ConfigDict()
+    for name, severity in SEVERITIES.items():
+        config.parts[name] = _part(variant, severity)
+    return config
+
+
+def _part(variant: str, severity: int) -> ConfigDict:
+    config = quickstart.get_config(variant)
+    smoke = variant == "smoke"
+    config.network = "vit_32"
+    config.dataset = "mnist_5k_c"
+    config.source = "clean"
+    config.target = "clean" if smoke else f"severity_{severity}"
+    config.realigned = True
+    config.figure = "dots"
+    config.parallel_runs = 1
+    config.num_evals = 2
+    if not smoke:
+        config.seeds = (0, 1, 2, 3, 4)
+        config.tuning_fraction, config.wider_tuning = 1.0, 2
+    config.pretrain.learning_rate = 2e-3
+    config.pretrain.steps = 2 if smoke else 1000
+    config.pretrain.batch_size = 64
+    config.pretrain.input_shift = 2
+    config.pretrain.input_noise = 0.0
+
+    backward, forward = config.methods.backprop, config.methods.forward_fp32
+    forward.epsilon = 1e-2
+    config.methods = ConfigDict()
+    for way, (chosen, settings, backward_rate, forward_rate) in WAYS.items():
+        common = {"adaptation": chosen, "cache_frozen": True}
+        method = quickstart.changed(backward, {**common})
+        method.learning_rates = quickstart.rates_around(backward_rate)
+        config.methods[f"{way}_backprop"] = method
+        for name, changes in METHODS.items():
+            method = quickstart.changed(forward, {**common, **settings, **changes})
+            method.learning_rates = quickstart.rates_around(forward_rate)
+            config.methods[f"{way}_{name}"] = method
+    config.run = tuple(config.methods)
+    return config
