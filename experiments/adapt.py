@@ -221,11 +221,7 @@ def last_blocks(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
       TypeError, ValueError: for a module without stages, and for another k.
     """
     stages = _stages(network)
-    if not 1 <= num_blocks <= len(stages) - 3:
-        raise ValueError(
-            f"num_blocks must be 1 to {len(stages) - 3}, which the network has, got "
-            f"{num_blocks}."
-        )
+    _check_blocks(stages, num_blocks)
     names = {name for stage in stages[-2 - num_blocks :] for name in stage}
     return Adapted(network, lambda path: path[0] in names)
 
@@ -332,8 +328,54 @@ def lora(
     )
 
 
+def adapter(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
+    r"""A residual adapter before the last blocks, and the head.
+
+    .. math:: x \leftarrow x + x A + b, \quad A = 0 \text{ and } b = 0 \text{ at first}
+
+    It has a row and a column for each channel there: one narrow place through which
+    everything passes, as perturbed activations want it (`fgrad.activity`).
+
+    Args:
+      network: a module with stages.
+      num_blocks: how many blocks come after it.
+
+    Raises:
+      TypeError, ValueError: as `last_blocks`.
+
+    Example:
+      >>> from experiments.models import efficientnet
+      >>> network = efficientnet.EfficientNetLite0(num_classes=10)
+      >>> model = adapter(network)
+      >>> images = jnp.ones((1, 32, 32, 3))
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+      >>> params["blocks_15"]["adapter"]["kernel"].shape
+      (192, 192)
+    """
+    stages = _stages(network)
+    _check_blocks(stages, num_blocks)
+    place = stages[-2 - num_blocks]
+
+    def add(layer: Any, layer_fn: Callable[[Any], Any], x: jax.Array) -> jax.Array:
+        residual = layers.Dense(
+            x.shape[-1],
+            kernel_init=nn.initializers.zeros,
+            name="adapter",
+            bits=layer.bits,
+            calibration=layer.calibration,
+        )
+        return layer_fn(x + residual(x))
+
+    return Adapted(
+        network,
+        lambda path: path[0] in stages[-1] or "adapter" in path,
+        _around(lambda layer: layer.path == place, add),
+    )
+
+
 WAYS: dict[str, Callable[..., Adapted]] = {
-    way.__name__: way for way in (full, linear_probe, last_blocks, deep_prompts, lora)
+    way.__name__: way
+    for way in (full, linear_probe, last_blocks, deep_prompts, lora, adapter)
 }
 
 
@@ -369,6 +411,14 @@ def _stages(network: Any) -> tuple[Path, ...]:
             "module experiments.adapt, or use full()."
         )
     return network.stages
+
+
+def _check_blocks(stages: tuple[Path, ...], num_blocks: int) -> None:
+    if not 1 <= num_blocks <= len(stages) - 3:
+        raise ValueError(
+            f"num_blocks must be 1 to {len(stages) - 3}, which the network has, got "
+            f"{num_blocks}."
+        )
 
 
 def _settings(layer: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def standardize(splits: Mapping[str, Split]) -> dict[str, Split]:
     Returns:
       The same splits, standardized; deviations have a floor of a tenth of their mean.
     """
-    mean, scale = _moments(splits["train"].images)
+    mean, scale = moments(splits["train"].images)
     return {
         name: split._replace(images=(split.images - mean) / scale)
         for name, split in splits.items()
@@ -107,12 +107,19 @@ def aligned(features: jax.Array, domain: jax.Array, reference: jax.Array) -> jax
       >>> aligned(column(2.0), column(1.0, 3.0), column(10.0, 30.0))
       Array([[20.]], dtype=float32)
     """
-    (mean, scale), (new_mean, new_scale) = _moments(domain), _moments(reference)
+    (mean, scale), (new_mean, new_scale) = moments(domain), moments(reference)
     return (features - mean) / scale * new_scale + new_mean
 
 
-def _moments(features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation of each feature."""
+def moments(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of each feature, the latter with a floor.
+
+    Args:
+      features: [examples, size].
+
+    Returns:
+      Two of [size]; deviations are at least a tenth of their mean.
+    """
     deviation = jnp.std(features, axis=0)
     floor = _FLOOR * jnp.mean(deviation)
     return jnp.mean(features, axis=0), jnp.maximum(deviation, floor)

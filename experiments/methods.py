@@ -69,11 +69,11 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
       method: see ``configs/quickstart.py``.
       network: ``network(bits=...)`` gives the Flax module.
     """
-    if method.gradient not in ("backward", "forward"):
+    if method.gradient not in ("backward", "forward", "activity"):
         raise ValueError(
-            f'gradient must be "backward" or "forward", got {method.gradient!r}.'
+            'gradient must be "backward", "forward" or "activity", got '
+            f"{method.gradient!r}."
         )
-    forward = method.gradient == "forward"
     bits = method.get("bits")
     way = method.get("adaptation", {})
     model = adapt.make(network(bits=tuple(bits) if bits else None), way)
@@ -91,11 +91,14 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         params = adapt.merge(trained, frozen)
         return model.apply({"params": params, **scales}, x, **stages)
 
-    def loss_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
+    def losses_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
         logits = apply(params, frozen, scales, batch.images)
         labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
         labels = optax.smooth_labels(labels, method.get("label_smoothing", 0.0))
-        return optax.softmax_cross_entropy(logits, labels).mean()
+        return optax.softmax_cross_entropy(logits, labels)
+
+    def loss_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
+        return losses_fn(params, frozen, scales, batch).mean()
 
     def init(params: Any, images: jax.Array, seed: int) -> TrainState:
         key = jax.random.key(seed)
@@ -136,21 +139,21 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
     ) -> TrainState:
         batch = _sample(method, jax.random.fold_in(state.key, state.count), split)
         tx = make_optimizer(method, learning_rate, steps, state.key)
-        if forward:
-            updates, opt_state = tx.update(
-                state.params,
-                state.opt_state,
-                state.params,
-                value_fn=loss_fn,
-                frozen=state.frozen,
-                scales=state.scales,
-                batch=batch,
-            )
-        else:
+        if method.gradient == "backward":
             gradient = jax.grad(loss_fn)(
                 state.params, state.frozen, state.scales, batch
             )
             updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        else:
+            updates, opt_state = tx.update(
+                state.params,
+                state.opt_state,
+                state.params,
+                value_fn=losses_fn if method.gradient == "activity" else loss_fn,
+                frozen=state.frozen,
+                scales=state.scales,
+                batch=batch,
+            )
         return state._replace(
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,

@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 import fgrad
-from fgrad import enhancements, estimators, perturbations
+from fgrad import activity, enhancements, estimators, perturbations
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -51,18 +51,34 @@ def make_optimizer(
     def links(name: str) -> list[Any]:
         return [getattr(enhancements, name)(**chosen[name])] if name in chosen else []
 
-    estimate = fgrad.fixed_point_forward_grad(
-        key,
-        epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
-        num_perturbations=method.num_perturbations,
-        vectorize=method.vectorize,
-        perturbation=_perturbation(method),
-        estimator=getattr(estimators, method.estimator),
-        low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
-        guide=next(iter(links("momentum_guided_sampling")), None),
-    )
+    def weights(mask: Any = None) -> optax.GradientTransformationExtraArgs:
+        return fgrad.fixed_point_forward_grad(
+            key,
+            mask=mask,
+            epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
+            num_perturbations=method.num_perturbations,
+            vectorize=method.vectorize,
+            perturbation=_perturbation(method),
+            estimator=getattr(estimators, method.estimator),
+            low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
+            guide=next(iter(links("momentum_guided_sampling")), None),
+        )
+
+    def activities() -> optax.GradientTransformationExtraArgs:
+        sites = [
+            activity.Site(name, **settings) for name, settings in method.sites.items()
+        ]
+        outside = activity.leaves_outside(sites)
+        return fgrad.activity_forward_grad(
+            key,
+            sites,
+            num_perturbations=method.num_perturbations,
+            vectorize=method.vectorize,
+            others=weights(outside) if method.others else None,
+        )
+
     chain = optax.chain(
-        estimate,
+        activities() if method.gradient == "activity" else weights(),
         *links("kernel_normalization"),
         fgrad.on_values(optimizer),
         *links("error_feedback"),
@@ -78,10 +94,17 @@ def make_optimizer(
 
 
 def forward_passes(method: ConfigDict) -> int:
-    """Forward passes of a step; a backward pass counts as two."""
+    """Forward passes of a step; a backward pass counts as two.
+
+    What is evaluated again after a perturbed activation counts as a whole pass.
+    """
     if method.gradient == "backward":
         return 3
     pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
+    if method.gradient == "activity":
+        # One to the end; an exact site runs no more than the loss function again.
+        random = sum(not site.get("exact") for site in method.sites.values())
+        return 1 + 2 * pairs * (random + bool(method.others))
     return 2 * pairs
 
 

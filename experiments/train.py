@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import features, metrics, report, runs
+from experiments import adapt, features, metrics, report, runs
 from experiments.data import arrays, digits, mnist, mnist_c, solar
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn, efficientnet, linear, vit
@@ -26,6 +26,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vit_32": functools.partial(
         vit.ViT, patch=8, width=48, depth=4, num_heads=4, mlp_width=96
     ),
+    "efficientnet_lite0": functools.partial(
+        efficientnet.EfficientNetLite0, standardized=True
+    ),
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
 }
@@ -36,6 +39,8 @@ DATASETS = {
     "solar_cells": solar.SolarCells,
 }
 BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
+# Published weights to start from, and how the images have to be for them.
+WEIGHTS = {"imagenet": (efficientnet.load_imagenet, efficientnet.normalized)}
 
 _CHUNK = 10  # steps between two looks at the clock
 
@@ -210,8 +215,10 @@ def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
         start = _pretrain(config, network, source, progress, directory / "runs")
         if config.layer_scales:
             start = cnn.rescaled(start, config.layer_scales)
+        start = _with_statistics(network(bits=None), start, target)
 
-        logits = network(bits=None).apply({"params": start}, target["test"].images)
+        apply = jax.jit(functools.partial(network(bits=None).apply, {"params": start}))
+        logits = jnp.asarray(features.batched(apply, target["test"].images))
         before = metrics.scores(config.metrics, logits, target["test"].labels)
         results["zero_shot"] = _summary([before] * len(config.seeds))
         if config.realigned:
@@ -244,6 +251,11 @@ def _pretrain(
     """The float parameters where all runs start."""
     key = jax.random.key(config.pretrain.seed)
     params = network(bits=None).init(key, data["train"].images[:1])["params"]
+    if config.weights:
+        # The head begins anew.
+        published = WEIGHTS[config.weights][0]()
+        params |= {k: v for k, v in published.items() if k != "classifier"}
+        params = _with_statistics(network(bits=None), params, data)
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
     directory = runs.RunDirectory(where / "pretrain", config.snapshot_seconds)
     end = trainer.train(
@@ -256,7 +268,17 @@ def _pretrain(
         directory=directory,
     )
     directory.save(config.pretrain.steps, end)  # where runs start after a kill as well
-    return end.state.params
+    return adapt.merge(end.state.params, end.state.frozen)
+
+
+def _with_statistics(model: Any, params: Any, data: Splits) -> Any:
+    """Parameters with a domain's statistics of the features, if the network has any."""
+    if not getattr(model, "standardized", False):
+        return params
+    raw = functools.partial(model.clone(standardized=False).apply, stop=-1)
+    apply = jax.jit(functools.partial(raw, {"params": params}))
+    found = features.batched(apply, data["train"].images)
+    return efficientnet.with_statistics(params, jnp.asarray(found))
 
 
 def _realigned(
@@ -364,6 +386,12 @@ def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
         config=domain, data_dir=data_dir, file_format="array_record"
     )
     splits = arrays.load(builder)
+    if config.weights:
+        _, normalized = WEIGHTS[config.weights]
+        splits = {
+            name: split._replace(images=normalized(split.images))
+            for name, split in splits.items()
+        }
     if not config.backbone:
         return splits
     name = f"{config.dataset}_{domain}_{config.backbone}.npz"

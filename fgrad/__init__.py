@@ -1,6 +1,7 @@
 """Fixed-point forward gradients: adapt networks where backpropagation cannot go."""
 
 from fgrad import (
+    activity,
     enhancements,
     estimators,
     evaluation,
@@ -11,6 +12,7 @@ from fgrad import (
     rules,
     transform,
 )
+from fgrad.activity import activity_forward_grad
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, quantize
 from fgrad.low_bit import on_grid
@@ -26,6 +28,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "QTensor",
+    "activity",
+    "activity_forward_grad",
     "dequantize",
     "dual_forward",
     "enhancements",

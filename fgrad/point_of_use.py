@@ -26,6 +26,7 @@ from jax import lax
 from jax.extend import core
 
 from fgrad import low_rank, ordering
+from fgrad.graph import CALLS
 from fgrad.low_rank import Factored
 
 # Multiply-adds per weight from which a loop perturbs its weights in every iteration
@@ -34,19 +35,6 @@ LOOP_WORK = 256
 # Uses up to which a parameter is perturbed anew at each. Beyond, the first use's copy
 # is kept: an unrolled recurrence would spend its time on z.
 MAX_REPEATS = 2
-
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
 
 # What the next z waits for. Waiting for anything elementwise would keep it out of the
 # loop that XLA makes of it and its neighbours.
@@ -231,8 +219,8 @@ class _Interpreter:
             return [_Output(_Deferred(equation, inputs, placed=True), 0)]
         if all(isinstance(x, _Known) for x in inputs):
             return self.bind(equation, inputs)
-        if name in _CALLS and _CALLS[name] in params:
-            closed = params[_CALLS[name]]
+        if name in CALLS and CALLS[name] in params:
+            closed = params[CALLS[name]]
             # remat has an open jaxpr
             return self.run(
                 getattr(closed, "jaxpr", closed), getattr(closed, "consts", ()), inputs
@@ -510,7 +498,7 @@ def _context(equation: core.JaxprEqn) -> contextlib.AbstractContextManager[Any]:
 def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
     """The jaxpr of a call that is followed in place."""
     name = equation.primitive.name
-    closed = equation.params.get(_CALLS[name]) if name in _CALLS else None
+    closed = equation.params.get(CALLS[name]) if name in CALLS else None
     return getattr(closed, "jaxpr", closed)
 
 

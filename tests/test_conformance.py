@@ -24,6 +24,20 @@ from fgrad.fixed_point import is_qtensor
 EPSILON, LEARNING_RATE = 0.05, 0.03
 OPTIONS = {"epsilon": EPSILON, "num_perturbations": 2}
 
+
+def on_examples(key):
+    """`activity_forward_grad` of all leaves, given `losses_fn` for `loss_fn`."""
+
+    def link(params):
+        sites = list(params) if isinstance(params, dict) else ["a"]
+        return fgrad.activity_forward_grad(key, sites, num_perturbations=2)
+
+    def update(updates, state, params=None, *, value_fn, **extra):
+        return link(params).update(updates, state, params, value_fn=losses_fn, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda p: link(p).init(p), update)
+
+
 # name: constructor from a key. What emits a gradient is completed by SGD and
 # `quantized_update` where a test needs new weights (see `complete`).
 TRANSFORMATIONS = {
@@ -45,6 +59,7 @@ TRANSFORMATIONS = {
     "momentum_guided_sampling": lambda key: fgrad.fixed_point_forward_grad(
         key, **OPTIONS, guide=enhancements.momentum_guided_sampling()
     ),
+    "activity_forward_grad": on_examples,
     "error_feedback": lambda key: optax.chain(
         enhancements.error_feedback(below=17), fgrad.quantized_update()
     ),
@@ -88,11 +103,16 @@ def make_params(leaves="mixed"):
     return params
 
 
-def loss_fn(params, x):
+def losses_fn(params, x):
+    """A loss for each example."""
     y = x[::-1]
     for name in params:
         x = jnp.tanh(x @ jnp.asarray(params[name]).astype(jnp.float32))
-    return jnp.mean((x - 0.3 * y) ** 2)
+    return jnp.mean((x - 0.3 * y) ** 2, axis=-1)
+
+
+def loss_fn(params, x):
+    return jnp.mean(losses_fn(params, x))
 
 
 X = jax.random.normal(jax.random.key(7), (8, 4))

@@ -25,6 +25,14 @@ def test_the_code_on_low_bits_runs_and_learns():
     exec(compile(code, "low_bit.md", "exec"), {})
 
 
+def test_the_code_on_activities_runs_and_says_what_it_prints(capsys):
+    page = (ROOT / "docs" / "activity.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "activity.md", "exec"), {})
+    printed = re.findall(r"^# (.*)$", code, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == printed
+
+
 def test_the_code_on_memory_runs_and_says_what_it_prints(capsys):
     page = (ROOT / "docs" / "memory.md").read_text()
     names = {}

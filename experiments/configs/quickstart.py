@@ -33,6 +33,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config = ConfigDict()
 
     config.network = "cnn"  # 25,866 parameters
+    config.weights = ""  # or "imagenet": published ones, to pre-train the head upon
     config.backbone = ""  # or "efficientnet_lite0": its features instead of images
     config.dataset = "digits"  # scikit-learn's 1,797 real images
     config.source = "upright"  # domain of pre-training
@@ -91,6 +92,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.estimator = "normalized_spsa"  # or another name in fgrad.estimators
     forward.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
     forward.epsilon = 3e-2
+    # Of gradient "activity": settings of each perturbed layer, and whether all other
+    # weights that train are perturbed as well; see fgrad.activity_forward_grad.
+    forward.sites = ConfigDict()
+    forward.others = False
     forward.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
     forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
     forward.per_channel = False  # one weight scale per output channel

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from experiments import checkpoints
+from experiments.features import moments
 from fgrad import fixed_point, layers
 
 # Of the batch normalisations that are folded into the convolutions.
@@ -87,6 +88,8 @@ class EfficientNetLite0(nn.Module):
 
     Attributes:
       num_classes: number of logits.
+      standardized: whether the classifier sees features with the mean and deviation of
+        a domain taken away, which are parameters; see `with_statistics`.
       bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
       calibration: how the scales of activations are found.
 
@@ -103,6 +106,7 @@ class EfficientNetLite0(nn.Module):
     """
 
     num_classes: int = 1000
+    standardized: bool = False
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
@@ -116,6 +120,9 @@ class EfficientNetLite0(nn.Module):
         ]
         self.head = layers.Conv(1280, (1, 1), **settings)
         self.classifier = layers.Dense(self.num_classes, **settings)
+        if self.standardized:
+            self.mean = self.param("mean", nn.initializers.zeros, (1280,))
+            self.deviation = self.param("deviation", nn.initializers.ones, (1280,))
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
@@ -130,7 +137,7 @@ class EfficientNetLite0(nn.Module):
           images: as `__call__` takes them.
 
         Returns:
-          [batch, 1280], not negative.
+          [batch, 1280].
         """
         return self(images, stop=-1)
 
@@ -154,7 +161,10 @@ class EfficientNetLite0(nn.Module):
             return nn.relu6(self.stem(images))
 
         def pool(x: jax.Array) -> jax.Array:
-            return nn.relu6(self.head(x)).mean(axis=(1, 2))
+            x = nn.relu6(self.head(x)).mean(axis=(1, 2))
+            if self.standardized:
+                x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.deviation)
+            return x
 
         for stage in (stem, *self.blocks, pool, self.classifier)[start:stop]:
             x = stage(x)
@@ -256,6 +266,27 @@ def load_imagenet() -> dict[str, Any]:
     return from_state_dict(checkpoints.load(folder / "efficientnet-lite0-57934424.pth"))
 
 
+def with_statistics(params: Mapping[str, Any], features: jax.Array) -> dict[str, Any]:
+    """Parameters of a standardized network, for the domain of some features.
+
+    Args:
+      params: of `EfficientNetLite0`, whatever their mean and deviation.
+      features: [examples, 1280] of that domain, before standardization. It takes no
+        labels.
+
+    Returns:
+      The parameters with the mean and deviation of the features.
+    """
+    mean, deviation = moments(features)
+    return {**params, "mean": mean, "deviation": deviation}
+
+
+def normalized(images: jax.Array) -> jax.Array:
+    """Images as the weights want them, [..., 1 or 3] in [0, 1] to [..., 3]."""
+    colours = jnp.broadcast_to(images, (*images.shape[:-1], 3))
+    return (255 * colours - 127) / 128
+
+
 def backbone() -> Callable[[jax.Array], jax.Array]:
     """Features of images by ImageNet's weights.
 
@@ -268,8 +299,6 @@ def backbone() -> Callable[[jax.Array], jax.Array]:
     model, params = EfficientNetLite0(), load_imagenet()
 
     def features(images: jax.Array) -> jax.Array:
-        colours = jnp.broadcast_to(images, (*images.shape[:-1], 3))
-        normalised = (255 * colours - 127) / 128
-        return model.apply({"params": params}, normalised, method="features")
+        return model.apply({"params": params}, normalized(images), method="features")
 
     return features

@@ -1,0 +1,100 @@
+r"""Solar cells: deeper than the head, from mono- to polycrystalline, with activities.
+
+EfficientNet-Lite0 with ImageNet's weights, its head trained on monocrystalline cells,
+gets a residual adapter (192 x 192) before its last block. Adapter and head train on
+polycrystalline cells: by backpropagation; by perturbing the adapter's output
+(``fgrad.activity_forward_grad``) with the head's exact gradient, in float32 and 16w8a;
+by perturbing the adapter's weights, with the head's exact gradient as well. Beside them
+probes, which train the head alone: exact, and sign-m-SPSA. All see features
+standardized by the target's statistics, without labels.
+
+What is frozen before the adapter runs once on the whole dataset. Adam with linear
+decay; learning rates are tuned on the validation split by runs of full length with a
+seed of their own. Every evaluation counts as a whole forward pass, though those after
+the adapter run only its block and the head.
+
+The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
+``pip install -e '.[solar,weights]'``.
+
+    python -m experiments.main \
+        --config=experiments/configs/fine_tuning.py --workdir=workdir/fine_tuning
+
+A smoke run of some seconds: ``--config=experiments/configs/fine_tuning.py:smoke``.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs import quickstart
+
+ADAPTER = "blocks_15/adapter"
+HEAD = {"classifier": {"exact": True, "epsilon": 0.01}}
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration; ``variant`` as in the quickstart's."""
+    config = quickstart.get_config(variant)
+    smoke = variant == "smoke"
+    config.network = "efficientnet_lite0"
+    config.weights = "imagenet"
+    config.dataset = "solar_cells"
+    size = 32 if smoke else 96  # pixels
+    config.source, config.target = f"mono_{size}", f"poly_{size}"
+    config.metrics = ("auc", "accuracy", "balanced_accuracy")
+    config.parallel_runs = 1
+    if not smoke:
+        config.seeds = (0, 1, 2, 3, 4)
+        config.tuning_fraction, config.wider_tuning = 1.0, 2
+
+    probe = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
+    adapter = {"adaptation": {"adapter": {}}, "cache_frozen": True}
+    pretrain = {
+        "learning_rate": 1e-3,
+        "steps": 30 if smoke else 500,
+        "input_shift": 0,
+        "input_noise": 0.0,
+    }
+    config.pretrain = quickstart.changed(config.pretrain, {**probe, **pretrain})
+
+    backprop = quickstart.changed(
+        config.methods.backprop,
+        {"optimizer": "adam", "learning_rates": (3e-4, 1e-3, 3e-3), "batch_size": 32},
+    )
+    activity = quickstart.changed(
+        config.methods.forward_fp32,
+        {
+            "gradient": "activity",
+            "optimizer": "adam",
+            "batch_size": 32,
+            "steps": 5 if smoke else 340,
+            "learning_rates": (3e-4, 1e-3, 3e-3),
+            "epsilon": 1e-2,
+            "epsilon_unit": "rms",
+        },
+    )
+    through = {"sites": {ADAPTER: {"epsilon": 0.03}, **HEAD}}
+    config.methods = ConfigDict(
+        {
+            "probe_backprop": quickstart.changed(backprop, probe),
+            "adapter_backprop": quickstart.changed(backprop, adapter),
+        }
+    )
+    changes: dict[str, dict[str, Any]] = {
+        # A pass of its steps is one pass; it has the others' passes in steps.
+        "probe_exact": {**probe, "sites": HEAD, "steps": 5 if smoke else 11000},
+        "probe_sign": {
+            **probe,
+            "gradient": "forward",
+            "batch_size": 256,
+            "estimator": "sign_m_spsa",
+            "epsilon_unit": "weights",
+        },
+        "adapter_activity": {**adapter, **through},
+        "adapter_activity_16w8a": {**adapter, **through, "bits": (16, 8)},
+        "adapter_weights": {**adapter, "sites": HEAD, "others": True},
+    }
+    for name, change in changes.items():
+        config.methods[name] = quickstart.changed(activity, change)
+    config.run = tuple(config.methods)
+    return config

@@ -1,0 +1,306 @@
+r"""Gradients from perturbed activations, for layers deep inside a network.
+
+A perturbation of a million weights says little about each. An activation at a narrow
+site is perturbed for every example by itself instead,
+
+.. math:: y' = y \pm ε s u, \quad s = rms(y),
+
+and each example's own loss answers:
+
+.. math::
+  \frac{dL}{dy_i} ≈ \frac{1}{KB} \sum_k \frac{l_i^+ - l_i^-}{2εs} u_{ik}, \quad
+  \frac{dL}{dW} = x^T \frac{dL}{dy}.
+
+The second is the layer's own rule (`fgrad.local_rules`), and only what comes after the
+site is evaluated again. The site is found in the traced loss by the name of the layer's
+parameters, so models stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fgrad import checks, estimators, fixed_point, graph, perturbations
+from fgrad.fixed_point import is_qtensor
+from fgrad.sites import Site, as_site, leaves_of, leaves_outside, site_leaves
+from fgrad.tapped import Tapped, named_losses
+
+__all__ = [
+    "ActivityForwardGradState",
+    "Explanation",
+    "Site",
+    "activity_forward_grad",
+    "explain",
+    "leaves_of",
+    "leaves_outside",
+]
+
+
+class ActivityForwardGradState(NamedTuple):
+    """State of `activity_forward_grad`.
+
+    Attributes:
+      key: the key that, with ``count``, addresses every u.
+      count: int32 scalar, steps taken.
+      loss: float32 scalar, mean over the last step's evaluations and examples; of
+        several losses the sum. inf before the first step.
+      nonfinite_pairs: int32 scalar, pairs of an example's losses that were left out.
+      others: state of ``others``, or empty.
+    """
+
+    key: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, and tuple's
+    loss: jax.Array
+    nonfinite_pairs: jax.Array
+    others: Any = ()
+
+
+def activity_forward_grad(
+    key: jax.Array,
+    sites: Sequence[str | Site],
+    *,
+    num_perturbations: int = 16,
+    perturbation: perturbations.Perturbation | None = None,
+    estimator: estimators.Estimator | None = None,
+    vectorize: int = 1,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Estimates the gradient of some layers by perturbing their output.
+
+    .. math:: \frac{dL}{dW} = x^T \; \frac{1}{KB} \sum_k
+      \frac{l_i(y + εs u_k) - l_i(y - εs u_k)}{2εs} u_{ik}
+
+    for layers ``y = x · W + b`` of any kind: dense, convolution (strided, grouped,
+    depthwise), projections of attention, embeddings, float or of `fgrad.layers` with
+    integer weights. ``value_fn`` returns a loss for each example, and the gradient is
+    that of their mean. The memory is that of inference and one activation per site.
+
+    Args:
+      key: PRNG key, the only source of randomness.
+      sites: names of the layers to train, or a `Site` for more settings. Each is
+        evaluated by itself.
+      num_perturbations: K, the number of directions of each site; it costs 2K
+        evaluations of what follows the site.
+      perturbation: where u comes from; ``perturbations.rademacher()`` by default.
+      estimator: how the losses of an example become a coefficient of u;
+        `estimators.spsa` by default, whose mean is the gradient. `sign_m_spsa`
+        forgets how much each example matters, and trains worse.
+      vectorize: how many directions are evaluated at once, 1 to K. It trades memory
+        for speed and leaves the result as it is, but for rounding.
+      others: a transformation for the gradient of the other leaves, such as
+        ``fixed_point_forward_grad(key, mask=activity.leaves_outside(sites))``. It
+        receives the mean of the losses. By default the others' updates are zero.
+
+    Returns:
+      A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
+      ``value_fn(params, **those of the extra arguments that it names)``, with the
+      batch among them. It returns losses [examples], or a dict of several by name.
+
+    Raises:
+      TypeError, ValueError: here for bad options; in ``init`` for a site that names
+        no parameter; in ``update`` for losses of another shape, and for a layer that
+        cannot be followed from its parameters to its output: inside ``scan`` or
+        ``vmap`` over layers, used twice, not linear.
+
+    Example:
+      >>> def losses(params, x, y):  # one for each example
+      ...     hidden = jnp.tanh(x @ params["hidden"])
+      ...     return jnp.sum((hidden @ params["head"] - y) ** 2, axis=-1)
+      >>> sites = ["hidden", Site("head", exact=True)]
+      >>> tx = optax.chain(
+      ...     activity_forward_grad(jax.random.key(0), sites), optax.sgd(0.1)
+      ... )
+      >>> params = {"hidden": jnp.eye(3), "head": jnp.zeros((3, 1))}
+      >>> state = tx.init(params)
+      >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+      >>> y = jnp.tanh(x[:, :1])
+      >>> for _ in range(50):
+      ...     zeros = jax.tree.map(jnp.zeros_like, params)
+      ...     updates, state = jax.jit(tx.update, static_argnames="value_fn")(
+      ...         zeros, state, params, value_fn=losses, x=x, y=y
+      ...     )
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.mean(losses(params, x, y)) < 0.01)
+      True
+
+    Reference:
+      Ren et al., "Scaling forward gradient with local losses", ICLR 2023, section 3.
+    """
+    checks.key(key)
+    chosen = [as_site(site) for site in sites]
+    if not chosen:
+        raise ValueError('sites is empty; name layers, for example sites=["head"].')
+    perturbation = perturbations.rademacher() if perturbation is None else perturbation
+    checks.perturbation(perturbation)
+    estimator = estimators.spsa if estimator is None else estimator
+    if not callable(estimator):
+        raise TypeError(
+            f"estimator must be a function, got {estimator!r}; use "
+            "fgrad.estimators.spsa or sign_m_spsa."
+        )
+    checks.count("num_perturbations", num_perturbations)
+    checks.count("vectorize", vectorize)
+    rest = None if others is None else checks.transformation(others)
+
+    def init_fn(params: Any) -> ActivityForwardGradState:
+        checks.visible(params)
+        if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
+            site_leaves(chosen, params)
+        return ActivityForwardGradState(
+            key=jnp.array(key, copy=True),
+            count=jnp.zeros([], jnp.int32),
+            loss=jnp.array(jnp.inf, jnp.float32),
+            nonfinite_pairs=jnp.zeros([], jnp.int32),
+            others=() if rest is None else rest.init(params),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: ActivityForwardGradState,
+        params: Any = None,
+        *,
+        value_fn: Callable[..., Any] | None = None,
+        obj_fn: Callable[..., Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ActivityForwardGradState]:
+        loss_fn = checks.loss("activity_forward_grad", params, value_fn, obj_fn)
+        checks.visible(params)
+        kwargs = checks.named_arguments(loss_fn, extra_args)
+        if rest is None:
+            gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
+        else:
+            gradient, others_state = rest.update(
+                updates, state.others, params, value_fn=_mean_of(loss_fn), **extra_args
+            )
+        traced = Tapped(loss_fn, params, chosen, kwargs)
+        step_key = functools.partial(perturbations.sample_key, state.key, state.count)
+        estimates = [
+            traced.estimate(
+                site,
+                step_key,
+                count=site.num_perturbations or num_perturbations,
+                perturbation=perturbation,
+                estimator=estimator,
+                vectorize=vectorize,
+            )
+            for site in chosen
+        ]
+        found = {k: v for e in estimates for k, v in e.gradients.items()}
+
+        def place(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
+            value = found.get(fixed_point.path_str(path))
+            if value is None:
+                return other
+            if is_qtensor(leaf):
+                # Per unit of the weight's value, not per grid step.
+                return dataclasses.replace(
+                    leaf, qvalue=value / leaf.scale, scale=jnp.zeros_like(leaf.scale)
+                )
+            return value.astype(jnp.result_type(leaf))
+
+        gradient = jax.tree_util.tree_map_with_path(
+            place, params, gradient, is_leaf=is_qtensor
+        )
+        return gradient, ActivityForwardGradState(
+            key=state.key,
+            count=optax.safe_increment(state.count),
+            loss=sum({e.name: e.loss for e in estimates}.values(), jnp.float32(0)),
+            nonfinite_pairs=sum(
+                (e.nonfinite_pairs for e in estimates), jnp.zeros([], jnp.int32)
+            ),
+            others=others_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class Explanation(NamedTuple):
+    """What `explain` says of an activation that is perturbed.
+
+    Attributes:
+      leaves: paths of the parameters that get their gradient from it.
+      primitives: the equations from the first of them to the activation.
+      shape: of the activation.
+      bytes: its size; this much is stored beside what inference needs, and as much
+        again for its gradient.
+      evaluated_again: share of the network's multiply-adds that come after it.
+    """
+
+    leaves: tuple[str, ...]
+    primitives: tuple[str, ...]
+    shape: tuple[int, ...]
+    bytes: int
+    evaluated_again: float
+
+
+def explain(
+    value_fn: Callable[..., Any],
+    params: Any,
+    sites: Sequence[str | Site],
+    **kwargs: Any,
+) -> list[Explanation]:
+    """Says which activations `activity_forward_grad` perturbs, and what that costs.
+
+    Nothing is computed.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs) -> `` losses [examples].
+      params: pytree of float arrays and `QTensor`.
+      sites: as in `activity_forward_grad`.
+      **kwargs: passed to ``value_fn``.
+
+    Returns:
+      An `Explanation` for each activation.
+
+    Raises:
+      TypeError, ValueError: as ``update`` of `activity_forward_grad`.
+
+    Example:
+      >>> losses = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"] + p["b"]) @ p["c"], -1)
+      >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 1))}
+      >>> explain(losses, params, [Site("a", "b")], x=jnp.ones((4, 3)))
+      [Explanation(leaves=('a', 'b'), primitives=('dot_general', 'add'),
+       shape=(4, 3), bytes=48, evaluated_again=0.25)]
+    """
+    chosen = [as_site(site) for site in sites]
+    lines: list[Explanation] = []
+
+    def collect(params: Any, kwargs: Any) -> None:
+        traced = Tapped(value_fn, params, chosen, kwargs)
+        program = traced.program
+        total = graph.multiply_adds(program.nodes)
+        for site in chosen:
+            for output, layers in traced.outputs(site).items():
+                aval = program.avals[output]
+                after = program.depending([output]) - {output}
+                nodes = [n for n in program.nodes if not after.isdisjoint(n.outputs)]
+                lines.append(
+                    Explanation(
+                        leaves=tuple(layers),
+                        primitives=max((x.path for x in layers.values()), key=len),
+                        shape=aval.shape,
+                        bytes=aval.size * aval.dtype.itemsize,
+                        evaluated_again=graph.multiply_adds(nodes) / max(total, 1),
+                    )
+                )
+
+    jax.eval_shape(collect, params, kwargs)
+    return lines
+
+
+def _mean_of(value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """The mean over examples, of several losses their sum, as a scalar loss."""
+
+    @functools.wraps(value_fn)
+    def mean(params: Any, **kwargs: Any) -> jax.Array:
+        losses = named_losses(value_fn(params, **kwargs))
+        return sum((jnp.mean(x) for x in losses.values()), jnp.zeros([]))
+
+    return mean

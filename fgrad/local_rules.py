@@ -1,0 +1,398 @@
+"""Gradients of a layer's weights from the gradient at its output: local rules.
+
+A layer's output y is linear in its weights: ``y = x · W`` for a product of any kind.
+Given dL/dy, the rule needs the layer's own input and nothing behind or before it,
+
+    dL/dW = xᵀ · dL/dy,
+
+which is the product transposed. Of an integer layer all of it is integers: the input
+as it is, int8, and dL/dy on a grid of 8 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fgrad import fixed_point, graph, products
+from fgrad.graph import Graph, Node
+
+# Equations that are linear in all of their operands.
+_LINEAR = {
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "concatenate",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "expand_dims",
+    "neg",
+    "optimization_barrier",
+    "pad",
+    "reduce_sum",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "sub",
+    "transpose",
+}
+# ... and those that are linear in one of them, at any or at these positions.
+_BILINEAR: dict[str, tuple[int, ...]] = {
+    "mul": (0, 1),
+    "div": (0,),
+    "dot_general": (0, 1),
+    "conv_general_dilated": (0, 1),
+    "integer_dot_general": (1,),
+    "integer_conv": (1,),
+    "dynamic_slice": (0,),
+    "gather": (0,),
+}
+# What may follow a layer's product and still belong to the layer.
+_AFTER = {
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "div",
+    "expand_dims",
+    "mul",
+    "neg",
+    "reshape",
+    "squeeze",
+    "sub",
+}
+
+
+class Layer(NamedTuple):
+    """How a leaf enters the network.
+
+    Attributes:
+      leaf: number of the leaf's values in the graph.
+      output: number of the layer's output.
+      nodes: the equations between them.
+    """
+
+    leaf: int
+    output: int
+    nodes: tuple[Node, ...]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The primitives on the way."""
+        return tuple(dict.fromkeys(node.name for node in self.nodes))
+
+
+def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
+    """Finds the layer that a leaf belongs to, and its output.
+
+    From the leaf on, equations are followed while they are linear. The output is the
+    first activation through which all of the leaf's effect passes, moved on through
+    what is added to it (a bias, a residual) and the like: the layer's pre-activation.
+
+    Args:
+      program: the traced loss.
+      leaf: number of the leaf's values.
+      data: numbers of the values that depend on data.
+      examples: length of the leading axis of activations.
+
+    Returns:
+      A `Layer`.
+
+    Raises:
+      ValueError: if there is no such activation; the text says what was in the way.
+    """
+    left = program.uses()
+    if not left.get(leaf):
+        raise ValueError("the loss does not use it")
+    reached, nodes = {leaf}, []
+    found: Layer | None = None
+    obstacle = ""
+    for node in program.nodes:
+        inputs = [i for i, x in enumerate(node.inputs) if x in reached]
+        if not inputs:
+            continue
+        if found is not None and not _belongs(program, node, found.output, left, data):
+            break
+        if not _is_linear(program, node, inputs):
+            obstacle = (
+                f"{node.name!r} uses it, is not linear in it or not followed, and"
+            )
+            break
+        nodes.append(node)
+        reached.update(node.outputs)
+        for i in inputs:
+            left[node.inputs[i]] -= 1  # type: ignore[index]
+        open_ends = [value for value in reached if left.get(value)]
+        if len(open_ends) == 1 and _is_activation(
+            program, open_ends[0], data, examples
+        ):
+            found = Layer(leaf, open_ends[0], tuple(nodes))
+    if found is None:
+        raise ValueError(
+            f"{obstacle} no activation with {examples} examples on its first axis "
+            "holds all of its effect. Either it is used several times, or its layer "
+            "cannot be followed, or the data is no argument of value_fn (pass it by "
+            "name through update, not in a closure)".strip()
+        )
+    return found
+
+
+def _is_activation(program: Graph, value: int, data: set[int], examples: int) -> bool:
+    aval = program.avals[value]
+    return (
+        value in data
+        and jnp.issubdtype(aval.dtype, jnp.floating)
+        and aval.ndim > 0
+        and aval.shape[0] == examples
+    )
+
+
+def _is_linear(program: Graph, node: Node, inputs: Sequence[int]) -> bool:
+    """Whether a node is linear in these of its operands."""
+    one_of_two = len(inputs) == 1 and inputs[0] in _BILINEAR.get(node.name, ())
+    # Integer weights may be moved about before their product.
+    computes = one_of_two and node.name not in ("dynamic_slice", "gather")
+    to_floats = all(
+        jnp.issubdtype(program.avals[value].dtype, jnp.floating)
+        for value in node.outputs
+    )
+    return (node.name in _LINEAR or one_of_two) and (
+        to_floats or not (computes or node.name == "convert_element_type")
+    )
+
+
+def _belongs(
+    program: Graph, node: Node, output: int, left: dict[int, int], data: set[int]
+) -> bool:
+    """Whether an equation after the product still belongs to the layer."""
+    others = [x for x in node.inputs if x != output and isinstance(x, int)]
+    scaled_by_data = node.name in ("mul", "div") and any(x in data for x in others)
+    return (
+        node.name in _AFTER
+        and left[output] == 1
+        and not scaled_by_data
+        and program.avals[node.outputs[0]].size == program.avals[output].size
+    )
+
+
+def gradient(
+    program: Graph, layer: Layer, values: dict[int, Any], dy: jax.Array
+) -> jax.Array:
+    """The local rule: dL/dW from dL/dy.
+
+    Args:
+      program: the traced loss.
+      layer: from `layer_of`.
+      values: the values of an evaluation, by number.
+      dy: gradient at the layer's output, in its shape.
+
+    Returns:
+      The gradient of the leaf's values in their shape; float32 if they are integers.
+    """
+    aval = program.avals[layer.leaf]
+    is_float = jnp.issubdtype(aval.dtype, jnp.floating)
+    dtype = aval.dtype if is_float else jnp.dtype(jnp.float32)
+
+    def linear(weight: jax.Array) -> jax.Array:
+        local: dict[int, Any] = {layer.leaf: weight}
+        for node in layer.nodes:
+            local.update(
+                zip(node.outputs, _linear_part(node, local, values), strict=True)
+            )
+        return local[layer.output]
+
+    transpose = jax.linear_transpose(linear, jax.ShapeDtypeStruct(aval.shape, dtype))
+    (result,) = transpose(dy.astype(program.avals[layer.output].dtype))
+    return result
+
+
+def _linear_part(
+    node: Node, local: dict[int, Any], values: dict[int, Any]
+) -> Sequence[Any]:
+    """A node's outputs as a linear function of the local values."""
+    arrays = graph.operands(node, {**values, **local})
+    inputs = [i for i, x in enumerate(node.inputs) if x in local]
+    if node.name in ("add", "add_any", "sub") and len(inputs) == 1:
+        # What is added makes no difference.
+        part = arrays[inputs[0]]
+        part = -part if node.name == "sub" and inputs[0] == 1 else part
+        out: Any = node.equation.outvars[0].aval
+        return [jnp.broadcast_to(part, out.shape)]
+    if node.name == "convert_element_type":
+        dtype = node.equation.params["new_dtype"]
+        if jnp.issubdtype(dtype, jnp.floating):
+            return [arrays[0].astype(dtype)]
+        return [arrays[0]]
+    if node.name in _INTEGER_RULES:
+        x, weight = arrays
+        rule = _INTEGER_RULES[node.name]
+        parameters = node.equation.params
+
+        def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+            out: Any = node.equation.outvars[0].aval
+            return jnp.zeros(out.shape, jnp.float32)  # never run: only transposed
+
+        def transposed(x: jax.Array, dy: jax.Array) -> jax.Array:
+            return rule(x, dy, weight.shape, **parameters)
+
+        return [jax.custom_derivatives.linear_call(product, transposed, x, weight)]
+    return node.evaluate(arrays)
+
+
+def integer_dot_gradient(
+    x: jax.Array,
+    dy: jax.Array,
+    shape: Sequence[int],
+    *,
+    dimension_numbers: Any,
+    bits: int = 8,
+) -> jax.Array:
+    r"""The local rule of an integer ``dot_general``, in integers.
+
+    .. math:: dW = Δ \; x_q^T \lfloor dy / Δ \rceil, \quad Δ = \max|dy| / 127
+
+    Args:
+      x: int8 activations.
+      dy: float32 gradient at the product's output.
+      shape: of the weight.
+      dimension_numbers: of the product.
+      bits: of the weight; not used.
+
+    Returns:
+      float32, the shape of the weight; the sums are exact in int32.
+
+    Raises:
+      ValueError: for sums of more than 2**17 terms, which could overflow.
+
+    Example:
+      >>> x = jnp.array([[1, -2]], jnp.int8)
+      >>> numbers = (((1,), (0,)), ((), ()))
+      >>> integer_dot_gradient(
+      ...     x, jnp.array([[127.0]]), (2, 1), dimension_numbers=numbers
+      ... )
+      Array([[ 127.],
+             [-254.]], dtype=float32)
+    """
+    del bits
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_free = [a for a in range(x.ndim) if a not in (*lhs_contract, *lhs_batch)]
+    rhs_free = [a for a in range(len(shape)) if a not in (*rhs_contract, *rhs_batch)]
+    _check_terms(math.prod(x.shape[a] for a in lhs_free))
+    dy_q = _to_8_bits(dy)
+    batch = len(lhs_batch)
+    sums = lax.dot_general(
+        x,
+        dy_q.qvalue,
+        (
+            (lhs_free, list(range(batch, batch + len(lhs_free)))),
+            (lhs_batch, list(range(batch))),
+        ),
+        preferred_element_type=jnp.int32,
+    )
+    # [*batch, *contracted axes in the order of x, *free axes of the weight]
+    contracted = [rhs_contract[lhs_contract.index(a)] for a in sorted(lhs_contract)]
+    axes = [*rhs_batch, *contracted, *rhs_free]
+    return sums.transpose(np.argsort(axes)).astype(jnp.float32) * dy_q.scale
+
+
+def integer_conv_gradient(
+    x: jax.Array,
+    dy: jax.Array,
+    shape: Sequence[int],
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    bits: int = 8,
+) -> jax.Array:
+    """The local rule of an integer convolution, in integers: a product for each tap.
+
+    Args:
+      x: int8 activations.
+      dy: float32 gradient at the convolution's output.
+      shape: of the kernel.
+      window_strides: of the convolution, like all that follow.
+      padding: pairs.
+      lhs_dilation: of the input.
+      rhs_dilation: of the kernel.
+      dimension_numbers: layout.
+      feature_group_count: number of groups; depthwise if all channels are their own.
+      bits: of the kernel; not used.
+
+    Returns:
+      float32, the shape of the kernel; the sums are exact in int32.
+
+    Raises:
+      ValueError: for sums of more than 2**17 terms, which could overflow.
+    """
+    del bits
+    numbers, groups = dimension_numbers, feature_group_count
+    out_feature, in_feature, *spatial = numbers.rhs_spec
+    window = [shape[axis] for axis in spatial]
+    batch, feature, *image = numbers.lhs_spec
+    x = x.transpose((batch, *image, feature))
+    edges = [(*p, d - 1) for p, d in zip(padding, lhs_dilation, strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    dy_q = _to_8_bits(dy)
+    batch, feature, *image = numbers.out_spec
+    out = dy_q.qvalue.transpose((batch, *image, feature))
+    _check_terms(math.prod(out.shape[:-1]))
+    out = out.reshape(-1, groups, out.shape[-1] // groups)
+
+    def tap(position: Sequence[int]) -> jax.Array:
+        """[inputs of a group, outputs]."""
+        start = [p * d for p, d in zip(position, rhs_dilation, strict=True)]
+        size = [dy.shape[axis] for axis in image]
+        stop = [
+            s + (n - 1) * stride + 1
+            for s, n, stride in zip(start, size, window_strides, strict=True)
+        ]
+        seen = lax.slice(
+            x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *window_strides, 1)
+        ).reshape(-1, groups, x.shape[-1] // groups)
+        if seen.shape[-1] == 1:  # depthwise: no product, but a sum for each channel
+            wide = seen.astype(jnp.int32) * out.astype(jnp.int32)
+            return wide.sum(0).reshape(1, -1)
+        sums = lax.dot_general(
+            seen, out, (((0,), (0,)), ((1,), (1,))), preferred_element_type=jnp.int32
+        )
+        return sums.transpose(1, 0, 2).reshape(seen.shape[-1], -1)
+
+    taps = jnp.stack([tap(position) for position in np.ndindex(*window)])
+    sums = taps.reshape(*window, *taps.shape[1:])
+    axes = [*spatial, in_feature, out_feature]
+    return sums.transpose(np.argsort(axes)).astype(jnp.float32) * dy_q.scale
+
+
+_INTEGER_RULES: dict[str, Callable[..., jax.Array]] = {
+    "integer_dot_general": integer_dot_gradient,
+    "integer_conv": integer_conv_gradient,
+}
+
+
+def _to_8_bits(dy: jax.Array) -> fixed_point.QTensor:
+    dy = dy.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(dy), initial=0), 1e-30) / 127
+    return fixed_point.quantize_to_scale(dy, scale, 8)
+
+
+def _check_terms(terms: int) -> None:
+    if terms > products.MAX_TERMS:
+        raise ValueError(
+            f"the gradient of an integer layer sums {terms} examples and positions, "
+            f"which could overflow its int32 accumulator; the bound is "
+            f"{products.MAX_TERMS}. Take a smaller batch."
+        )

@@ -1,0 +1,146 @@
+"""Which layers a perturbation of activations is about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fgrad import checks, fixed_point
+from fgrad.fixed_point import is_qtensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """Layers whose output is perturbed, and how.
+
+    Attributes:
+      names: of layers or of their parameters, such as ``"blocks_3/project"``, as in
+        the paths of the parameters joined by slashes. Several are perturbed at the
+        same time, which costs no more evaluations but adds to the noise.
+      epsilon: perturbation scale in units of the activation's rms.
+      num_perturbations: K, the number of directions; ``activity_forward_grad``'s by
+        default.
+      exact: whether to take each coordinate of the output in turn instead of random
+        directions. For narrow outputs near the end: the logits' gradient costs two
+        evaluations of the loss function alone for each class, has no noise, and is
+        exact up to ε². ``epsilon`` is then in the units of the activation.
+      loss: the name of this site's loss where ``value_fn`` returns several, such as
+        the local loss of a block.
+
+    Example:
+      >>> Site("adapter", "norm/scale", epsilon=0.05).names
+      ('adapter', 'norm/scale')
+    """
+
+    names: tuple[str, ...]
+    epsilon: float = 0.03
+    num_perturbations: int | None = None
+    exact: bool = False
+    loss: str | None = None
+
+    def __init__(
+        self,
+        *names: str,
+        epsilon: float = 0.03,
+        num_perturbations: int | None = None,
+        exact: bool = False,
+        loss: str | None = None,
+    ) -> None:
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(
+                f"a site needs the names of layers, got {names!r}; use for example "
+                'fgrad.activity.Site("head").'
+            )
+        if fixed_point.is_concrete(epsilon) and not epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {epsilon}.")
+        if num_perturbations is not None:
+            checks.count("num_perturbations", num_perturbations)
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "epsilon", epsilon)
+        object.__setattr__(self, "num_perturbations", num_perturbations)
+        object.__setattr__(self, "exact", exact)
+        object.__setattr__(self, "loss", loss)
+
+
+def leaves_of(sites: Sequence[str | Site]) -> Callable[[Any], Any]:
+    """A mask of the leaves that belong to some sites.
+
+    Args:
+      sites: as in `activity_forward_grad`.
+
+    Returns:
+      A function from params to a pytree of bools, for ``mask=``.
+
+    Example:
+      >>> leaves_of(["head"])({"head": {"bias": 0.0}, "body": {"kernel": 0.0}})
+      {'body': {'kernel': False}, 'head': {'bias': True}}
+    """
+    names = [name for site in map(as_site, sites) for name in site.names]
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: any(_matches(name, path) for name in names),
+            params,
+            is_leaf=is_qtensor,
+        )
+
+    return mask
+
+
+def leaves_outside(sites: Sequence[str | Site]) -> Callable[[Any], Any]:
+    """A mask of the leaves that belong to none of some sites; see `leaves_of`."""
+    inside = leaves_of(sites)
+    return lambda params: jax.tree.map(lambda x: not x, inside(params))
+
+
+def as_site(site: str | Site) -> Site:
+    """A site, which may be given by its name alone."""
+    if isinstance(site, str):
+        return Site(site)
+    if not isinstance(site, Site):
+        raise TypeError(
+            f"a site is a layer's name or fgrad.activity.Site(name), got {site!r}."
+        )
+    return site
+
+
+def _matches(name: str, path: tuple[Any, ...]) -> bool:
+    text = fixed_point.path_str(path)
+    return text == name or text.startswith(name + "/")
+
+
+def site_leaves(sites: Sequence[Site], params: Any) -> dict[Site, list[str]]:
+    """The paths of the leaves of each site; raises for none, or one of two sites."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+    found: dict[Site, list[str]] = {}
+    owner: dict[str, Site] = {}
+    for site in sites:
+        for name in site.names:
+            paths = [path for path, _ in leaves if _matches(name, path)]
+            if not paths:
+                known = [fixed_point.path_str(path) for path, _ in leaves]
+                raise ValueError(
+                    f"site {name!r} names no parameter; there are {known}."
+                )
+            for path in paths:
+                text = fixed_point.path_str(path)
+                if text in owner:
+                    raise ValueError(
+                        f"leaf {text!r} belongs to two sites, {owner[text].names} and "
+                        f"{site.names}; name it once."
+                    )
+                owner[text] = site
+                found.setdefault(site, []).append(text)
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        text = fixed_point.path_str(path)
+        if text in owner and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"leaf {text!r} of site {owner[text].names} has dtype {dtype} and is "
+                "no QTensor; quantize it with fgrad.quantize."
+            )
+    return found
