@@ -100,22 +100,25 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
     def loss_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
         return losses_fn(params, frozen, scales, batch).mean()
 
+    @jax.jit
+    def quantized(params: Any, images: jax.Array) -> tuple[Any, Any]:
+        """Parameters as integers, and the scales of activations."""
+        params = fgrad.quantize(
+            params,
+            bits=bits[0],
+            headroom=method.headroom,
+            channel_axis=-1 if method.per_channel else None,
+        )
+        variables = layers.calibrate(
+            model, {"params": params}, images, headroom=method.activation_headroom
+        )
+        return params, {layers.SCALES: variables[layers.SCALES]}
+
     def init(params: Any, images: jax.Array, seed: int) -> TrainState:
         key = jax.random.key(seed)
         batch_key, z_key = jax.random.split(key)
         params = model.begin(params, jax.random.fold_in(key, 0), images[:1])
-        scales = {}
-        if bits:
-            params = fgrad.quantize(
-                params,
-                bits=bits[0],
-                headroom=method.headroom,
-                channel_axis=-1 if method.per_channel else None,
-            )
-            variables = layers.calibrate(
-                model, {"params": params}, images, headroom=method.activation_headroom
-            )
-            scales = {layers.SCALES: variables[layers.SCALES]}
+        params, scales = quantized(params, images) if bits else (params, {})
         params = jax.tree.map(jnp.copy, params)  # the step donates its own
         trained, frozen = model.split(params)
         opt_state = make_optimizer(method, 0.0, 1, z_key).init(trained)

@@ -250,7 +250,8 @@ def _pretrain(
 ) -> Any:
     """The float parameters where all runs start."""
     key = jax.random.key(config.pretrain.seed)
-    params = network(bits=None).init(key, data["train"].images[:1])["params"]
+    init = jax.jit(network(bits=None).init)
+    params = init(key, data["train"].images[:1])["params"]
     if config.weights:
         # The head begins anew.
         published = WEIGHTS[config.weights][0]()
