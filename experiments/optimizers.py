@@ -37,7 +37,9 @@ def make_optimizer(
       key: of all random choices: perturbations, ascents and sparse weights.
     """
     schedule = _linear_decay(learning_rate, steps)
-    optimizer = OPTIMIZERS[method.optimizer](schedule)
+    optimizer = optax.chain(
+        OPTIMIZERS[method.optimizer](schedule), _scaled(method.get("rate_factors", {}))
+    )
     if method.gradient == "backward":
         return optax.with_extra_args_support(optimizer)
     ascent_key, choice_key = (jax.random.fold_in(key, i) for i in (1, 2))
@@ -111,6 +113,23 @@ def forward_passes(method: ConfigDict) -> int:
 def _perturbation(method: ConfigDict) -> perturbations.Perturbation:
     arguments = {"rank": method.rank} if method.perturbation == "low_rank" else {}
     return getattr(perturbations, method.perturbation)(**arguments)
+
+
+def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of layers, by the beginnings of their names."""
+
+    def scaled(updates: Any) -> Any:
+        for name, factor in factors.items():
+            updates = jax.tree.map(
+                lambda update, inside, factor=factor: (
+                    update * factor if inside else update
+                ),
+                updates,
+                activity.leaves_of([name])(updates),
+            )
+        return updates
+
+    return optax.stateless(lambda updates, params: scaled(updates))
 
 
 def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:

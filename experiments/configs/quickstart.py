@@ -106,6 +106,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     # weights train. What is frozen before them can run once for all steps.
     for method in (backward, forward):
         method.adaptation = ConfigDict()
+        method.rate_factors = ConfigDict()  # of the learning rate, by names of layers
         method.cache_frozen = False
 
     # Methods to run, in the order of the table.
