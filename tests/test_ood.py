@@ -41,7 +41,7 @@ def padded():
 def test_clean_images_are_mlxtends(tmp_path):
     splits = arrays.load(builder("clean", tmp_path))
     sizes = {name: len(split.labels) for name, split in splits.items()}
-    assert sizes == {"train": 3000, "validation": 400, "test": 400}
+    assert sizes == {"train": 3600, "validation": 300, "test": 300}
     both = zip(*padded(), strict=True)
     known = {(image.tobytes(), int(label)) for image, label in both}
     for split in splits.values():
@@ -77,7 +77,7 @@ def test_corrupted_splits_hold_each_image_in_each_kind(tmp_path, inverted):
         indices["clean", "train"],
         *(indices["severity_3", name] for name in ("train", "validation", "test")),
     ]
-    assert [len(part) for part in parts] == [3000, 1200, 400, 400]
+    assert [len(part) for part in parts] == [3600, 800, 300, 300]
     assert len(set.union(*parts)) == 5000
     for name in ("validation", "test"):
         assert indices["clean", name] == indices["severity_3", name]
@@ -161,4 +161,4 @@ def test_the_network_has_the_documented_size():
     shapes = jax.eval_shape(
         train.NETWORKS["vit_32"]().init, jax.random.key(0), jnp.zeros((1, 32, 32, 1))
     )
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_386
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 28_682
