@@ -104,11 +104,10 @@ def test_aligned_features_have_the_other_statistics():
 
 def test_every_cell_is_run_with_rates_to_choose_from():
     config = ood.get_config()
-    assert list(config.parts) == ["easy", "medium", "hard"]
+    assert list(config.parts) == ["severity_1", "severity_3", "severity_5"]
     ways = {"lp_1": "linear_probe", "lp_3": "linear_probe", "d_vpt": "deep_prompts"}
-    for name, severity in (("easy", 1), ("medium", 3), ("hard", 5)):
-        part = config.parts[name]
-        assert part.target == f"severity_{severity}"
+    for name, part in config.parts.items():
+        assert part.target == name
         assert len(part.seeds) == 5
         assert part.run == tuple(
             f"{way}_{method}"
@@ -129,8 +128,8 @@ def test_every_cell_is_run_with_rates_to_choose_from():
 
 def test_it_runs_and_resumes(tmp_path):
     config = ood.get_config("smoke")
-    del config.parts["easy"], config.parts["medium"]
-    part = config.parts.hard
+    del config.parts["severity_1"], config.parts["severity_3"]
+    part = config.parts.severity_5
     part.run = ("lp_3_16w8a", "d_vpt_backprop", "d_vpt_sparse")
     for name in part.run:
         method = part.methods[name]
@@ -138,23 +137,23 @@ def test_it_runs_and_resumes(tmp_path):
         method.learning_rates = method.learning_rates[:1]
     results = train.run(config, str(tmp_path))
     controls = ["zero_shot", "realigned"]
-    assert list(results["hard"]) == [*controls, *part.run]
+    assert list(results["severity_5"]) == [*controls, *part.run]
     table = (tmp_path / "table.md").read_text()
-    for name, result in results["hard"].items():
+    for name, result in results["severity_5"].items():
         expected = (
             f"{100 * result['accuracy']:.1f} ± {100 * result['accuracy_std']:.1f}"
         )
         assert f"| {name} | {expected} |" in table
     # The realigned head sees the source's own statistics here, or nearly.
     gap = (
-        results["hard"]["realigned"]["accuracy"]
-        - results["hard"]["zero_shot"]["accuracy"]
+        results["severity_5"]["realigned"]["accuracy"]
+        - results["severity_5"]["zero_shot"]["accuracy"]
     )
     assert abs(gap) < 0.1
-    (tmp_path / "hard" / "results.json").unlink()
+    (tmp_path / "severity_5" / "results.json").unlink()
     assert train.run(config, str(tmp_path)) == results
-    written = json.loads((tmp_path / "hard" / "results.json").read_text())
-    assert written == results["hard"]
+    written = json.loads((tmp_path / "severity_5" / "results.json").read_text())
+    assert written == results["severity_5"]
 
 
 def test_the_network_has_the_documented_size():
