@@ -106,5 +106,7 @@ def _part(variant: str, severity: int) -> ConfigDict:
             method = quickstart.changed(forward, {**common, **changes, **more})
             method.learning_rates = quickstart.rates_around(rate)
             config.methods[f"{name}_{kind}"] = method
-    config.run = tuple(config.methods)
+    config.run = tuple(
+        f"{way}_{kind}" for way in WAYS for kind in ("backprop", *METHODS)
+    )
     return config
