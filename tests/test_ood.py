@@ -130,7 +130,7 @@ def test_it_runs_and_resumes(tmp_path):
     config = ood.get_config("smoke")
     del config.parts["severity_1"], config.parts["severity_3"]
     part = config.parts.severity_5
-    part.run = ("lp_3_16w8a", "d_vpt_backprop", "d_vpt_sparse")
+    part.run = ("lp_3_backprop", "d_vpt_sparse")
     for name in part.run:
         method = part.methods[name]
         method.steps, method.batch_size = 2, 4
