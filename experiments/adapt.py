@@ -227,7 +227,7 @@ def last_blocks(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
 
 
 def deep_prompts(
-    network: nn.Module, *, num_prompts: int = 8, stddev: float = 0.1
+    network: nn.Module, *, num_prompts: int = 8, stddev: float = 0.3
 ) -> Adapted:
     r"""Deep visual prompts: learned tokens at the input of every block, and the head.
 

@@ -107,6 +107,7 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
             params,
             bits=bits[0],
             headroom=method.headroom,
+            zero_bound=method.zero_bound,
             channel_axis=-1 if method.per_channel else None,
         )
         variables = layers.calibrate(

@@ -16,19 +16,19 @@ from experiments.data.arrays import Split
 from experiments.models import cnn, efficientnet, vit
 from fgrad import layers
 
-SETTINGS: dict[str, Any] = {"num_classes": 4, "patch": 4, "width": 8, "depth": 3}
+SETTINGS: dict[str, Any] = {"num_classes": 4, "patch": 4, "width": 8, "depth": 2}
 NETWORK = functools.partial(vit.ViT, num_heads=2, mlp_width=12, **SETTINGS)
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "linear_probe": {"num_layers": 3},
-    "last_blocks": {"num_blocks": 2},
+    "last_blocks": {"num_blocks": 1},
     "deep_prompts": {"num_prompts": 3},
     "lora": {"rank": 2},
 }
-# The first stage with a leaf that trains: embedding, blocks 0 to 2, mean, head.
+# The first stage with a leaf that trains: embedding, blocks 0 and 1, norm, head.
 CUTS = {
     "full": 0,
-    "linear_probe": 5,
+    "linear_probe": 4,
     "last_blocks": 2,
     "deep_prompts": 1,
     "lora": 1,
@@ -65,10 +65,12 @@ def shaken(params):
 
 
 @pytest.mark.parametrize("network", ["vit", "efficientnet"])
-def test_stages_one_after_the_other_are_the_network(network):
+def test_stages_one_after_the_other_are_the_network(network, monkeypatch):
     if network == "vit":
         model, x = NETWORK(), images(2)
     else:
+        # Three of the sixteen blocks.
+        monkeypatch.setattr(efficientnet, "_STAGES", efficientnet._STAGES[:2])
         model = efficientnet.EfficientNetLite0(num_classes=4)
         x = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3))
     variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -128,7 +130,7 @@ def test_what_a_way_trains_and_where_it_begins(way):
         },
     }[way]
     assert new == expected_new
-    tops = {"full": "", "last_blocks": ("Block_1", "Block_2", "LayerNorm_0")}
+    tops = {"full": "", "last_blocks": ("Block_1", "LayerNorm_0")}
     of_network = {p for p in before if way in tops and p.startswith(tops[way])}
     assert set(flat(trained)) == HEAD | new | of_network
     assert set(flat(frozen)) == set(now) - set(flat(trained))
@@ -182,7 +184,7 @@ def test_low_rank_leaves_add_to_the_kernels():
     # The head; in each block four kernels of attention and two of the perceptron.
     assert len(downs) == 1 + 6 * SETTINGS["depth"]
     for path in downs:
-        down = params[path].reshape(-1, 2).astype(np.float64)
+        down = params[path].reshape(-1, 2)
         up = params[path.replace("down", "up")].reshape(2, -1)
         kernel = path.replace("lora_down/", "")
         merged[kernel] = merged[kernel] + (down @ up).reshape(merged[kernel].shape)
@@ -235,7 +237,7 @@ def test_low_rank_leaves_of_a_pointwise_convolution():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["linear_probe", "deep_prompts", "lora"])
+@pytest.mark.parametrize("way", ["linear_probe", "lora"])
 def test_16w8a_logits_are_close_to_the_float_ones(way):
     model, params, _ = begin(way)
     params = shaken(params)
@@ -248,7 +250,7 @@ def test_16w8a_logits_are_close_to_the_float_ones(way):
     assert error < 0.1
     # New layers have scales of their own.
     scales = "/".join(flat(variables[layers.SCALES]))
-    assert {"linear_probe": "hidden_1/", "lora": "lora_up/"}.get(way, "") in scales
+    assert {"linear_probe": "hidden_1/", "lora": "lora_up/"}[way] in scales
 
 
 # ---------------------------------------------------------------- training
@@ -265,17 +267,17 @@ def method(name, way, *, cache=False):
 
 
 @functools.cache
-def trained(name, way, cache=False, steps=3):
-    """States before and after some steps, and the logits of all images."""
+def trained(name, way, cache=False):
+    """States before and after each of three steps, and the logits of all images."""
     learner = methods.make_learner(method(name, way, cache=cache), NETWORK)
     pretrained = begin(way)[2]
     split = Split(images(), jnp.arange(6) % 4)
     start = learner.init(pretrained, split.images, 0)
     data = learner.cached(start, {"train": split})["train"]
-    step, state = jax.jit(learner.step), start
-    for _ in range(steps):
-        state = step(state, jnp.float32(0.1), jnp.float32(10), data)
-    return start, state, learner.logits(state, data.images)
+    step, states = jax.jit(learner.step), [start]
+    for _ in range(3):
+        states.append(step(states[-1], jnp.float32(0.1), jnp.float32(10), data))
+    return states, learner.logits(states[-1], data.images)
 
 
 def bits_of(tree):
@@ -289,13 +291,12 @@ def leaves(tree):
     }
 
 
-METHODS = ["backprop", "forward_fp32", "forward_16w8a"]
+METHODS = ["backprop", "forward_16w8a"]
 
 
-@pytest.mark.parametrize("way", ["linear_probe", "deep_prompts"])
 @pytest.mark.parametrize("name", METHODS)
-def test_frozen_leaves_stay_and_have_no_state(name, way):
-    start, end, _ = trained(name, way)
+def test_frozen_leaves_stay_and_have_no_state(name):
+    (start, *_, end), _ = trained(name, "deep_prompts")
     assert bits_of(end.frozen) == bits_of(start.frozen)
     before, after = bits_of(start.params), bits_of(end.params)
     moved = {path for path in before if before[path] != after[path]}
@@ -307,22 +308,28 @@ def test_frozen_leaves_stay_and_have_no_state(name, way):
     assert not any("Conv_0" in path for path in sizes)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_frozen_part_that_runs_once_changes_nothing(name):
-    for way in ("linear_probe", "last_blocks", "deep_prompts"):
-        _, plain, logits = trained(name, way)
-        _, cached, same = trained(name, way, cache=True)
-        pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(cached), strict=True)
-        for x, y in pairs:
-            if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-                # Another program may round float32 otherwise.
-                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(logits, same, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "deep_prompts") for name in METHODS),
+        ("backprop", "last_blocks"),
+    ],
+)
+def test_a_frozen_part_that_runs_once_changes_nothing(name, way):
+    (*_, plain), logits = trained(name, way)
+    (*_, cached), same = trained(name, way, cache=True)
+    pairs = zip(
+        jax.tree.leaves(plain.params), jax.tree.leaves(cached.params), strict=True
+    )
+    for x, y in pairs:
+        # Another program may round float32 otherwise.
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(logits, same, rtol=1e-4, atol=1e-5)
 
 
 def test_the_trajectory_is_that_of_the_whole_tree_with_a_mask():
     way, name = "deep_prompts", "forward_16w8a"
-    start, end, _ = trained(name, way)
+    (start, *_, end), _ = trained(name, way)
     settings = method(name, way)
     model = adapt.make(NETWORK(bits=(16, 8)), settings.adaptation)
 
@@ -362,7 +369,7 @@ def test_the_trajectory_is_that_of_the_whole_tree_with_a_mask():
 
 
 def test_the_backward_gradient_is_that_of_the_trained_leaves():
-    start, end, _ = trained("backprop", "deep_prompts", steps=1)
+    (start, after, *_), _ = trained("backprop", "deep_prompts")
     settings = method("backprop", "deep_prompts")
     model = adapt.make(NETWORK(), settings.adaptation)
     split = Split(images(), jnp.arange(6) % 4)
@@ -377,7 +384,7 @@ def test_the_backward_gradient_is_that_of_the_trained_leaves():
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, start.params, of_trained)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        end.params,
+        after.params,
         expected,
     )
 
@@ -395,8 +402,8 @@ def test_bad_choices_are_refused():
         adapt.linear_probe(cnn.CNN())
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         adapt.linear_probe(network, num_layers=0)
-    with pytest.raises(ValueError, match=r"num_blocks must be 1 to 3.*got 4"):
-        adapt.last_blocks(network, num_blocks=4)
+    with pytest.raises(ValueError, match=r"num_blocks must be 1 to 2.*got 3"):
+        adapt.last_blocks(network, num_blocks=3)
     with pytest.raises(ValueError, match="num_prompts must be at least 1, got 0"):
         adapt.deep_prompts(network, num_prompts=0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):

@@ -100,7 +100,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
     forward.per_channel = False  # one weight scale per output channel
     forward.headroom = 1.5  # weights may grow to this multiple of max|w|
+    forward.zero_bound = 0.05  # the max|w| that weights which are all zero count with
     forward.activation_headroom = 1.5  # and activations
+    forward.calibration_images = 4096  # at most, the first of the train split
 
     # Ways to adapt, names in experiments.adapt, and their options; by default all
     # weights train. What is frozen before them can run once for all steps.
