@@ -15,9 +15,24 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from experiments import features, metrics, report, runs
-from experiments.data import arrays, digits, mnist, solar
+from experiments.data import arrays, cifar, digits, mnist, solar, wake_words
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn, efficientnet, linear
+
+Splits = Mapping[str, arrays.Split]
+
+
+def _built(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Splits]:
+    """``load(domain, data_dir)`` by a builder of ours."""
+
+    def load(domain: str, data_dir: str) -> Splits:
+        # array_record is read without TensorFlow.
+        return arrays.load(
+            builder(config=domain, data_dir=data_dir, file_format="array_record")
+        )
+
+    return load
+
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn.CNN,
@@ -25,16 +40,17 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
 }
-DATASETS = {
-    "digits": digits.Digits,
-    "mnist_5k": mnist.Mnist5k,
-    "solar_cells": solar.SolarCells,
+# load(domain, data_dir) gives the splits "train", "validation" and "test".
+DATASETS: dict[str, Callable[[str, str], Splits]] = {
+    "cifar10": cifar.load,
+    "digits": _built(digits.Digits),
+    "mnist_5k": _built(mnist.Mnist5k),
+    "solar_cells": _built(solar.SolarCells),
+    "visual_wake_words": wake_words.load,
 }
 BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
 
 _CHUNK = 10  # steps between two looks at the clock
-
-Splits = Mapping[str, arrays.Split]
 
 
 class Run(NamedTuple):
@@ -335,11 +351,7 @@ def _summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    # array_record is read without TensorFlow.
-    builder = DATASETS[config.dataset](
-        config=domain, data_dir=data_dir, file_format="array_record"
-    )
-    splits = arrays.load(builder)
+    splits = DATASETS[config.dataset](domain, data_dir)
     if not config.backbone:
         return splits
     name = f"{config.dataset}_{domain}_{config.backbone}.npz"
