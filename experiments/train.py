@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import features, metrics, report, runs
+from experiments import events, features, metrics, report, runs
 from experiments.data import arrays, cifar, digits, mnist, solar, wake_words
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn, efficientnet, linear
@@ -97,6 +97,7 @@ class Trainer:
         """
         self.config = config
         self._names = names
+        self._tag = f"test/{names[0]}"
         self.learner: Learner = make_learner(config, network)
         self._data = data
         state = self.learner.init(params, data["train"].images, 0)
@@ -129,27 +130,38 @@ class Trainer:
           directory: where the run leaves its snapshots.
         """
         state = self.learner.init(params, self._data["train"].images, seed)
-        done, (state, curve, seconds) = directory.latest(like=state) or (
-            0,
-            runs.Snapshot(state, [self._first(state)], 0.0),
-        )
+        done, snapshot = directory.latest(like=state) or (0, self._start(state))
+        state, curve, seconds = snapshot.state, snapshot.curve, snapshot.seconds
+        points = list(snapshot.points)
         progress(done)
         evals = set(np.linspace(0, steps, num_evals + 1).astype(int).tolist())
         rate, horizon = jnp.float32(learning_rate), jnp.float32(steps)
-        while done < steps:
-            end = min(done + _CHUNK, *(n for n in (*evals, steps) if n > done))
-            began = time.perf_counter()
-            for _ in range(done, end):
-                state = self._step(state, rate, horizon, self._data["train"])
-            jax.block_until_ready(state)
-            seconds += time.perf_counter() - began
-            progress(end - done)
-            done = end
-            if done in evals:
-                curve.append(self._first(state))
-            if directory.due():
-                directory.save(done, runs.Snapshot(state, curve, seconds))
-        return runs.Snapshot(state, curve, seconds)
+        with directory.log(points) as log:
+            while done < steps:
+                end = min(done + _CHUNK, *(n for n in (*evals, steps) if n > done))
+                began = time.perf_counter()
+                for _ in range(done, end):
+                    state = self._step(state, rate, horizon, self._data["train"])
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - began
+                progress(end - done)
+                done = end
+                if done in evals:
+                    curve.append(self._first(state))
+                if log:
+                    scores = {self._tag: curve[-1]} if done in evals else {}
+                    passes = done * self.learner.passes_per_step
+                    points.append(events.point(done, passes, state.opt_state, scores))
+                    log(points[-1])
+                if directory.due():
+                    directory.save(done, runs.Snapshot(state, curve, seconds, points))
+        return runs.Snapshot(state, curve, seconds, points)
+
+    def _start(self, state: TrainState) -> runs.Snapshot:
+        curve = [self._first(state)]
+        # The state's loss is of no step yet.
+        point = events.point(0, 0, (), {self._tag: curve[0]})
+        return runs.Snapshot(state, curve, 0.0, [point])
 
     def run(
         self,
@@ -185,7 +197,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         ``configs/ablation.py``, holds experiments by name.
       workdir: results.json, config.json, table.md and figure.png go here, those of a
         part into a folder of its name, beside a table and a figure of all parts; and
-        under runs/ what a killed experiment goes on from.
+        under runs/ what a killed experiment goes on from, and event files.
       resume: whether to go on from there; otherwise the experiment begins anew.
 
     Returns:
@@ -251,7 +263,7 @@ def _pretrain(
     key = jax.random.key(config.pretrain.seed)
     params = network(bits=None).init(key, data["train"].images[:1])["params"]
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
-    directory = runs.RunDirectory(where / "pretrain", config.snapshot_seconds)
+    directory = _run_directory(config, where / "pretrain")
     end = trainer.train(
         params,
         config.pretrain.seed,
@@ -278,7 +290,7 @@ def _adapt(
     trainer = Trainer(method, network, start, data, config.metrics)
 
     def directory(name: str) -> runs.RunDirectory:
-        return runs.RunDirectory(where / name, config.snapshot_seconds)
+        return _run_directory(config, where / name)
 
     def tune(learning_rate: float) -> float:
         return trainer.run(
@@ -321,6 +333,10 @@ def _adapt(
         "temporaries_mib": trainer.temporaries / 2**20,
         "curves": [run.curve for run in adapted],
     }
+
+
+def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
+    return runs.RunDirectory(path, config.snapshot_seconds, config.event_files)
 
 
 def _best(tuned: Mapping[float, float]) -> float:
