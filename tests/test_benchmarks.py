@@ -54,7 +54,14 @@ def test_the_smoke_command_writes_every_table(tmp_path):
     assert results["device"] == device.device_kind
     assert results["platform"] == device.platform
     assert results["jax"] == jax.__version__
-    assert list(results["tables"]) == ["bars", "memory", "time", "peers", "growth"]
+    assert list(results["tables"]) == [
+        "bars",
+        "fine_tuning",
+        "memory",
+        "time",
+        "peers",
+        "growth",
+    ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():
         assert tables
