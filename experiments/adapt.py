@@ -116,12 +116,12 @@ class Adapted:
 
     def split(self, params: Mapping[str, Any]) -> tuple[Params, Params]:
         """The leaves that train and those that do not, each nested as they were."""
-        trained, frozen = {}, {}
+        trained: dict[tuple[str, ...], Any] = {}
+        frozen: dict[tuple[str, ...], Any] = {}
         for path, leaf in traverse_util.flatten_dict(params).items():
             (trained if self.trains(path) else frozen)[path] = leaf
-        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(
-            frozen
-        )
+        unflatten = traverse_util.unflatten_dict
+        return unflatten(trained), unflatten(frozen)
 
     def cut(self, trained: Mapping[str, Any]) -> int:
         """The first stage with one of these leaves; those before it are frozen."""

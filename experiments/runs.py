@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import filelock
@@ -22,6 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
+
+from experiments import events
 
 _KEPT = 2  # snapshots: one may be damaged
 
@@ -69,25 +71,31 @@ class Snapshot(NamedTuple):
       state: its `TrainState`; on disk, beside it, the digest of its bits.
       curve: test accuracies so far.
       seconds: time of the steps so far.
+      points: what the event file has so far.
     """
 
     state: Any
     curve: list[float]
     seconds: float
+    points: Sequence[events.Point] = ()
 
 
 class RunDirectory:
     """What is kept of one run."""
 
-    def __init__(self, path: pathlib.Path, every_seconds: float):
+    def __init__(
+        self, path: pathlib.Path, every_seconds: float, event_files: bool = False
+    ):
         """Makes the directory.
 
         Args:
           path: of the directory.
           every_seconds: least time between two snapshots.
+          event_files: whether to write TensorBoard's.
         """
         self._path = path.absolute()
         self._every = every_seconds
+        self._event_files = event_files
         self._last = time.monotonic()
         self._path.mkdir(parents=True, exist_ok=True)
 
@@ -122,6 +130,7 @@ class RunDirectory:
             path = self._path / str(step)
             try:
                 rest = Snapshot(**json.loads((path / "rest.json").read_text()))
+                rest = rest._replace(points=[events.Point(*p) for p in rest.points])
                 with ocp.StandardCheckpointer() as checkpointer:
                     state = checkpointer.restore(path / "state", target)
                 if _digest(state) != rest.state:
@@ -136,6 +145,21 @@ class RunDirectory:
                     error,
                 )
         return None
+
+    @contextlib.contextmanager
+    def log(
+        self, points: Sequence[events.Point]
+    ) -> Iterator[Callable[[events.Point], None] | None]:
+        """As `events.writer`, or None in its place if no event files are asked for.
+
+        Args:
+          points: of the run so far.
+        """
+        if self._event_files:
+            with events.writer(self._path, points) as add:
+                yield add
+        else:
+            yield None
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the numbers of a finished run and removes its snapshots."""

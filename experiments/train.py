@@ -14,10 +14,25 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import adapt, features, metrics, report, runs
-from experiments.data import arrays, digits, mnist, mnist_c, solar
+from experiments import adapt, events, features, metrics, report, runs
+from experiments.data import arrays, cifar, digits, mnist, mnist_c, solar, wake_words
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn, efficientnet, linear, vit
+
+Splits = Mapping[str, arrays.Split]
+
+
+def _built(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Splits]:
+    """``load(domain, data_dir)`` by a builder of ours."""
+
+    def load(domain: str, data_dir: str) -> Splits:
+        # array_record is read without TensorFlow.
+        return arrays.load(
+            builder(config=domain, data_dir=data_dir, file_format="array_record")
+        )
+
+    return load
+
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn.CNN,
@@ -32,19 +47,20 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
 }
-DATASETS = {
-    "digits": digits.Digits,
-    "mnist_5k": mnist.Mnist5k,
-    "mnist_5k_c": mnist_c.Mnist5kC,
-    "solar_cells": solar.SolarCells,
+# load(domain, data_dir) gives the splits "train", "validation" and "test".
+DATASETS: dict[str, Callable[[str, str], Splits]] = {
+    "cifar10": cifar.load,
+    "digits": _built(digits.Digits),
+    "mnist_5k": _built(mnist.Mnist5k),
+    "mnist_5k_c": _built(mnist_c.Mnist5kC),
+    "solar_cells": _built(solar.SolarCells),
+    "visual_wake_words": wake_words.load,
 }
 BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
 # Published weights to start from, and how the images have to be for them.
 WEIGHTS = {"imagenet": (efficientnet.load_imagenet, efficientnet.normalized)}
 
 _CHUNK = 10  # steps between two looks at the clock
-
-Splits = Mapping[str, arrays.Split]
 
 
 class Run(NamedTuple):
@@ -91,6 +107,7 @@ class Trainer:
         """
         self.config = config
         self._names = names
+        self._tag = f"test/{names[0]}"
         self.learner: Learner = make_learner(config, network)
         self._images = data["train"].images[: config.get("calibration_images")]
         state = self.learner.init(params, self._images, 0)
@@ -125,27 +142,38 @@ class Trainer:
           directory: where the run leaves its snapshots.
         """
         state = self.learner.init(params, self._images, seed)
-        done, (state, curve, seconds) = directory.latest(like=state) or (
-            0,
-            runs.Snapshot(state, [self._first(state)], 0.0),
-        )
+        done, snapshot = directory.latest(like=state) or (0, self._start(state))
+        state, curve, seconds = snapshot.state, snapshot.curve, snapshot.seconds
+        points = list(snapshot.points)
         progress(done)
         evals = set(np.linspace(0, steps, num_evals + 1).astype(int).tolist())
         rate, horizon = jnp.float32(learning_rate), jnp.float32(steps)
-        while done < steps:
-            end = min(done + _CHUNK, *(n for n in (*evals, steps) if n > done))
-            began = time.perf_counter()
-            for _ in range(done, end):
-                state = self._step(state, rate, horizon, self._data["train"])
-            jax.block_until_ready(state)
-            seconds += time.perf_counter() - began
-            progress(end - done)
-            done = end
-            if done in evals:
-                curve.append(self._first(state))
-            if directory.due():
-                directory.save(done, runs.Snapshot(state, curve, seconds))
-        return runs.Snapshot(state, curve, seconds)
+        with directory.log(points) as log:
+            while done < steps:
+                end = min(done + _CHUNK, *(n for n in (*evals, steps) if n > done))
+                began = time.perf_counter()
+                for _ in range(done, end):
+                    state = self._step(state, rate, horizon, self._data["train"])
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - began
+                progress(end - done)
+                done = end
+                if done in evals:
+                    curve.append(self._first(state))
+                if log:
+                    scores = {self._tag: curve[-1]} if done in evals else {}
+                    passes = done * self.learner.passes_per_step
+                    points.append(events.point(done, passes, state.opt_state, scores))
+                    log(points[-1])
+                if directory.due():
+                    directory.save(done, runs.Snapshot(state, curve, seconds, points))
+        return runs.Snapshot(state, curve, seconds, points)
+
+    def _start(self, state: TrainState) -> runs.Snapshot:
+        curve = [self._first(state)]
+        # The state's loss is of no step yet.
+        point = events.point(0, 0, (), {self._tag: curve[0]})
+        return runs.Snapshot(state, curve, 0.0, [point])
 
     def run(
         self,
@@ -181,7 +209,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         ``configs/ablation.py``, holds experiments by name.
       workdir: results.json, config.json, table.md and figure.png go here, those of a
         part into a folder of its name, beside a table and a figure of all parts; and
-        under runs/ what a killed experiment goes on from.
+        under runs/ what a killed experiment goes on from, and event files.
       resume: whether to go on from there; otherwise the experiment begins anew.
 
     Returns:
@@ -258,7 +286,7 @@ def _pretrain(
         params |= {k: v for k, v in published.items() if k != "classifier"}
         params = _with_statistics(network(bits=None), params, data)
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
-    directory = runs.RunDirectory(where / "pretrain", config.snapshot_seconds)
+    directory = _run_directory(config, where / "pretrain")
     end = trainer.train(
         params,
         config.pretrain.seed,
@@ -309,7 +337,7 @@ def _adapt(
     trainer = Trainer(method, network, start, data, config.metrics)
 
     def directory(name: str) -> runs.RunDirectory:
-        return runs.RunDirectory(where / name, config.snapshot_seconds)
+        return _run_directory(config, where / name)
 
     def tune(learning_rate: float) -> float:
         return trainer.run(
@@ -354,6 +382,10 @@ def _adapt(
     }
 
 
+def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
+    return runs.RunDirectory(path, config.snapshot_seconds, config.event_files)
+
+
 def _best(tuned: Mapping[float, float]) -> float:
     """The best learning rate; of equal ones the first tried."""
     return max(tuned, key=lambda rate: tuned[rate])
@@ -382,11 +414,7 @@ def _summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    # array_record is read without TensorFlow.
-    builder = DATASETS[config.dataset](
-        config=domain, data_dir=data_dir, file_format="array_record"
-    )
-    splits = arrays.load(builder)
+    splits = DATASETS[config.dataset](domain, data_dir)
     if config.weights:
         _, normalized = WEIGHTS[config.weights]
         splits = {

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from flax.linen import dtypes
 from jax import lax
@@ -100,13 +101,13 @@ def calibrate(
 
 def _uncalibrated(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The collection of scales, all zero: a scan cannot add it on its way."""
-    empty: dict[tuple[str, ...], jax.Array] = {}
+    empty: dict[tuple[str, ...], np.float32] = {}
 
     def note(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if isinstance(module, _Product) and module.static_activations:
             for operand in module.operands:
-                empty[(*module.path, f"{operand}_scale")] = jnp.float32(0)
+                empty[(*module.path, f"{operand}_scale")] = np.float32(0)
         return next_fn(*args, **kwargs)
 
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}

@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "last_blocks": {"num_blocks": 1},
     "deep_prompts": {"num_prompts": 3},
     "lora": {"rank": 2},
+    "adapter": {"num_blocks": 1},
 }
 # The first stage with a leaf that trains: embedding, blocks 0 and 1, norm, head.
 CUTS = {
@@ -32,6 +33,7 @@ CUTS = {
     "last_blocks": 2,
     "deep_prompts": 1,
     "lora": 1,
+    "adapter": 2,
 }
 HEAD = {"Dense_0/kernel", "Dense_0/bias"}
 
@@ -128,6 +130,7 @@ def test_what_a_way_trains_and_where_it_begins(way):
             for layer in ("query", "value")
             for x in ("down", "up")
         },
+        "adapter": {"Block_1/adapter/kernel", "Block_1/adapter/bias"},
     }[way]
     assert new == expected_new
     tops = {"full": "", "last_blocks": ("Block_1", "LayerNorm_0")}

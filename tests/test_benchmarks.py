@@ -54,7 +54,14 @@ def test_the_smoke_command_writes_every_table(tmp_path):
     assert results["device"] == device.device_kind
     assert results["platform"] == device.platform
     assert results["jax"] == jax.__version__
-    assert list(results["tables"]) == ["bars", "memory", "time", "peers", "growth"]
+    assert list(results["tables"]) == [
+        "bars",
+        "fine_tuning",
+        "memory",
+        "time",
+        "peers",
+        "growth",
+    ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():
         assert tables
@@ -70,6 +77,10 @@ def test_the_smoke_command_writes_every_table(tmp_path):
                 # Only the parts of a plan may be nothing: no donation, no scratch.
                 parts = ("outputs", "aliased", "temporaries")
                 assert number > 0 or (number == 0 and path[-1] in parts), path
+    for tuned in results["tables"]["fine_tuning"][0]["raw"]:
+        live = {name: memory["live"] for name, memory in tuned["memory"].items()}
+        assert tuned["of_inference"] == live["m=1"] / live["inference"]
+        assert tuned["of_backprop"] == live["m=1"] / live["backprop"]
     bars = results["tables"]["bars"][0]["raw"]["bars"]
     assert len(bars) == 15
     assert {bar["arithmetic"] for bar in bars} == {"float32", "16w8a", "8w8a"}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import record_efficientnet as recorded
+import recording
 
 from experiments.models import efficientnet
 from fgrad import fixed_point, layers
@@ -36,7 +37,7 @@ def test_logits_are_those_of_pytorch(name):
     params = load(weights)
     expected = np.load(recorded.REFERENCES)[name]
     model = efficientnet.EfficientNetLite0(num_classes=expected.shape[-1])
-    images = recorded.images(count, size)
+    images = recording.images(count, size)
     found = jax.jit(model.apply)({"params": params}, images)
     # float32 against float64; the largest difference seen is 1.3e-5. An epsilon of
     # 1e-5 is off by 4e-2.
@@ -60,7 +61,7 @@ def test_converted_parameters_are_those_of_the_model():
 def test_features_are_what_the_classifier_sees():
     params = load("random")
     model = efficientnet.EfficientNetLite0(num_classes=recorded.RANDOM_CLASSES)
-    images = recorded.images(2, 64)
+    images = recording.images(2, 64)
     apply = jax.jit(functools.partial(model.apply, method="features"))
     features = apply({"params": params}, images)
     assert features.shape == (2, 1280)
@@ -74,7 +75,7 @@ def test_features_are_what_the_classifier_sees():
 
 @installed
 def test_16w8a_logits_are_close_to_the_float_ones():
-    params, images = load("imagenet"), recorded.images(2, 96)
+    params, images = load("imagenet"), recording.images(2, 96)
     expected = np.load(recorded.REFERENCES)["imagenet_96"]
     model = efficientnet.EfficientNetLite0(bits=(16, 8))
 

@@ -646,6 +646,20 @@ def test_calibrate_keeps_other_collections_and_replaces_old_scales():
     assert scale == pytest.approx(1 / 127, rel=2.0**-22)
 
 
+def test_calibrate_under_jit_gives_the_same_scales_on_every_call():
+    model = layers.Dense(2, bits=(16, 8))
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    variables = {"params": nn.Dense(2).init(jax.random.key(1), x)["params"]}
+    calibrate = jax.jit(functools.partial(layers.calibrate, model))
+    expected = layers.calibrate(model, variables, x)[layers.SCALES]
+    for _ in range(2):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            calibrate(variables, x)[layers.SCALES],
+            expected,
+        )
+
+
 def test_calibrate_of_a_layer_that_is_called_twice_keeps_the_larger_scale():
     class Twice(nn.Module):
         @nn.compact

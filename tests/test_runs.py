@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from test_events import read
 
 import fgrad
 from experiments import runs, train
@@ -143,7 +144,10 @@ KILLS = int(os.environ.get("FGRAD_TEST_KILLS", "2"))
 SETTINGS = {
     "run": ("forward_16w8a",),
     "snapshot_seconds": 0.0,
-    "methods.forward_16w8a.steps": 10 * KILLS,  # enough snapshots to be killed after
+    "event_files": True,
+    # Two seeds and a snapshot every ten steps: four for each kill, which is the most
+    # that it waits for.
+    "methods.forward_16w8a.steps": 20 * KILLS,
 }
 
 
@@ -185,8 +189,12 @@ def test_a_killed_experiment_ends_in_the_same_bits(tmp_path):
         while len(kept() - before) < more and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        ended = process.wait()
+        assert ended == -signal.SIGKILL, "it ended before it was killed"
     assert launch().wait() == 0
     written = json.loads(pathlib.Path(workdir / "results.json").read_text())
     assert without_times(written) == expected
+    for name in ("pretrain", "forward_16w8a/seed_0", "forward_16w8a/seed_1"):
+        found, whole = (read(tmp_path / w / "runs" / name) for w in ("killed", "whole"))
+        assert found == whole
+        assert found

@@ -1,9 +1,11 @@
 """Memory of every method on every network, as the compiler plans it; nothing runs."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from experiments.benchmarks import measure, programs, subjects
-from experiments.benchmarks.measure import Program
+from experiments.benchmarks.measure import Memory, Program
 from experiments.benchmarks.subjects import Problem
 from experiments.benchmarks.table import Table, mib
 
@@ -16,6 +18,37 @@ METHODS: dict[str, Callable[[Problem], Program]] = {
     "K=8 low-rank": lambda problem: programs.low_rank_step(problem, 8),
     "K=4 vmap": lambda problem: programs.vmap_step(problem, 4),
 }
+_FINE_TUNED = ("vit", "efficientnet_lite0")
+_TRAINED = "backprop in 16w8a: float32 weights that are rounded on the way."
+
+
+def fine_tuning(smoke: bool) -> Iterator[Table]:
+    """Compiles a step of all weights, forward and by backpropagation.
+
+    Args:
+      smoke: whether to take a tiny network.
+    """
+    networks, batch_size = (("mlp",), 2) if smoke else (_FINE_TUNED, 16)
+    methods = {name: METHODS[name] for name in ("inference", "m=1")}
+    rows, raw = [], []
+    for name, arithmetic in itertools.product(networks, ("float32", "16w8a")):
+        memory, record = _plan(name, arithmetic, batch_size, methods, smoke)
+        inference, step, backprop = memory.values()
+        ratios = [step.live / other.live for other in (inference, backprop)]
+        live = [mib(m.live) for m in memory.values()]
+        rows.append([name, arithmetic, *live, *(f"{r:.2f}" for r in ratios)])
+        raw.append({**record, "of_inference": ratios[0], "of_backprop": ratios[1]})
+    yield Table(
+        title=f"Live memory in MiB of a full fine-tuning step, batch {batch_size}",
+        columns=(
+            *("network", "arithmetic", *methods, "backprop"),
+            *("m=1 / inference", "m=1 / backprop"),
+        ),
+        rows=rows,
+        note="Parameters, state, data and temporaries of a call; steps are donated and "
+        f"train all weights; {_TRAINED}",
+        raw=raw,
+    )
 
 
 def tables(smoke: bool) -> Iterator[Table]:
@@ -27,30 +60,40 @@ def tables(smoke: bool) -> Iterator[Table]:
     batch_sizes = (2,) if smoke else (1, 4, 16, 64)
     rows, raw = [], []
     for name, arithmetic, batch_size in subjects.cases(smoke, batch_sizes):
-        subject = subjects.chosen(smoke)[name]
-        problem = subjects.problem(subject, batch_size, arithmetic)
-        trained = subjects.problem(subject, batch_size, arithmetic, simulated=True)
-        compiled = {method: make(problem) for method, make in METHODS.items()}
-        compiled["backprop"] = programs.backprop_step(trained)
-        memory = measure.plan(compiled)
+        memory, record = _plan(name, arithmetic, batch_size, METHODS, smoke)
         cells = [f"{mib(m.temporaries)} / {mib(m.live)}" for m in memory.values()]
         rows.append([name, arithmetic, str(batch_size), *cells])
-        raw.append(
-            {
-                "subject": name,
-                "arithmetic": arithmetic,
-                "parameters": problem.num_parameters,
-                "batch_size": batch_size,
-                "memory": {method: m.asdict() for method, m in memory.items()},
-            }
-        )
+        raw.append(record)
     yield Table(
         title="Memory in MiB, temporaries / live",
         columns=("network", "arithmetic", "batch", *METHODS, "backprop"),
         rows=rows,
         note="Live: parameters, state, data and temporaries of one call. "
         "Steps are donated. m: pairs one after the other; K: pairs at once; vmap: "
-        "weights perturbed by hand under jax.vmap; backprop in 16w8a: float32 weights "
-        "that are rounded on the way.",
+        f"weights perturbed by hand under jax.vmap; {_TRAINED}",
         raw=raw,
     )
+
+
+def _plan(
+    name: str,
+    arithmetic: str,
+    batch_size: int,
+    methods: Mapping[str, Callable[[Problem], Program]],
+    smoke: bool,
+) -> tuple[dict[str, Memory], dict[str, Any]]:
+    """Memory of the methods and of backpropagation, and all of it as JSON takes it."""
+    subject = subjects.chosen(smoke)[name]
+    problem = subjects.problem(subject, batch_size, arithmetic)
+    trained = subjects.problem(subject, batch_size, arithmetic, simulated=True)
+    compiled = {method: make(problem) for method, make in methods.items()}
+    compiled["backprop"] = programs.backprop_step(trained)
+    memory = measure.plan(compiled)
+    record = {
+        "subject": name,
+        "arithmetic": arithmetic,
+        "parameters": problem.num_parameters,
+        "batch_size": batch_size,
+        "memory": {method: m.asdict() for method, m in memory.items()},
+    }
+    return memory, record

@@ -14,7 +14,7 @@ import optax
 
 import fgrad
 from experiments.benchmarks import measure
-from experiments.models import cnn, lstm, mlp, resnet, vit
+from experiments.models import cnn, efficientnet, lstm, mlp, resnet, vit
 from fgrad import layers
 
 # (bits of weights, bits of activations)
@@ -47,10 +47,12 @@ def stack(width: int, depth: int) -> Subject:
     return Subject(network, (width,))
 
 
-# DeiT-tiny and ResNet18 at 96 pixels, digits, and a second of speech in 50 frames.
+# DeiT-tiny, ResNet18 and EfficientNet-Lite0 at 96 pixels, digits, and a second of
+# speech in 50 frames.
 SUBJECTS = {
     "vit": Subject(vit.ViT, (96, 96, 3)),
     "resnet18": Subject(resnet.ResNet, (96, 96, 3)),
+    "efficientnet_lite0": Subject(efficientnet.EfficientNetLite0, (96, 96, 3)),
     "cnn": Subject(cnn.CNN, (8, 8, 1)),
     "lstm": Subject(lstm.LSTM, (50, 40), 12),
 }

@@ -15,6 +15,7 @@ from experiments.benchmarks.table import Table
 # tables(smoke) yields them as they are finished.
 TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "bars": bars.tables,
+    "fine_tuning": memory.fine_tuning,
     "memory": memory.tables,
     "time": timing.tables,
     "peers": peers.tables,

@@ -50,6 +50,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.wider_tuning = 0  # further rates to try while the best is the last in order
     config.parallel_runs = 2  # methods at a time, one run each
     config.snapshot_seconds = 30.0  # of a run; a killed one goes on from the last
+    config.event_files = False  # TensorBoard's, of every run, under <workdir>/runs
     config.num_evals = 2 if smoke else 10  # points of the curves
     config.figure = "curves"  # or "dots", for many methods
 

@@ -1,11 +1,14 @@
 """Splits of TFDS builders as arrays in memory."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+
+_CHUNK = 1024  # examples whose encoded form is held at once
 
 
 class Split(NamedTuple):
@@ -23,8 +26,6 @@ class Split(NamedTuple):
 def load(builder: tfds.core.DatasetBuilder) -> dict[str, Split]:
     """Prepares a dataset of uint8 images and reads all its splits into memory.
 
-    The examples come in the order of their shards, which a data source keeps.
-
     Args:
       builder: a builder with features "image" and "label"; array_record files, since
         those are read without TensorFlow.
@@ -33,12 +34,47 @@ def load(builder: tfds.core.DatasetBuilder) -> dict[str, Split]:
       A `Split` for each split of the builder.
     """
     builder.download_and_prepare()
-    splits = {}
-    for name in builder.info.splits:
-        source = builder.as_data_source(split=name)
-        examples = source.__getitems__(range(len(source)))
-        splits[name] = Split(
-            jnp.asarray(np.stack([e["image"] for e in examples]), jnp.float32) / 255,
-            jnp.asarray(np.stack([e["label"] for e in examples]), jnp.int32),
+    return read(builder, {name: name for name in builder.info.splits})
+
+
+def read(
+    builder: tfds.core.DatasetBuilder,
+    splits: Mapping[str, str],
+    *,
+    example: Callable[[Any], tuple[np.ndarray, int]] = lambda e: (
+        e["image"],
+        e["label"],
+    ),
+    part: slice = slice(None),
+    decoders: Any = None,
+) -> dict[str, Split]:
+    """Reads a dataset that is prepared into memory.
+
+    The examples come in the order of their shards, which a data source keeps.
+
+    Args:
+      builder: of array_record files.
+      splits: our name of each split to TFDS's, such as "train[:90%]".
+      example: from what TFDS reads of an example to its uint8 image [height, width,
+        channels], all of one shape, and its label.
+      part: which examples of each split.
+      decoders: of features that TFDS shall not decode in its own way.
+
+    Returns:
+      A `Split` by each of our names.
+    """
+    found = {}
+    for name, split in splits.items():
+        source = builder.as_data_source(split=split, decoders=decoders)
+        wanted = range(len(source))[part]
+        pairs = [
+            example(e)
+            for start in range(0, len(wanted), _CHUNK)
+            for e in source.__getitems__(wanted[start : start + _CHUNK])
+        ]
+        images, labels = zip(*pairs, strict=True)
+        found[name] = Split(
+            jnp.asarray(np.stack(images), jnp.float32) / 255,
+            jnp.asarray(np.stack(labels), jnp.int32),
         )
-    return splits
+    return found

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from experiments import checkpoints
 from experiments.features import moments
+from experiments.models import pytorch
 from fgrad import fixed_point, layers
 
 # Of the batch normalisations that are folded into the convolutions.
@@ -166,7 +167,9 @@ class EfficientNetLite0(nn.Module):
                 x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.deviation)
             return x
 
-        for stage in (stem, *self.blocks, pool, self.classifier)[start:stop]:
+        stages: list[Callable[[jax.Array], jax.Array]]
+        stages = [stem, *self.blocks, pool, self.classifier]
+        for stage in stages[start:stop]:
             x = stage(x)
         return x
 
@@ -181,9 +184,7 @@ def _blocks() -> Iterator[tuple[_Stage, int]]:
 def from_state_dict(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of `EfficientNetLite0` from those of the PyTorch network.
 
-    A convolution K and its normalisation become a convolution with a bias,
-
-        K · γ / √(σ² + ε)   and   β − μ γ / √(σ² + ε).
+    Each normalisation is folded, see `experiments.models.pytorch.convolution`.
 
     Args:
       state: the state dict of the PyPI package efficientnet-lite-pytorch's network,
@@ -209,35 +210,15 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         for norm, name in enumerate(names, start=3 - len(names)):
             source = f"_blocks.{index}._{name}_conv", f"_blocks.{index}._bn{norm}"
             convolutions[f"blocks_{index}/{name}"] = source
-    statistics = ("weight", "bias", "running_mean", "running_var")
     expected = {"_fc.weight", "_fc.bias"}
-    for convolution, norm in convolutions.values():
-        expected |= {f"{convolution}.weight", *(f"{norm}.{s}" for s in statistics)}
-    found = {name for name in state if not name.endswith(".num_batches_tracked")}
-    if found != expected:
-        raise ValueError(
-            f"this is no EfficientNet-Lite0: it lacks {sorted(expected - found)[:5]} "
-            f"and has {sorted(found - expected)[:5]} (5 at most of each)."
-        )
+    for source in convolutions.values():
+        expected.update(pytorch.with_norm(*source))
+    pytorch.check_names(state, expected, "EfficientNet-Lite0")
 
-    params = {"classifier": _float32(state["_fc.weight"].T, state["_fc.bias"])}
-    for name, (convolution, norm) in convolutions.items():
-        kernel = state[f"{convolution}.weight"].astype(np.float64)
-        gamma, beta, mean, variance = (
-            state[f"{norm}.{statistic}"].astype(np.float64) for statistic in statistics
-        )
-        factor = gamma / np.sqrt(variance + _EPSILON)
-        # [out, in, height, width] to [height, width, in, out]
-        kernel = kernel.transpose(2, 3, 1, 0) * factor
-        params[name] = _float32(kernel, beta - mean * factor)
+    params = {"classifier": pytorch.dense(state, "_fc")}
+    for name, source in convolutions.items():
+        params[name] = pytorch.convolution(state, *source, _EPSILON)
     return traverse_util.unflatten_dict(params, sep="/")
-
-
-def _float32(kernel: np.ndarray, bias: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "kernel": np.ascontiguousarray(kernel, np.float32),
-        "bias": np.asarray(bias, np.float32),
-    }
 
 
 def load_imagenet() -> dict[str, Any]:

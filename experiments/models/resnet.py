@@ -1,12 +1,22 @@
 """A residual network as it is deployed: batch normalisation folded into biases."""
 
-from collections.abc import Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from flax import traverse_util
 
+from experiments import checkpoints
+from experiments.models import pytorch
 from fgrad import fixed_point, layers
+
+# Of the batch normalisations that are folded into the convolutions.
+_EPSILON = 1e-5
 
 
 class Block(nn.Module):
@@ -69,7 +79,15 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [batch, classes] of float images [batch, height, width, channels]."""
+        """Logits of images.
+
+        Args:
+          images: floats [batch, height, width, channels] of any size; for weights of
+            torchvision red first and normalised as those were trained.
+
+        Returns:
+          [batch, classes].
+        """
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
         side, stride = (3, 1) if self.small_images else (7, 2)
         x = layers.Conv(
@@ -89,3 +107,102 @@ class ResNet(nn.Module):
                 x = Block(self.width * 2**stage, stride, **settings)(x)
         x = x.mean(axis=(1, 2))
         return layers.Dense(self.num_classes, **settings)(x)
+
+
+def from_state_dict(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Parameters of `ResNet` from those of torchvision's network.
+
+    Each normalisation is folded, see `experiments.models.pytorch.convolution`.
+
+    Args:
+      state: the state dict of torchvision's ``resnet18``, or of a relative with basic
+        blocks, such as ``resnet34``, with any width and number of classes.
+
+    Returns:
+      float32 parameters, nested as Flax has them; `matching` makes their network.
+
+    Raises:
+      ValueError: if names are missing, or are those of another network.
+
+    Example:
+      >>> from_state_dict({"conv1.weight": np.zeros((64, 3, 7, 7))})
+      Traceback (most recent call last):
+      ...
+      ValueError: this is no ResNet of basic blocks: it lacks ['bn1.bias', ...
+    """
+    sources = {"Conv_0": ("conv1", "bn1")}
+    for index, (stage, block) in enumerate(_blocks(state)):
+        source, target = f"layer{stage}.{block}", f"Block_{index}"
+        for conv in (1, 2):
+            names = f"{source}.conv{conv}", f"{source}.bn{conv}"
+            sources[f"{target}/Conv_{conv - 1}"] = names
+        if stage > 1 and block == 0:  # where the shape changes
+            names = f"{source}.downsample.0", f"{source}.downsample.1"
+            sources[f"{target}/Conv_2"] = names
+    expected = {"fc.weight", "fc.bias"}
+    for names in sources.values():
+        expected.update(pytorch.with_norm(*names))
+    pytorch.check_names(state, expected, "ResNet of basic blocks")
+
+    params = {"Dense_0": pytorch.dense(state, "fc")}
+    for name, names in sources.items():
+        params[name] = pytorch.convolution(state, *names, _EPSILON)
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _blocks(state: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
+    """Stage, from 1, and number, from 0, of each block, in order; one at least."""
+    matches = (re.match(r"layer(\d+)\.(\d+)\.", name) for name in state)
+    found = {(int(m[1]), int(m[2])) for m in matches if m}
+    return sorted(found) or [(1, 0)]
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parameters in a file that torchvision published; PyTorch is not needed.
+
+    Args:
+      path: a ``.safetensors`` or PyTorch file, see `experiments.checkpoints.load`.
+
+    Returns:
+      As `from_state_dict`.
+
+    Raises:
+      ValueError: as `from_state_dict` and `experiments.checkpoints.load`.
+
+    Example:
+      >>> params = load("resnet18-f37072fd.pth")  # doctest: +SKIP
+      >>> model = matching(params)  # doctest: +SKIP
+    """
+    return from_state_dict(checkpoints.load(path))
+
+
+def matching(params: Mapping[str, Any], **settings: Any) -> ResNet:
+    """The network that has given parameters.
+
+    Args:
+      params: of a `ResNet`, as `load` and `from_state_dict` return them.
+      **settings: further attributes, such as ``bits``.
+
+    Returns:
+      The module; its stem is that for small images if the kernel is 3x3.
+
+    Example:
+      >>> images = np.zeros((1, 8, 8, 3))
+      >>> model = ResNet(5, width=4, stage_sizes=(1, 2), small_images=True)
+      >>> shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> matching(shapes["params"]) == model
+      True
+    """
+    side, *_, width = params["Conv_0"]["kernel"].shape
+    stages = Counter(
+        block["Conv_0"]["kernel"].shape[-1]
+        for name, block in params.items()
+        if name.startswith("Block_")
+    )
+    return ResNet(
+        num_classes=params["Dense_0"]["kernel"].shape[-1],
+        width=width,
+        stage_sizes=tuple(stages[features] for features in sorted(stages)),
+        small_images=side == 3,
+        **settings,
+    )

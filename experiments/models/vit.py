@@ -1,13 +1,30 @@
-"""A vision transformer; by default DeiT-tiny."""
+"""A vision transformer; by default DeiT-tiny, whose published weights it reads."""
 
 import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
+from experiments import checkpoints
+from experiments.models import pytorch
 from fgrad import fixed_point, layers
+
+# Features of a head in DeiT and in the vision transformers of its paper's reference.
+_HEAD_FEATURES = 64
+# Ours and timm's name of each layer of a block, but for the attention's inputs.
+_LAYERS = {
+    "LayerNorm_0": "norm1",
+    "MultiHeadDotProductAttention_0/out": "attn.proj",
+    "LayerNorm_1": "norm2",
+    "Dense_0": "mlp.fc1",
+    "Dense_1": "mlp.fc2",
+}
 
 
 class Block(nn.Module):
@@ -80,14 +97,26 @@ class ViT(nn.Module):
     def __call__(
         self, x: jax.Array, start: int = 0, stop: int | None = None
     ) -> jax.Array:
-        """Logits [batch, classes] of float images [batch, height, width, channels].
+        """Logits of images.
 
-        ``start`` and ``stop`` choose stages as in a slice: what those before ``start``
-        return goes in, and what the last chosen one returns comes out.
+        Args:
+          x: floats [batch, height, width, channels]; for weights of timm red first and
+            normalised as those were trained. With ``start`` what the stages before it
+            return.
+          start: first stage to run.
+          stop: stage to stop before, as in a slice.
+
+        Returns:
+          [batch, classes]; with ``stop`` what the stage before it returns.
+
+        Raises:
+          ValueError: if the sides are no multiples of the patch, or the positions are
+            for another number of patches.
         """
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
 
         def embed(images: jax.Array) -> jax.Array:
+            self._check(images.shape)
             patch = (self.patch, self.patch)
             x = layers.Conv(
                 self.width, patch, strides=patch, name="Conv_0", **settings
@@ -111,6 +140,157 @@ class ViT(nn.Module):
             return layers.Dense(self.num_classes, name="Dense_0", **settings)(features)
 
         blocks = [functools.partial(block, index) for index in range(self.depth)]
-        for stage in (embed, *blocks, normalise, classify)[start:stop]:
+        stages: list[Callable[[jax.Array], jax.Array]]
+        stages = [embed, *blocks, normalise, classify]
+        for stage in stages[start:stop]:
             x = stage(x)
         return x
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        height, width = shape[-3:-1]
+        if height % self.patch or width % self.patch:
+            raise ValueError(
+                f"images of {height}x{width} pixels do not divide into patches of "
+                f"{self.patch}x{self.patch}: resize or crop them."
+            )
+        patches = (height // self.patch) * (width // self.patch)
+        positions = self.get_variable("params", "positions")
+        if positions is not None and positions.shape[1] != 1 + patches:
+            known = positions.shape[1] - 1
+            side = self.patch * round(known**0.5)
+            raise ValueError(
+                f"images of {height}x{width} pixels have {patches} patches, and the "
+                f"positions are for {known}: resize the images to {side}x{side}, or "
+                "interpolate the positions."
+            )
+
+
+def from_state_dict(
+    state: Mapping[str, np.ndarray], num_heads: int | None = None
+) -> dict[str, Any]:
+    """Parameters of `ViT` from those of timm's network.
+
+    Args:
+      state: the state dict of timm's ``deit_tiny_patch16_224``,
+        ``vit_tiny_patch16_224`` or another plain vision transformer with a class token:
+        any depth, width, patch, image size and number of classes.
+      num_heads: attention heads, which the weights do not tell; by default one for each
+        64 features, as in the published networks.
+
+    Returns:
+      float32 parameters, nested as Flax has them; `matching` makes their network.
+
+    Raises:
+      ValueError: if names are missing, or are those of another network; if the heads do
+        not divide the width.
+
+    Example:
+      >>> from_state_dict({"blocks.0.norm1.weight": np.ones(192)})
+      Traceback (most recent call last):
+      ...
+      ValueError: this is no vision transformer: it lacks ['blocks.0.attn.proj...
+
+    Reference:
+      Wightman, "PyTorch image models", https://doi.org/10.5281/zenodo.4414861.
+    """
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    pytorch.check_names(state, set(_names(max(depth, 1))), "vision transformer")
+    width = state["cls_token"].shape[-1]
+    num_heads = width // _HEAD_FEATURES if num_heads is None else num_heads
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads} does not divide the width of {width}: say how many "
+            "heads the network has."
+        )
+    heads = num_heads, width // num_heads
+
+    patches = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+    params: dict[str, Any] = {
+        **pytorch.float32(class_token=state["cls_token"], positions=state["pos_embed"]),
+        "Conv_0": pytorch.float32(kernel=patches, bias=state["patch_embed.proj.bias"]),
+        "LayerNorm_0": _norm(state, "norm"),
+        "Dense_0": pytorch.dense(state, "head"),
+    }
+    for index in range(depth):
+        block, source = f"Block_{index}", f"blocks.{index}"
+        for ours, theirs in _LAYERS.items():
+            read = _norm if ours.startswith("LayerNorm") else pytorch.dense
+            params[f"{block}/{ours}"] = read(state, f"{source}.{theirs}")
+        attention = f"{block}/MultiHeadDotProductAttention_0"
+        joined = pytorch.dense(state, f"{source}.attn.qkv")
+        # Side by side: all of the query, then the key, then the value.
+        parts = (np.split(joined[name], 3, axis=-1) for name in ("kernel", "bias"))
+        for name, kernel, bias in zip(("query", "key", "value"), *parts, strict=True):
+            params[f"{attention}/{name}"] = pytorch.float32(
+                kernel=kernel.reshape(width, *heads), bias=bias.reshape(heads)
+            )
+        out = params[f"{attention}/out"]
+        out["kernel"] = out["kernel"].reshape(*heads, width)
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _names(depth: int) -> Iterator[str]:
+    """All names of timm's network."""
+    yield from ("cls_token", "pos_embed")
+    modules = ["patch_embed.proj", "norm", "head"]
+    for index in range(depth):
+        modules += [f"blocks.{index}.{n}" for n in ("attn.qkv", *_LAYERS.values())]
+    for module in modules:
+        yield from (f"{module}.weight", f"{module}.bias")
+
+
+def _norm(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    return pytorch.float32(scale=state[f"{name}.weight"], bias=state[f"{name}.bias"])
+
+
+def load(path: str | os.PathLike[str], num_heads: int | None = None) -> dict[str, Any]:
+    """Parameters in a file that timm or DeiT published; PyTorch is not needed.
+
+    Args:
+      path: a ``.safetensors`` or PyTorch file, see `experiments.checkpoints.load`.
+        DeiT's own files keep the network under "model", which is fine.
+      num_heads: as for `from_state_dict`.
+
+    Returns:
+      As `from_state_dict`.
+
+    Raises:
+      ValueError: as `from_state_dict` and `experiments.checkpoints.load`.
+
+    Example:
+      >>> params = load("deit_tiny_patch16_224.safetensors")  # doctest: +SKIP
+      >>> model = matching(params)  # doctest: +SKIP
+    """
+    state = checkpoints.load(path)
+    state = {name.removeprefix("model."): array for name, array in state.items()}
+    return from_state_dict(state, num_heads)
+
+
+def matching(params: Mapping[str, Any], **settings: Any) -> ViT:
+    """The network that has given parameters.
+
+    Args:
+      params: of a `ViT`, as `load` and `from_state_dict` return them.
+      **settings: further attributes, such as ``bits``.
+
+    Returns:
+      The module.
+
+    Example:
+      >>> images = jnp.zeros((1, 32, 32, 3))
+      >>> model = ViT(num_classes=5, depth=2, width=64, num_heads=2, mlp_width=128)
+      >>> shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> matching(shapes["params"]) == model
+      True
+    """
+    query = params["Block_0"]["MultiHeadDotProductAttention_0"]["query"]["kernel"]
+    width, num_heads, _ = query.shape
+    return ViT(
+        num_classes=params["Dense_0"]["kernel"].shape[-1],
+        patch=params["Conv_0"]["kernel"].shape[0],
+        width=width,
+        depth=sum(name.startswith("Block_") for name in params),
+        num_heads=num_heads,
+        mlp_width=params["Block_0"]["Dense_0"]["kernel"].shape[-1],
+        **settings,
+    )
