@@ -18,6 +18,7 @@ from experiments import adapt, events, features, metrics, report, runs
 from experiments.data import arrays, cifar, digits, mnist, mnist_c, solar, wake_words
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn, efficientnet, linear, vit
+from fgrad.analysis import Memory
 
 Splits = Mapping[str, arrays.Split]
 
@@ -116,8 +117,7 @@ class Trainer:
         step = jax.jit(self.learner.step, donate_argnums=0)
         lowered = step.lower(state, jnp.float32(0), jnp.float32(1), self._data["train"])
         self._step = lowered.compile()
-        memory: Any = self._step.memory_analysis()
-        self.temporaries = memory.temp_size_in_bytes
+        self.temporaries = Memory.planned(self._step).temporaries
 
     def train(
         self,

@@ -2,6 +2,7 @@
 
 from fgrad import (
     activity,
+    analysis,
     enhancements,
     estimators,
     evaluation,
@@ -30,6 +31,7 @@ __all__ = [
     "QTensor",
     "activity",
     "activity_forward_grad",
+    "analysis",
     "dequantize",
     "dual_forward",
     "enhancements",

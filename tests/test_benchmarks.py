@@ -16,6 +16,7 @@ from experiments.benchmarks.bars import Bar
 from experiments.benchmarks.measure import Effort, Program
 from experiments.models import lstm, resnet, vit
 from fgrad import layers
+from fgrad.analysis import Memory
 
 
 def numbers(tree):
@@ -95,7 +96,7 @@ def test_memory_counts_donated_arguments_once():
     ones = jnp.ones(2**18)  # a MiB
     program = Program(lambda w, x: w + x, ones, ones, carries=True)
     memory = program.plan()
-    assert memory == measure.Memory(2 * 2**20, 2**20, 2**20, 0)
+    assert memory == Memory(2 * 2**20, 2**20, 2**20, 0)
     assert memory.live == 2 * 2**20
     assert Program(lambda w, x: w + x, ones, ones).plan().live == 3 * 2**20
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from experiments.benchmarks import measure, programs, subjects
 from experiments.benchmarks.measure import Program, Times
 from experiments.benchmarks.table import NOTHING, Table
+from fgrad.analysis import Memory
 
 PAIRS = 8
 
@@ -119,7 +120,7 @@ def tables(smoke: bool) -> Iterator[Table]:
 
 
 def _bars(
-    memory: dict[str, measure.Memory], times: dict[tuple[str, ...], dict[str, Times]]
+    memory: dict[str, Memory], times: dict[tuple[str, ...], dict[str, Times]]
 ) -> Iterator[Bar]:
     def of_times(
         arithmetic: str,

@@ -7,6 +7,7 @@ from experiments.benchmarks import measure, programs, subjects
 from experiments.benchmarks.measure import Effort, Program
 from experiments.benchmarks.subjects import Problem
 from experiments.benchmarks.table import Table, mib
+from fgrad.analysis import Memory
 
 _TIMES = "Ratios of median times to as many inferences as there are evaluations"
 
@@ -121,7 +122,7 @@ def _perturbations(
 
 
 def _costs(
-    memory: Mapping[str, measure.Memory], times: Mapping[str, measure.Times]
+    memory: Mapping[str, Memory], times: Mapping[str, measure.Times]
 ) -> dict[str, Any]:
     return {
         "memory": {name: plan.asdict() for name, plan in memory.items()},

@@ -17,33 +17,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from fgrad.analysis import Memory
+
 # A sample shorter than this is made of several calls, for the clock's sake.
 _MIN_SECONDS = 0.02
-
-
-class Memory(NamedTuple):
-    """Bytes of one call.
-
-    Attributes:
-      arguments: parameters, state and data.
-      outputs: results, wherever they lie.
-      aliased: those results that take the place of donated arguments.
-      temporaries: scratch memory of the call.
-    """
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-
-    @property
-    def live(self) -> int:
-        """All bytes that the call needs: arguments, new outputs, temporaries."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries
-
-    def asdict(self) -> dict[str, int]:
-        """For JSON."""
-        return {**self._asdict(), "live": self.live}
 
 
 class Program:
@@ -76,13 +53,7 @@ class Program:
     def plan(self) -> Memory:
         """What the compiler plans for a call."""
         compiled = self._compiled or self._lowered.compile(quick_options())
-        plan: Any = compiled.memory_analysis()
-        return Memory(
-            plan.argument_size_in_bytes,
-            plan.output_size_in_bytes,
-            plan.alias_size_in_bytes,
-            plan.temp_size_in_bytes,
-        )
+        return Memory.planned(compiled)
 
     def __call__(self) -> Any:
         """Calls the compiled function once and waits for the result."""

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from experiments.benchmarks import measure, programs, subjects
-from experiments.benchmarks.measure import Memory, Program
+from experiments.benchmarks.measure import Program
 from experiments.benchmarks.subjects import Problem
 from experiments.benchmarks.table import Table, mib
+from fgrad.analysis import Memory
 
 METHODS: dict[str, Callable[[Problem], Program]] = {
     "inference": programs.inference,
