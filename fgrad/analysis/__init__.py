@@ -1,12 +1,32 @@
-"""What a training step costs, and what its loss looks like."""
+"""What a training step costs, what its loss looks like, how good its gradient is."""
 
 from fgrad.analysis.budget import DeviceBudget, device_budget
+from fgrad.analysis.figures import plot_contour, plot_surface
+from fgrad.analysis.gradients import GradientQuality, gradient_quality
+from fgrad.analysis.landscape import (
+    Directions,
+    Landscape,
+    coordinates,
+    loss_landscape,
+    random_directions,
+    trajectory_directions,
+)
 from fgrad.analysis.memory import Memory, MemoryReport, memory_report
 
 __all__ = [
     "DeviceBudget",
+    "Directions",
+    "GradientQuality",
+    "Landscape",
     "Memory",
     "MemoryReport",
+    "coordinates",
     "device_budget",
+    "gradient_quality",
+    "loss_landscape",
     "memory_report",
+    "plot_contour",
+    "plot_surface",
+    "random_directions",
+    "trajectory_directions",
 ]
