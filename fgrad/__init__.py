@@ -18,6 +18,7 @@ from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, quantize
 from fgrad.low_bit import on_grid
 from fgrad.rules import relative_epsilon, step_epsilon
+from fgrad.serialization import load, save
 from fgrad.transform import (
     fixed_point_forward_grad,
     on_values,
@@ -40,6 +41,7 @@ __all__ = [
     "fixed_point",
     "fixed_point_forward_grad",
     "layers",
+    "load",
     "on_grid",
     "on_values",
     "perturbations",
@@ -49,6 +51,7 @@ __all__ = [
     "qzo_ff",
     "relative_epsilon",
     "rules",
+    "save",
     "step_epsilon",
     "transform",
 ]
