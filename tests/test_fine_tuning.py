@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments import features, methods, optimizers, train
+from experiments import features, methods, optimizers, tasks, train
 from experiments.configs import fine_tuning, quickstart
 from experiments.data.arrays import Split
 from experiments.models import efficientnet, vit
@@ -134,14 +134,14 @@ def test_a_standardized_network_sees_a_domains_statistics():
         efficientnet.EfficientNetLite0, num_classes=3, standardized=True
     )
     data = {"train": Split(images, jnp.zeros(6, int))}
-    found = train._with_statistics(network(), params, data)
+    found = tasks.with_statistics(network(), params, data)
     apply = jax.jit(functools.partial(network().apply, stop=-1))
     seen = apply({"params": found}, images)
     expected = features.standardize({"train": Split(raw, None)})["train"].images
     np.testing.assert_allclose(seen, expected, atol=1e-4)
-    again = train._with_statistics(network(), found, data)
+    again = tasks.with_statistics(network(), found, data)
     jax.tree.map(np.testing.assert_array_equal, again, found)
-    assert train._with_statistics(plain, params, data) is params
+    assert tasks.with_statistics(plain, params, data) is params
 
 
 # ------------------------------------------------------------- the experiment itself

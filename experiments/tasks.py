@@ -1,0 +1,98 @@
+"""What experiments name: networks, published weights, datasets and their domains."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from experiments import features
+from experiments.data import arrays, cifar, digits, mnist, mnist_c, solar, wake_words
+from experiments.models import cnn, efficientnet, linear, vit
+
+Splits = Mapping[str, arrays.Split]
+
+
+def _built(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Splits]:
+    """``load(domain, data_dir)`` by a builder of ours."""
+
+    def load(domain: str, data_dir: str) -> Splits:
+        # array_record is read without TensorFlow.
+        return arrays.load(
+            builder(config=domain, data_dir=data_dir, file_format="array_record")
+        )
+
+    return load
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": cnn.CNN,
+    "linear": linear.Linear,
+    # 28,682 parameters for 32x32x1 images: 16 patches and the class token.
+    "vit_32": functools.partial(
+        vit.ViT, patch=8, width=32, depth=3, num_heads=4, mlp_width=64
+    ),
+    "efficientnet_lite0": functools.partial(
+        efficientnet.EfficientNetLite0, standardized=True
+    ),
+    # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
+    "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
+}
+# load(domain, data_dir) gives the splits "train", "validation" and "test".
+DATASETS: dict[str, Callable[[str, str], Splits]] = {
+    "cifar10": cifar.load,
+    "digits": _built(digits.Digits),
+    "mnist_5k": _built(mnist.Mnist5k),
+    "mnist_5k_c": _built(mnist_c.Mnist5kC),
+    "solar_cells": _built(solar.SolarCells),
+    "visual_wake_words": wake_words.load,
+}
+BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
+# Published weights to start from, and how the images have to be for them.
+WEIGHTS = {"imagenet": (efficientnet.load_imagenet, efficientnet.normalized)}
+
+
+def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
+    """The splits of one domain of the dataset, as the network takes them."""
+    tfds.disable_progress_bar()
+    data_dir = config.data_dir or str(directory / "data")
+    splits = DATASETS[config.dataset](domain, data_dir)
+    if config.weights:
+        _, normalized = WEIGHTS[config.weights]
+        splits = {
+            name: split._replace(images=normalized(split.images))
+            for name, split in splits.items()
+        }
+    if not config.backbone:
+        return splits
+    name = f"{config.dataset}_{domain}_{config.backbone}.npz"
+    cache = pathlib.Path(data_dir) / "features" / name
+    splits = features.extract(BACKBONES[config.backbone], splits, cache)
+    return features.standardize(splits)
+
+
+def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> Any:
+    """Float parameters to pre-train: drawn, or published ones with a new head."""
+    key = jax.random.key(config.pretrain.seed)
+    init = jax.jit(network(bits=None).init)
+    params = init(key, data["train"].images[:1])["params"]
+    if not config.weights:
+        return params
+    published = WEIGHTS[config.weights][0]()
+    params |= {k: v for k, v in published.items() if k != "classifier"}
+    return with_statistics(network(bits=None), params, data)
+
+
+def with_statistics(model: Any, params: Any, data: Splits) -> Any:
+    """Parameters with a domain's statistics of the features, if the network has any."""
+    if not getattr(model, "standardized", False):
+        return params
+    raw = functools.partial(model.clone(standardized=False).apply, stop=-1)
+    apply = jax.jit(functools.partial(raw, {"params": params}))
+    found = features.batched(apply, data["train"].images)
+    return efficientnet.with_statistics(params, jnp.asarray(found))
