@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import train
+from experiments import landscape, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
@@ -20,6 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
+_DRIVERS = {"train": train.run, "landscape": landscape.run}
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    train.run(_CONFIG.value, _WORKDIR.value, _RESUME.value)
+    driver = _CONFIG.value.get("driver", "train")
+    _DRIVERS[driver](_CONFIG.value, _WORKDIR.value, _RESUME.value)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import fgrad
 from experiments import adapt, features
 from experiments.data.arrays import Split
-from experiments.optimizers import forward_passes, make_optimizer
+from experiments.optimizers import forward_passes, make_estimator, make_optimizer
 from fgrad import layers
 
 
@@ -52,6 +52,9 @@ class Learner(NamedTuple):
         for `step` and `logits`.
       step: ``step(state, learning_rate, steps, split) -> TrainState``; not jitted.
       logits: ``logits(state, images) -> `` [examples, classes]; jitted.
+      loss_fn: ``loss_fn(trained, frozen, scales, batch)``, the mean over the batch.
+      estimate: ``estimate(state, key, batch)``, an estimate of its gradient by the
+        forward method's first link.
       passes_per_step: forward passes of a step; a backward pass counts as two.
     """
 
@@ -59,6 +62,8 @@ class Learner(NamedTuple):
     cached: Callable[[TrainState, Mapping[str, Split]], Mapping[str, Split]]
     step: Callable[[TrainState, jax.Array, jax.Array, Split], TrainState]
     logits: Callable[[TrainState, jax.Array], jax.Array]
+    loss_fn: Callable[[Any, Any, Any, Split], jax.Array]
+    estimate: Callable[[TrainState, jax.Array, Split], Any]
     passes_per_step: int
 
 
@@ -138,6 +143,15 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
             for name, split in splits.items()
         }
 
+    def estimate(state: TrainState, key: jax.Array, batch: Split) -> Any:
+        tx = make_estimator(method, key, optax.constant_schedule(1.0))
+        value_fn = losses_fn if method.gradient == "activity" else loss_fn
+        given = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
+        begun = tx.init(state.params)
+        return tx.update(state.params, begun, state.params, value_fn=value_fn, **given)[
+            0
+        ]
+
     def step(
         state: TrainState, learning_rate: jax.Array, steps: jax.Array, split: Split
     ) -> TrainState:
@@ -168,7 +182,9 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
     def logits(state: TrainState, images: jax.Array) -> jax.Array:
         return apply(state.params, state.frozen, state.scales, images)
 
-    return Learner(init, cached, step, logits, forward_passes(method))
+    return Learner(
+        init, cached, step, logits, loss_fn, estimate, forward_passes(method)
+    )
 
 
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:

@@ -53,34 +53,9 @@ def make_optimizer(
     def links(name: str) -> list[Any]:
         return [getattr(enhancements, name)(**chosen[name])] if name in chosen else []
 
-    def weights(mask: Any = None) -> optax.GradientTransformationExtraArgs:
-        return fgrad.fixed_point_forward_grad(
-            key,
-            mask=mask,
-            epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
-            num_perturbations=method.num_perturbations,
-            vectorize=method.vectorize,
-            perturbation=_perturbation(method),
-            estimator=getattr(estimators, method.estimator),
-            low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
-            guide=next(iter(links("momentum_guided_sampling")), None),
-        )
-
-    def activities() -> optax.GradientTransformationExtraArgs:
-        sites = [
-            activity.Site(name, **settings) for name, settings in method.sites.items()
-        ]
-        outside = activity.leaves_outside(sites)
-        return fgrad.activity_forward_grad(
-            key,
-            sites,
-            num_perturbations=method.num_perturbations,
-            vectorize=method.vectorize,
-            others=weights(outside) if method.others else None,
-        )
-
+    guides = links("momentum_guided_sampling")
     chain = optax.chain(
-        activities() if method.gradient == "activity" else weights(),
+        make_estimator(method, key, schedule, guide=next(iter(guides), None)),
         *links("kernel_normalization"),
         fgrad.on_values(optimizer),
         *links("error_feedback"),
@@ -93,6 +68,43 @@ def make_optimizer(
         settings = chosen["sparse_update"]
         chain = enhancements.sparse_update(chain, key=choice_key, **settings)
     return optax.with_extra_args_support(chain)
+
+
+def make_estimator(
+    method: ConfigDict, key: jax.Array, schedule: optax.Schedule, guide: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The first link of a forward method's chain, which estimates the gradient.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+      key: of the perturbations.
+      schedule: learning rate, which weights of less than 16 bits are estimated with.
+      guide: of momentum-guided sampling, or None.
+    """
+
+    def weights(mask: Any = None) -> optax.GradientTransformationExtraArgs:
+        return fgrad.fixed_point_forward_grad(
+            key,
+            mask=mask,
+            epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
+            num_perturbations=method.num_perturbations,
+            vectorize=method.vectorize,
+            perturbation=_perturbation(method),
+            estimator=getattr(estimators, method.estimator),
+            low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
+            guide=guide,
+        )
+
+    if method.gradient != "activity":
+        return weights()
+    sites = [activity.Site(name, **given) for name, given in method.sites.items()]
+    return fgrad.activity_forward_grad(
+        key,
+        sites,
+        num_perturbations=method.num_perturbations,
+        vectorize=method.vectorize,
+        others=weights(activity.leaves_outside(sites)) if method.others else None,
+    )
 
 
 def forward_passes(method: ConfigDict) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from fgrad.fixed_point import is_qtensor
 
 
 class GradientQuality(NamedTuple):
@@ -44,7 +45,9 @@ def gradient_quality(
     .. math:: \cos_i = \frac{\hat g_i \cdot g}{\|\hat g_i\| \, \|g\|}
 
     Args:
-      estimate: ``estimate(key)`` gives one estimate, a pytree like ``gradient``.
+      estimate: ``estimate(key)`` gives one estimate, a pytree like ``gradient``; an
+        update of a `QTensor` leaf counts with its ``qvalue``, as in
+        `fgrad.fixed_point_forward_grad`. Called for one key after the other: jit it.
       gradient: the true gradient, such as `jax.grad`'s; only for this comparison.
       key: random key, split into one for each estimate.
       num_estimates: how many are drawn, at least 2.
@@ -57,13 +60,15 @@ def gradient_quality(
 
     Example:
       >>> import fgrad
+      >>> import jax.numpy as jnp
       >>> def loss_fn(w):
       ...     return jnp.sum(w**2)
       >>> w = jnp.ones(8)
       >>> tx = fgrad.fixed_point_forward_grad(
       ...     jax.random.key(0), num_perturbations=64, estimator=fgrad.estimators.spsa
       ... )
-      >>> def estimate(key):
+      >>> @jax.jit
+      ... def estimate(key):
       ...     state = tx.init(w)._replace(key=key)
       ...     return tx.update(w, state, w, value_fn=loss_fn)[0]
       >>> found = gradient_quality(estimate, jax.grad(loss_fn)(w), jax.random.key(1))
@@ -72,9 +77,8 @@ def gradient_quality(
     """
     if num_estimates < 2:
         raise ValueError(f"num_estimates must be at least 2, got {num_estimates}.")
-    run = jax.jit(estimate)
     true = _flat(gradient)
-    drawn = np.stack([_flat(run(k)) for k in jax.random.split(key, num_estimates)])
+    drawn = np.stack([_flat(estimate(k)) for k in jax.random.split(key, num_estimates)])
     cosines = np.array([_cosine(row, true) for row in drawn])
     mean = drawn.mean(axis=0)
     deviations = drawn - mean
@@ -91,8 +95,9 @@ def gradient_quality(
 
 
 def _flat(tree: Any) -> np.ndarray:
-    leaves = [np.ravel(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate(leaves).astype(np.float64)
+    leaves = jax.tree.leaves(tree, is_leaf=is_qtensor)
+    arrays = [leaf.qvalue if is_qtensor(leaf) else leaf for leaf in leaves]
+    return np.concatenate([np.ravel(x) for x in arrays]).astype(np.float64)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,241 @@
+"""Where training runs go in the loss landscape, and how good their gradients are."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+import rich
+from matplotlib import figure
+from ml_collections import ConfigDict
+
+import fgrad
+from experiments import adapt, metrics, report, runs
+from experiments.configs import quickstart
+from experiments.data.arrays import Split
+from experiments.methods import Learner, TrainState, make_learner
+from experiments.train import Task, prepare
+from fgrad import analysis
+
+mpl.use("Agg")
+
+_LEAST_BITS = 16  # below, weights move by sparse steps on their grid
+_QUALITIES = {
+    "cosine": "cosine with the gradient",
+    "relative_variance": "variance over squared length",
+    "effective_rank": "effective rank",
+    "moved_fraction": "share of weights that moved",
+}
+_MARGIN = 0.3  # of the picture around the paths, as a share of their extent
+
+
+class Path(NamedTuple):
+    """A training run as seen from outside.
+
+    Attributes:
+      learner: the method's functions.
+      start: the training state before the first step.
+      points: parameters at the start and after each part of the run, float or on
+        their grid.
+      rows: step, score on the test split, and quality of the gradient at each.
+    """
+
+    learner: Learner
+    start: TrainState
+    points: list[Any]
+    rows: list[dict[str, float]]
+
+
+def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
+    """Trains by every method and draws the runs into one landscape.
+
+    The plane goes through the pre-trained network along the two principal axes of all
+    runs together. It is drawn once for each arithmetic among the methods, with the
+    network's own products and weights on their grid, and the runs in it.
+
+    Args:
+      config: see ``configs/landscape.py``.
+      workdir: results.json, contours.png, surfaces.png and quality.png go here.
+      resume: whether to go on from a pre-trained network that is there.
+
+    Returns:
+      What results.json holds: the axes' shares of the variance, losses and coordinates
+      by arithmetic, and the rows of each run.
+    """
+    directory = pathlib.Path(workdir)
+    with runs.owned(directory, config, resume), report.progress() as progress:
+        grid = config.resolution**2
+        arithmetics = {_arithmetic(config.methods[name]) for name in config.run}
+        steps = sum(config.methods[name].steps for name in config.run)
+        progress.expect(config.pretrain.steps + steps + grid * len(arithmetics))
+        task = prepare(config, directory, progress)
+        paths = {
+            name: _follow(config, config.methods[name], task, progress.advance)
+            for name in config.run
+        }
+        points = [p for path in paths.values() for p in path.points]
+        center = task.start
+        directions = analysis.trajectory_directions(points, center)
+        places = {
+            name: analysis.coordinates(path.points, center, directions)
+            for name, path in paths.items()
+        }
+        sides = _sides(np.concatenate(list(places.values())), config.resolution)
+        landscapes: dict[str, analysis.Landscape] = {}
+        for name, path in paths.items():
+            arithmetic = _arithmetic(config.methods[name])
+            if arithmetic not in landscapes:
+                landscapes[arithmetic] = analysis.loss_landscape(
+                    path.learner.loss_fn,
+                    path.points[0],
+                    directions,
+                    first=sides[0],
+                    second=sides[1],
+                    chunk=config.chunk,
+                    progress=progress.advance,
+                    frozen={},
+                    scales=path.start.scales,
+                    batch=_batch(config, task),
+                )
+    shown = {
+        arithmetic: {
+            name: places[name]
+            for name in config.run
+            if _arithmetic(config.methods[name]) == arithmetic
+        }
+        for arithmetic in landscapes
+    }
+    results = {
+        "explained": directions.explained,
+        "landscapes": {
+            name: {key: value.tolist() for key, value in found._asdict().items()}
+            for name, found in landscapes.items()
+        },
+        "paths": {name: place.tolist() for name, place in places.items()},
+        "rows": {name: path.rows for name, path in paths.items()},
+    }
+    report.write_json(results, directory)
+    _draw_landscapes(landscapes, shown, directory)
+    _draw_quality({name: path.rows for name, path in paths.items()}, directory)
+    rich.print(
+        f"Written to {directory}: results.json, contours.png, surfaces.png, quality.png"
+    )
+    return results
+
+
+def _arithmetic(method: ConfigDict) -> str:
+    return "{}w{}a".format(*method.bits) if method.get("bits") else "float32"
+
+
+def _follow(
+    config: ConfigDict,
+    method: ConfigDict,
+    task: Task,
+    progress: Callable[[int], None],
+) -> Path:
+    """Trains, and keeps the parameters on the way."""
+    learner = make_learner(method, task.network)
+    measure = _measure(config, method, learner, task)
+    data = task.target["train"]
+    images = data.images[: method.get("calibration_images")]
+    start = learner.init(task.start, images, config.seeds[0])
+    path = Path(learner, start, [], [])
+    step = jax.jit(learner.step)
+    state, done = start, 0
+    rate, horizon = jnp.float32(method.learning_rate), jnp.float32(method.steps)
+    for stop in np.linspace(0, method.steps, config.num_points).astype(int).tolist():
+        for _ in range(done, stop):
+            state = step(state, rate, horizon, data)
+        progress(stop - done)
+        done = stop
+        path.points.append(adapt.merge(state.params, state.frozen))
+        path.rows.append(measure(state, done))
+    return path
+
+
+def _measure(
+    config: ConfigDict, method: ConfigDict, learner: Learner, task: Task
+) -> Callable[[TrainState, int], dict[str, float]]:
+    """A function that tells what is known of a run at a state and a step."""
+    name, test = config.metrics[0], task.target["test"]
+    batch = _batch(config, task)
+    bits = method.get("bits")
+    # The others' gradient is exact, or they make steps on the grid instead of one.
+    estimated = method.gradient != "backward" and not (bits and bits[0] < _LEAST_BITS)
+    # The gradient of the float network with the same values, by backpropagation.
+    exact = make_learner(quickstart.changed(method, {"bits": None}), task.network)
+    gradient = jax.jit(jax.grad(exact.loss_fn))
+    estimate = jax.jit(learner.estimate)
+
+    def measure(state: TrainState, step: int) -> dict[str, float]:
+        logits = learner.logits(state, test.images)
+        row = {
+            "step": float(step),
+            "forward_passes": float(step * learner.passes_per_step),
+            name: float(metrics.scores([name], logits, test.labels)[name]),
+        }
+        for _, share in optax.tree.get_all_with_path(state.opt_state, "moved_fraction"):
+            row["moved_fraction"] = float(share)
+        if not estimated:
+            return row
+        values, frozen = fgrad.dequantize((state.params, state.frozen))
+        quality = analysis.gradient_quality(
+            lambda key: estimate(state, key, batch),
+            gradient(values, frozen, {}, batch),
+            jax.random.key(step),
+            num_estimates=config.num_estimates,
+        )
+        return row | quality._asdict()
+
+    return measure
+
+
+def _batch(config: ConfigDict, task: Task) -> Split:
+    """The images that losses and gradients are means over."""
+    return jax.tree.map(lambda x: x[: config.batch], task.target["train"])
+
+
+def _sides(places: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of a grid around points [n, 2]."""
+    low, high = places.min(axis=0), places.max(axis=0)
+    room = _MARGIN * (high - low)
+    first, second = np.linspace(low - room, high + room, resolution, axis=1)
+    return first, second
+
+
+def _draw_landscapes(
+    landscapes: Mapping[str, analysis.Landscape],
+    paths: Mapping[str, Mapping[str, np.ndarray]],
+    directory: pathlib.Path,
+) -> None:
+    size = (4.2 * len(landscapes), 4)
+    flat = figure.Figure(figsize=size, layout="constrained")
+    solid = figure.Figure(figsize=size, layout="constrained")
+    for index, (name, landscape) in enumerate(landscapes.items(), start=1):
+        place = (1, len(landscapes), index)
+        axes = flat.add_subplot(*place, title=name)
+        analysis.plot_contour(axes, landscape, paths[name])
+        axes = solid.add_subplot(*place, title=name, projection="3d")
+        analysis.plot_surface(axes, landscape, paths[name])
+    flat.savefig(directory / "contours.png", dpi=100)
+    solid.savefig(directory / "surfaces.png", dpi=100)
+
+
+def _draw_quality(
+    rows: Mapping[str, list[dict[str, float]]], directory: pathlib.Path
+) -> None:
+    fig = figure.Figure(figsize=(3.4 * len(_QUALITIES), 3), layout="constrained")
+    panels = fig.subplots(ncols=len(_QUALITIES), squeeze=False)[0]
+    for axes, (quality, title) in zip(panels, _QUALITIES.items(), strict=True):
+        for name, points in rows.items():
+            known = [point for point in points if quality in point]
+            if known:
+                steps = [point["step"] for point in known]
+                axes.plot(steps, [point[quality] for point in known], label=name)
+        axes.set(xlabel="step", title=title)
+        axes.legend(fontsize=7)
+    fig.savefig(directory / "quality.png", dpi=100)
