@@ -58,7 +58,7 @@ SUBJECTS = {
 }
 
 
-# Those of the tables over all batch sizes; compiling EfficientNet's steps takes minutes.
+# In the tables over all batch sizes; to compile EfficientNet's steps takes minutes.
 _COMPARED = ("vit", "resnet18", "cnn", "lstm")
 
 
