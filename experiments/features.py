@@ -11,7 +11,7 @@ import numpy as np
 from experiments.data.arrays import Split
 
 # The least deviation, as a share of the mean one: rare features would be blown up.
-_FLOOR = 0.1
+FLOOR = 0.1
 
 
 def extract(
@@ -73,18 +73,19 @@ def batched(
     return np.concatenate([np.asarray(apply(batch)) for batch in batches])[:count]
 
 
-def standardize(splits: Mapping[str, Split]) -> dict[str, Split]:
+def standardize(splits: Mapping[str, Split], floor: float = FLOOR) -> dict[str, Split]:
     """Gives features the mean 0 and deviation 1 that they have in the train split.
 
     It needs no labels, so a new domain can have its own statistics.
 
     Args:
       splits: of features, with one called "train".
+      floor: of the deviations, as a share of their mean.
 
     Returns:
-      The same splits, standardized; deviations have a floor of a tenth of their mean.
+      The same splits, standardized.
     """
-    mean, scale = moments(splits["train"].images)
+    mean, scale = moments(splits["train"].images, floor)
     return {
         name: split._replace(images=(split.images - mean) / scale)
         for name, split in splits.items()
@@ -111,15 +112,16 @@ def aligned(features: jax.Array, domain: jax.Array, reference: jax.Array) -> jax
     return (features - mean) / scale * new_scale + new_mean
 
 
-def moments(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+def moments(features: jax.Array, floor: float = FLOOR) -> tuple[jax.Array, jax.Array]:
     """Mean and deviation of each feature, the latter with a floor.
 
     Args:
       features: [examples, size].
+      floor: the least deviation, as a share of their mean.
 
     Returns:
-      Two of [size]; deviations are at least a tenth of their mean.
+      Two of [size].
     """
     deviation = jnp.std(features, axis=0)
-    floor = _FLOOR * jnp.mean(deviation)
-    return jnp.mean(features, axis=0), jnp.maximum(deviation, floor)
+    least = floor * jnp.mean(deviation)
+    return jnp.mean(features, axis=0), jnp.maximum(deviation, least)

@@ -73,7 +73,7 @@ def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
     name = f"{config.dataset}_{domain}_{config.backbone}.npz"
     cache = pathlib.Path(data_dir) / "features" / name
     splits = features.extract(BACKBONES[config.backbone], splits, cache)
-    return features.standardize(splits)
+    return features.standardize(splits, config.deviation_floor)
 
 
 def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> Any:
@@ -85,14 +85,14 @@ def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> An
         return params
     published = WEIGHTS[config.weights][0]()
     params |= {k: v for k, v in published.items() if k != "classifier"}
-    return with_statistics(network(bits=None), params, data)
+    return with_statistics(network(bits=None), params, data, config.deviation_floor)
 
 
-def with_statistics(model: Any, params: Any, data: Splits) -> Any:
+def with_statistics(model: Any, params: Any, data: Splits, floor: float) -> Any:
     """Parameters with a domain's statistics of the features, if the network has any."""
     if not getattr(model, "standardized", False):
         return params
     raw = functools.partial(model.clone(standardized=False).apply, stop=-1)
     apply = jax.jit(functools.partial(raw, {"params": params}))
     found = features.batched(apply, data["train"].images)
-    return efficientnet.with_statistics(params, jnp.asarray(found))
+    return efficientnet.with_statistics(params, jnp.asarray(found), floor)

@@ -251,7 +251,9 @@ def prepare(
     start = _pretrain(config, network, source, progress, directory / "runs")
     if config.layer_scales:
         start = cnn.rescaled(start, config.layer_scales)
-    start = tasks.with_statistics(network(bits=None), start, target)
+    start = tasks.with_statistics(
+        network(bits=None), start, target, config.deviation_floor
+    )
     return Task(network, source, target, start)
 
 

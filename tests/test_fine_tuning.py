@@ -134,14 +134,14 @@ def test_a_standardized_network_sees_a_domains_statistics():
         efficientnet.EfficientNetLite0, num_classes=3, standardized=True
     )
     data = {"train": Split(images, jnp.zeros(6, int))}
-    found = tasks.with_statistics(network(), params, data)
+    found = tasks.with_statistics(network(), params, data, 0.1)
     apply = jax.jit(functools.partial(network().apply, stop=-1))
     seen = apply({"params": found}, images)
     expected = features.standardize({"train": Split(raw, None)})["train"].images
     np.testing.assert_allclose(seen, expected, atol=1e-4)
-    again = tasks.with_statistics(network(), found, data)
+    again = tasks.with_statistics(network(), found, data, 0.1)
     jax.tree.map(np.testing.assert_array_equal, again, found)
-    assert tasks.with_statistics(plain, params, data) is params
+    assert tasks.with_statistics(plain, params, data, 0.1) is params
 
 
 # ------------------------------------------------------------- the experiment itself

@@ -43,6 +43,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     # Whether to score the source's network also on features that have the source's mean
     # and deviation, for which no labels are needed; a network with stages can.
     config.realigned = False
+    config.deviation_floor = 0.1  # of features, as a share of their mean deviation
     config.metrics = ("accuracy",)  # of experiments.metrics; the first one decides
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seed = 100  # a run of its own chooses the learning rates

@@ -247,7 +247,9 @@ def load_imagenet() -> dict[str, Any]:
     return from_state_dict(checkpoints.load(folder / "efficientnet-lite0-57934424.pth"))
 
 
-def with_statistics(params: Mapping[str, Any], features: jax.Array) -> dict[str, Any]:
+def with_statistics(
+    params: Mapping[str, Any], features: jax.Array, floor: float
+) -> dict[str, Any]:
     """Parameters of a standardized network, for the domain of some features.
 
     Args:
@@ -258,7 +260,7 @@ def with_statistics(params: Mapping[str, Any], features: jax.Array) -> dict[str,
     Returns:
       The parameters with the mean and deviation of the features.
     """
-    mean, deviation = moments(features)
+    mean, deviation = moments(features, floor)
     return {**params, "mean": mean, "deviation": deviation}
 
 
