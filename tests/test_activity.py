@@ -12,15 +12,6 @@ from fgrad import activity, estimators, layers
 from fgrad.activity import Site
 
 
-@pytest.fixture(autouse=True)
-def compile_fast(request):
-    """These programs run for microseconds and compile for seconds."""
-    slow_to_run = "optimized" in request.keywords
-    jax.config.update("jax_disable_most_optimizations", not slow_to_run)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def float64():
     with jax.enable_x64(True):

@@ -93,14 +93,6 @@ every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 every_kind = pytest.mark.parametrize("leaves", LEAVES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """These programs run for microseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # ---------------------------------------------------------------------- the problem
 
 

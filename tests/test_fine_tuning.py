@@ -19,14 +19,6 @@ EXACT = {"Dense_0": {"exact": True, "epsilon": 1e-2}}
 ADAPTER = {"adaptation": {"adapter": {}}, "cache_frozen": True, "batch_size": 16}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """These programs run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def splits():
     images = jax.random.uniform(jax.random.key(0), (24, 8, 8, 1))
     return {"train": Split(images, (images.mean((1, 2, 3)) * 100).astype(int) % 3)}

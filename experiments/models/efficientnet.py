@@ -256,6 +256,7 @@ def with_statistics(
       params: of `EfficientNetLite0`, whatever their mean and deviation.
       features: [examples, 1280] of that domain, before standardization. It takes no
         labels.
+      floor: of the deviations, as a share of their mean.
 
     Returns:
       The parameters with the mean and deviation of the features.
