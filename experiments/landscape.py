@@ -51,75 +51,55 @@ class Path(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
-    """Trains by every method and draws the runs into one landscape.
+    """Trains by every method and draws each forward run beside backpropagation's.
 
-    The plane goes through the pre-trained network along the two principal axes of all
-    runs together. It is drawn once for each arithmetic among the methods, with the
-    network's own products and weights on their grid, and the runs in it.
+    A picture is the plane through the pre-trained network, the end of backpropagation
+    (on the first axis) and the end of a forward run. Its losses are those of the
+    forward method's network, in its arithmetic and with its weights on their grid.
 
     Args:
-      config: see ``configs/landscape.py``.
+      config: see ``configs/landscape.py``; the first method to run is backpropagation.
       workdir: results.json, contours.png, surfaces.png and quality.png go here.
       resume: whether to go on from a pre-trained network that is there.
 
     Returns:
-      What results.json holds: the axes' shares of the variance, losses and coordinates
-      by arithmetic, and the rows of each run.
+      What results.json holds: by forward method the losses and both runs' coordinates,
+      and the rows of every run.
+
+    Raises:
+      RuntimeError, ValueError: as `experiments.runs.owned`.
     """
     directory = pathlib.Path(workdir)
     with runs.owned(directory, config, resume), report.progress() as progress:
-        grid = config.resolution**2
-        arithmetics = {_arithmetic(config.methods[name]) for name in config.run}
+        first, *others = config.run
         steps = sum(config.methods[name].steps for name in config.run)
-        progress.expect(config.pretrain.steps + steps + grid * len(arithmetics))
+        points = config.resolution**2 * len(others)
+        progress.expect(config.pretrain.steps + steps + points)
         task = prepare(config, directory, progress)
         paths = {
             name: _follow(config, config.methods[name], task, progress.advance)
             for name in config.run
         }
-        points = [p for path in paths.values() for p in path.points]
-        center = task.start
-        directions = analysis.trajectory_directions(points, center)
-        places = {
-            name: analysis.coordinates(path.points, center, directions)
-            for name, path in paths.items()
+        pictures = {
+            name: _picture(config, task, paths[first], paths[name], progress.advance)
+            for name in others
         }
-        sides = _sides(np.concatenate(list(places.values())), config.resolution)
-        landscapes: dict[str, analysis.Landscape] = {}
-        for name, path in paths.items():
-            arithmetic = _arithmetic(config.methods[name])
-            if arithmetic not in landscapes:
-                landscapes[arithmetic] = analysis.loss_landscape(
-                    path.learner.loss_fn,
-                    path.points[0],
-                    directions,
-                    first=sides[0],
-                    second=sides[1],
-                    chunk=config.chunk,
-                    progress=progress.advance,
-                    frozen={},
-                    scales=path.start.scales,
-                    batch=_batch(config, task),
-                )
-    shown = {
-        arithmetic: {
-            name: places[name]
-            for name in config.run
-            if _arithmetic(config.methods[name]) == arithmetic
-        }
-        for arithmetic in landscapes
-    }
     results = {
-        "explained": directions.explained,
         "landscapes": {
             name: {key: value.tolist() for key, value in found._asdict().items()}
-            for name, found in landscapes.items()
+            for name, (found, _) in pictures.items()
         },
-        "paths": {name: place.tolist() for name, place in places.items()},
+        "paths": {
+            name: {
+                run: place.tolist()
+                for run, place in zip((first, name), places, strict=True)
+            }
+            for name, (_, places) in pictures.items()
+        },
         "rows": {name: path.rows for name, path in paths.items()},
     }
     report.write_json(results, directory)
-    _draw_landscapes(landscapes, shown, directory)
+    _draw_landscapes(pictures, first, directory)
     _draw_quality({name: path.rows for name, path in paths.items()}, directory)
     rich.print(
         f"Written to {directory}: results.json, contours.png, surfaces.png, quality.png"
@@ -127,8 +107,33 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
     return results
 
 
-def _arithmetic(method: ConfigDict) -> str:
-    return "{}w{}a".format(*method.bits) if method.get("bits") else "float32"
+def _picture(
+    config: ConfigDict,
+    task: Task,
+    backprop: Path,
+    path: Path,
+    progress: Callable[[int], None],
+) -> tuple[analysis.Landscape, list[np.ndarray]]:
+    """The losses around two runs, and where the runs go."""
+    ends = backprop.points[-1], path.points[-1]
+    plane = analysis.plane_through(task.start, *ends)
+    places = [
+        analysis.coordinates(run.points, task.start, plane) for run in (backprop, path)
+    ]
+    first, second = _sides(np.concatenate(places), config.resolution)
+    landscape = analysis.loss_landscape(
+        path.learner.loss_fn,
+        path.points[0],
+        plane,
+        first=first,
+        second=second,
+        chunk=config.chunk,
+        progress=progress,
+        frozen={},
+        scales=path.start.scales,
+        batch=_batch(config, task),
+    )
+    return landscape, places
 
 
 def _follow(
@@ -178,8 +183,9 @@ def _measure(
             "forward_passes": float(step * learner.passes_per_step),
             name: float(metrics.scores([name], logits, test.labels)[name]),
         }
-        for _, share in optax.tree.get_all_with_path(state.opt_state, "moved_fraction"):
-            row["moved_fraction"] = float(share)
+        shares = optax.tree.get_all_with_path(state.opt_state, "moved_fraction")
+        if step and shares:
+            row["moved_fraction"] = float(shares[0][1])
         if not estimated:
             return row
         values, frozen = fgrad.dequantize((state.params, state.frozen))
@@ -208,19 +214,20 @@ def _sides(places: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _draw_landscapes(
-    landscapes: Mapping[str, analysis.Landscape],
-    paths: Mapping[str, Mapping[str, np.ndarray]],
+    pictures: Mapping[str, tuple[analysis.Landscape, list[np.ndarray]]],
+    first: str,
     directory: pathlib.Path,
 ) -> None:
-    size = (4.2 * len(landscapes), 4)
+    size = (4.2 * len(pictures), 4)
     flat = figure.Figure(figsize=size, layout="constrained")
     solid = figure.Figure(figsize=size, layout="constrained")
-    for index, (name, landscape) in enumerate(landscapes.items(), start=1):
-        place = (1, len(landscapes), index)
-        axes = flat.add_subplot(*place, title=name)
-        analysis.plot_contour(axes, landscape, paths[name])
-        axes = solid.add_subplot(*place, title=name, projection="3d")
-        analysis.plot_surface(axes, landscape, paths[name])
+    for index, (name, (landscape, places)) in enumerate(pictures.items(), start=1):
+        place = (1, len(pictures), index)
+        paths = dict(zip((first, name), places, strict=True))
+        axes = flat.add_subplot(*place, xlabel=f"towards the end of {first}")
+        analysis.plot_contour(axes, landscape, paths)
+        axes = solid.add_subplot(*place, projection="3d")
+        analysis.plot_surface(axes, landscape, paths)
     flat.savefig(directory / "contours.png", dpi=100)
     solid.savefig(directory / "surfaces.png", dpi=100)
 

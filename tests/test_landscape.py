@@ -131,6 +131,24 @@ def test_integer_weights_move_on_their_grid(bits):
             assert found.losses[i, j] == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_plane_through_three_points():
+    rng = np.random.default_rng(5)
+    center, a, b = ({"w": jnp.float32(x)} for x in rng.normal(size=(3, 9)))
+    plane = analysis.plane_through(center, a, b)
+    gram = [[x["w"] @ y["w"] for y in plane[:2]] for x in plane[:2]]
+    np.testing.assert_allclose(gram, np.eye(2), atol=1e-5)
+    places = analysis.coordinates([center, a, b], center, plane)
+    assert places[1] == pytest.approx(
+        [np.linalg.norm(a["w"] - center["w"]), 0], abs=1e-5
+    )
+    x, y = places[2]
+    np.testing.assert_allclose(
+        center["w"] + x * plane.first["w"] + y * plane.second["w"], b["w"], atol=1e-5
+    )
+    with pytest.raises(ValueError, match="on one line"):
+        analysis.plane_through(center, a, a)
+
+
 def test_a_point_between_and_outside_the_grid():
     axis = np.array([0.0, 1.0, 3.0])
     plane = 2 * axis[:, None] - axis[None]

@@ -22,26 +22,24 @@ def results(tmp_path_factory):
     return found
 
 
-def test_each_arithmetic_has_its_landscape(results):
-    assert set(results["landscapes"]) == {"float32", "16w8a"}
-    for found in results["landscapes"].values():
-        losses = np.array(found["losses"])
-        assert losses.shape == (3, 3)
-        assert np.isfinite(losses).all()
-    # One plane for both, in which 16 bits differ little from floats.
-    floats, integers = (results["landscapes"][x] for x in ("float32", "16w8a"))
-    assert floats["first"] == integers["first"]
-    np.testing.assert_allclose(floats["losses"], integers["losses"], rtol=0.05)
+def test_a_picture_has_the_losses_of_its_arithmetic(results):
+    (found,) = results["landscapes"].values()
+    losses = np.array(found["losses"])
+    assert losses.shape == (3, 3)
+    assert np.isfinite(losses).all()
 
 
 def test_the_runs_begin_at_the_origin_and_lie_inside(results):
-    sides = results["landscapes"]["float32"]
-    for path in results["paths"].values():
+    sides, paths = (results[key]["forward_16w8a"] for key in ("landscapes", "paths"))
+    for path in paths.values():
         # In 16 bits the start is rounded to the grid.
         np.testing.assert_allclose(path[0], [0, 0], atol=1e-2)
         for axis, side in enumerate(("first", "second")):
             places = [place[axis] for place in path]
             assert min(sides[side]) < min(places) <= max(places) < max(sides[side])
+    # Backpropagation ends on the first axis.
+    assert paths["backprop"][-1][0] > 0
+    assert abs(paths["backprop"][-1][1]) < 1e-3
 
 
 def test_the_rows_tell_of_the_gradient(results):
@@ -53,7 +51,6 @@ def test_the_rows_tell_of_the_gradient(results):
         assert 0 < row["effective_rank"] <= 1.001  # of two estimates
         assert 0 <= row["accuracy"] <= 1
     assert rows[-1]["moved_fraction"] > 0
-    assert 0.5 < sum(results["explained"]) <= 1 + 1e-6
 
 
 def test_the_launcher_finds_it():

@@ -1,6 +1,8 @@
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -25,10 +27,11 @@ def test_the_code_on_low_bits_runs_and_learns():
     exec(compile(code, "low_bit.md", "exec"), {})
 
 
-def test_the_code_on_activities_runs_and_says_what_it_prints(capsys):
-    page = (ROOT / "docs" / "activity.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(code, "activity.md", "exec"), {})
+@pytest.mark.parametrize("page", ["activity", "landscape"])
+def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, f"{page}.md", "exec"), {})
     printed = re.findall(r"^# (.*)$", code, re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == printed
 

@@ -1,12 +1,12 @@
 r"""Loss landscapes: where backpropagation and forward gradients go.
 
 The quickstart's task: a CNN pre-trained on upright digits adapts to rotated ones by
-backpropagation and by forward gradients in float32, 16w8a and 8w8a. All runs are drawn
-into the plane of their two principal axes through the pre-trained network, once for
-each of the three arithmetics, in which the network is evaluated as it computes. Along
-the runs the quality of the gradient estimates is measured against backpropagation of
-the float network with the same values: cosine, variance over keys, effective rank; and
-the share of the weights that moved.
+backpropagation and by forward gradients in float32, 16w8a and 8w8a. Each forward run is
+drawn with backpropagation's into the plane through the pre-trained network and the ends
+of both, where the network is evaluated in the forward run's arithmetic. Along the runs
+the quality of the gradient estimates is measured against backpropagation of the float
+network with the same values: cosine, variance over keys, effective rank; and the share
+of the weights that moved. docs/landscape.md shows what came out.
 
     python -m experiments.main \
         --config=experiments/configs/landscape.py --workdir=workdir/landscape

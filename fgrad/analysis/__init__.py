@@ -8,6 +8,7 @@ from fgrad.analysis.landscape import (
     Landscape,
     coordinates,
     loss_landscape,
+    plane_through,
     random_directions,
     trajectory_directions,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "gradient_quality",
     "loss_landscape",
     "memory_report",
+    "plane_through",
     "plot_contour",
     "plot_surface",
     "random_directions",

@@ -139,6 +139,45 @@ def trajectory_directions(trajectory: Sequence[Any], center: Any) -> Directions:
     return Directions(axis(0), axis(1), explained)
 
 
+def plane_through(center: Any, first: Any, second: Any) -> Directions:
+    """The plane through three points, with axes of length 1 at right angles.
+
+    Args:
+      center: where the axes meet, such as the parameters that two runs start from.
+      first: a point that the first axis goes through, such as where one run ended.
+      second: a point of the plane, such as where the other ended.
+
+    Raises:
+      ValueError: if the points lie on one line.
+
+    Example:
+      >>> corner = jnp.zeros(2)
+      >>> plane = plane_through(corner, jnp.array([0.0, 5.0]), jnp.array([2.0, 1.0]))
+      >>> plane.first, plane.second
+      (Array([0., 1.], dtype=float32), Array([1., 0.], dtype=float32))
+    """
+    origin = fixed_point.dequantize(center)
+    along, across = (
+        jax.tree.map(jnp.subtract, fixed_point.dequantize(point), origin)
+        for point in (first, second)
+    )
+    length, reach = _dot(along, along), _dot(across, across)
+    share = _dot(along, across) / length if length else 0.0
+    across = jax.tree.map(lambda b, a: b - jnp.float32(share) * a, across, along)
+    left = _dot(across, across)
+    if not (length and left > _DEGENERATE * reach):
+        raise ValueError(
+            "the three points lie on one line, so there is no plane through them: "
+            "choose others, or use random_directions."
+        )
+
+    def unit(direction: Any, squared: float) -> Any:
+        factor = jnp.float32(1 / math.sqrt(squared))
+        return jax.tree.map(lambda leaf: leaf * factor, direction)
+
+    return Directions(unit(along, length), unit(across, left))
+
+
 def coordinates(
     points: Sequence[Any], center: Any, directions: Directions
 ) -> np.ndarray:
