@@ -225,8 +225,19 @@ def protonet_loss(support: jax.Array, query: jax.Array) -> jax.Array:
       Array(0.6931472, dtype=float32)
     """
     _check_ways(support, query)
-    log_probabilities = jax.nn.log_softmax(protonet_logits(support, query))
-    return -jnp.mean(jnp.einsum("nqn->nq", log_probabilities))
+    return cross_entropy(protonet_logits(support, query))
+
+
+def cross_entropy(logits: jax.Array) -> jax.Array:
+    """Mean cross-entropy of a task's queries.
+
+    Args:
+      logits: [ways, queries, ways]; the first index is the class.
+
+    Returns:
+      Scalar.
+    """
+    return -jnp.mean(jnp.einsum("nqn->nq", jax.nn.log_softmax(logits)))
 
 
 def simpleshot_transform(

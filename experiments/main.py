@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import train
+from experiments import fewshot_train, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    train.run(_CONFIG.value, _WORKDIR.value, _RESUME.value)
+    loop = fewshot_train if _CONFIG.value.get("few_shot") else train
+    loop.run(_CONFIG.value, _WORKDIR.value, _RESUME.value)
 
 
 if __name__ == "__main__":
