@@ -111,19 +111,51 @@ class Start(NamedTuple):
     base_mean: jax.Array
 
 
+class TaskState(NamedTuple):
+    """A method within a task.
+
+    Attributes:
+      params: weights that train.
+      opt_state: state of the optax chain.
+      frozen: weights that do not train.
+      scales: of activations.
+      base_mean: as in `Start`.
+      support: [ways, shots, ...]: images, or what the frozen stages make of them.
+      copies: [ways, shots * copies, ...], the augmented support.
+      query: [ways, queries, ...].
+      key: PRNG key of the perturbations.
+    """
+
+    params: Any
+    opt_state: Any
+    frozen: Any
+    scales: Any
+    base_mean: jax.Array
+    support: jax.Array
+    copies: jax.Array
+    query: jax.Array
+    key: jax.Array
+
+
 class TaskLearner(NamedTuple):
-    """A method as pure functions of tasks.
+    """A method as pure functions, none of them jitted.
+
+    They are not one program: on a CPU, XLA's gradient of a convolution takes twenty
+    times as long within a loop.
 
     Attributes:
       start: ``start(params, images, base_mean) -> Start`` from float params, with
         images of meta-train to calibrate activations with.
-      accuracy: ``accuracy(start, support, query, key, learning_rate)``, of the query
-        of one task after training on its support, images [ways, shots or queries, ...];
-        not jitted.
+      begin: ``begin(start, support, query, key) -> TaskState``, of images [ways, shots
+        or queries, ...].
+      step: ``step(state, learning_rate) -> TaskState``.
+      accuracy: ``accuracy(state)`` of the query.
     """
 
     start: Callable[[Any, jax.Array, jax.Array], Start]
-    accuracy: Callable[[Start, jax.Array, jax.Array, jax.Array, Any], jax.Array]
+    begin: Callable[[Start, jax.Array, jax.Array, jax.Array], TaskState]
+    step: Callable[[TaskState, Any], TaskState]
+    accuracy: Callable[[TaskState], jax.Array]
 
 
 def make_task_learner(
@@ -159,67 +191,76 @@ def make_task_learner(
             params, scales = quantize(params, images[: method.calibration_images])
         return Start(*model.split(params), scales, base_mean)
 
-    def accuracy(
-        start: Start,
-        support: jax.Array,
-        query: jax.Array,
-        key: jax.Array,
-        learning_rate: Any,
-    ) -> jax.Array:
+    def apply(params: Any, scales: Any, x: jax.Array, **stages: Any) -> jax.Array:
+        """What the network makes of [ways, examples, ...]."""
+        flat = x.reshape(-1, *x.shape[2:])
+        found = model.apply({"params": params, **scales}, flat, **stages)
+        return found.reshape(*x.shape[:2], *found.shape[1:])
+
+    def optimizer(learning_rate: Any, key: jax.Array) -> Any:
+        return make_optimizer(method, learning_rate, method.steps, key)
+
+    def begin(
+        start: Start, support: jax.Array, query: jax.Array, key: jax.Array
+    ) -> TaskState:
         *keys, z_key = jax.random.split(key, 3)
         copies = jnp.tile(support, (1, config.copies, *[1] * (support.ndim - 2)))
         flat = copies.reshape(-1, *copies.shape[2:])
         copies = methods.augmented(config, keys, flat).reshape(copies.shape)
-        # What is frozen before the weights that train runs once.
-        cut = model.cut(start.trained)
+        examples = (support, copies, query)
+        if cut := model.cut(start.trained):
+            # What is frozen before the weights that train runs once.
+            sizes = np.cumsum([part.shape[1] for part in examples])[:-1]
+            joined = jnp.concatenate(examples, axis=1)
+            found = apply(start.frozen, start.scales, joined, stop=cut)
+            examples = tuple(jnp.split(found, sizes, axis=1))
+        opt_state = optimizer(0.0, z_key).init(start.trained) if method.steps else ()
+        support, copies, query = examples
+        return TaskState(
+            params=start.trained,
+            opt_state=opt_state,
+            frozen=start.frozen,
+            scales=start.scales,
+            base_mean=start.base_mean,
+            support=support,
+            copies=copies,
+            query=query,
+            key=z_key,
+        )
 
-        def apply(params: Any, scales: Any, x: jax.Array, **stages: Any) -> jax.Array:
-            flat = x.reshape(-1, *x.shape[2:])
-            found = model.apply({"params": params, **scales}, flat, **stages)
-            return found.reshape(*x.shape[:2], *found.shape[1:])
+    def logits_fn(params: Any, state: TaskState, query: jax.Array) -> jax.Array:
+        both = jnp.concatenate([state.support, query], axis=1)
+        cut = model.cut(params)
+        stages = {"start": cut} if cut else {}
+        merged = adapt.merge(params, state.frozen)
+        found = apply(merged, state.scales, both, **stages)
+        found = transformed(found, state.base_mean)
+        parts = jnp.split(found, [state.support.shape[1]], axis=1)
+        return fewshot.protonet_logits(*parts) / config.temperature
 
-        if cut:
-            support, copies, query = (
-                apply(start.frozen, start.scales, x, stop=cut)
-                for x in (support, copies, query)
+    def loss_fn(params: Any, task: TaskState) -> jax.Array:
+        return fewshot.cross_entropy(logits_fn(params, task, task.copies))
+
+    def step(state: TaskState, learning_rate: Any) -> TaskState:
+        tx = optimizer(learning_rate, state.key)
+        if method.gradient == "backward":
+            gradient = jax.grad(loss_fn)(state.params, state)
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        else:
+            updates, opt_state = tx.update(
+                state.params,
+                state.opt_state,
+                state.params,
+                value_fn=loss_fn,
+                task=state._replace(params=(), opt_state=()),
             )
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(params=params, opt_state=opt_state)
 
-        def logits_fn(
-            params: Any, frozen: Any, scales: Any, support: jax.Array, query: jax.Array
-        ) -> jax.Array:
-            both = jnp.concatenate([support, query], axis=1)
-            stages = {"start": cut} if cut else {}
-            found = apply(adapt.merge(params, frozen), scales, both, **stages)
-            found = transformed(found, start.base_mean)
-            parts = jnp.split(found, [support.shape[1]], axis=1)
-            return fewshot.protonet_logits(*parts) / config.temperature
+    def accuracy(state: TaskState) -> jax.Array:
+        return fewshot.accuracy(logits_fn(state.params, state, state.query))
 
-        def loss_fn(params: Any, **kwargs: Any) -> jax.Array:
-            return fewshot.cross_entropy(logits_fn(params, **kwargs))
-
-        given = {"frozen": start.frozen, "scales": start.scales, "support": support}
-        params = start.trained
-        if method.steps:
-            tx = make_optimizer(method, learning_rate, method.steps, z_key)
-
-            def step(_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-                params, opt_state = state
-                kwargs = {**given, "query": copies}
-                if method.gradient == "backward":
-                    gradient = jax.grad(loss_fn)(params, **kwargs)
-                    updates, opt_state = tx.update(gradient, opt_state, params)
-                else:
-                    updates, opt_state = tx.update(
-                        params, opt_state, params, value_fn=loss_fn, **kwargs
-                    )
-                return optax.apply_updates(params, updates), opt_state
-
-            params, _ = jax.lax.fori_loop(
-                0, method.steps, step, (params, tx.init(params))
-            )
-        return fewshot.accuracy(logits_fn(params, **given, query=query))
-
-    return TaskLearner(start, accuracy)
+    return TaskLearner(start, begin, step, accuracy)
 
 
 def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
@@ -384,28 +425,28 @@ def _adapt(
     progress: report.Progress,
 ) -> dict[str, Any]:
     """Chooses a learning rate on validation's tasks, then goes through test's."""
-
-    # The same shapes for all tasks of both splits: it is compiled once.
-    @jax.jit
-    def chunk(start: Start, tasks: Any, keys: jax.Array, rate: jax.Array) -> jax.Array:
-        def one(task: Any) -> jax.Array:
-            (support, query), key = task
-            return learner.accuracy(start, support, query, key, rate)
-
-        return jax.lax.map(one, (tasks, keys))
+    # Tasks of both splits have the same shapes: all is compiled once.
+    begin, step = jax.jit(learner.begin), jax.jit(learner.step)
+    score = jax.jit(learner.accuracy)
 
     def accuracies(split: str, learning_rate: float, tasks: int) -> np.ndarray:
         numbers = jnp.arange(tasks + -tasks % config.chunk)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+        rate = jnp.float32(learning_rate)
         found = []
-        for first in range(0, tasks, config.chunk):
-            part = keys[first : first + config.chunk]
-            task_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(part)
-            drawn = samplers[split](task_keys)
-            scores = chunk(start, drawn, train_keys, jnp.float32(learning_rate))
-            found.append(np.asarray(scores)[: tasks - first])
-            progress.advance(len(found[-1]))
-        return np.concatenate(found)
+        for number in range(tasks):
+            first = number - number % config.chunk
+            if first == number:  # draws the next tasks
+                part = keys[first : first + config.chunk]
+                task_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(part)
+                drawn = samplers[split](task_keys)
+            support, query = (x[number - first] for x in drawn)
+            state = begin(start, support, query, train_keys[number - first])
+            for _ in range(method.steps):
+                state = step(state, rate)
+            found.append(float(score(state)))
+            progress.advance(1)
+        return np.array(found)
 
     key = jax.random.key(config.seed)
     rates: Sequence[float] = method.get("learning_rates", ())

@@ -117,7 +117,8 @@ def test_without_steps_it_is_the_nearest_centroid(head, started):
     images = split.images.reshape(4, 25, SIDE, SIDE, 1)[:3]
     support, query = images[:, :5], images[:, 5:]
     start = learner.start(params, data()["train"].images, mean)
-    accuracy = jax.jit(learner.accuracy)(start, support, query, jax.random.key(0), 0.0)
+    begin = jax.jit(learner.begin)
+    accuracy = learner.accuracy(begin(start, support, query, jax.random.key(0)))
 
     def transformed(images):
         x = numpy_features(params, images)
@@ -151,7 +152,11 @@ def test_training_helps(name, started):
     @jax.jit
     def accuracies(rate):
         def one(task):
-            return learner.accuracy(start, *task, rate)
+            state = learner.begin(start, *task)
+            state = jax.lax.fori_loop(
+                0, trained.steps, lambda _, state: learner.step(state, rate), state
+            )
+            return learner.accuracy(state)
 
         return jax.lax.map(one, (support, query, keys))
 
