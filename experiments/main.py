@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import landscape, train
+from experiments import fewshot_train, landscape, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
@@ -20,7 +20,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
-_DRIVERS = {"train": train.run, "landscape": landscape.run}
+_DRIVERS = {
+    "few_shot": fewshot_train.run,
+    "landscape": landscape.run,
+    "train": train.run,
+}
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -6,7 +6,7 @@ and the number of steps are arguments of the step, so one compilation serves all
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -105,26 +105,13 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
     def loss_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
         return losses_fn(params, frozen, scales, batch).mean()
 
-    @jax.jit
-    def quantized(params: Any, images: jax.Array) -> tuple[Any, Any]:
-        """Parameters as integers, and the scales of activations."""
-        params = fgrad.quantize(
-            params,
-            bits=bits[0],
-            headroom=method.headroom,
-            zero_bound=method.zero_bound,
-            channel_axis=-1 if method.per_channel else None,
-        )
-        variables = layers.calibrate(
-            model, {"params": params}, images, headroom=method.activation_headroom
-        )
-        return params, {layers.SCALES: variables[layers.SCALES]}
+    quantize = jax.jit(functools.partial(quantized, method, model))
 
     def init(params: Any, images: jax.Array, seed: int) -> TrainState:
         key = jax.random.key(seed)
         batch_key, z_key = jax.random.split(key)
         params = model.begin(params, jax.random.fold_in(key, 0), images[:1])
-        params, scales = quantized(params, images) if bits else (params, {})
+        params, scales = quantize(params, images) if bits else (params, {})
         params = jax.tree.map(jnp.copy, params)  # the step donates its own
         trained, frozen = model.split(params)
         opt_state = make_optimizer(method, 0.0, 1, z_key).init(trained)
@@ -187,18 +174,56 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
     )
 
 
+def quantized(
+    method: ConfigDict, model: adapt.Adapted, params: Any, images: jax.Array
+) -> tuple[Any, dict[str, Any]]:
+    """Parameters as integers, and the scales of activations.
+
+    Args:
+      method: one with ``bits``.
+      model: of these bits.
+      params: float.
+      images: to calibrate the activations with.
+    """
+    params = fgrad.quantize(
+        params,
+        bits=method.bits[0],
+        headroom=method.headroom,
+        zero_bound=method.zero_bound,
+        channel_axis=-1 if method.per_channel else None,
+    )
+    variables = layers.calibrate(
+        model, {"params": params}, images, headroom=method.activation_headroom
+    )
+    return params, {layers.SCALES: variables[layers.SCALES]}
+
+
 def _sample(method: ConfigDict, key: jax.Array, split: Split) -> Split:
     """A batch drawn with replacement, augmented as the method asks."""
-    index_key, shift_key, noise_key = jax.random.split(key, 3)
+    index_key, *keys = jax.random.split(key, 3)
     size = (method.batch_size,)
     indices = jax.random.randint(index_key, size, 0, split.labels.shape[0])
-    images = split.images[indices]
+    return Split(augmented(method, keys, split.images[indices]), split.labels[indices])
+
+
+def augmented(
+    method: ConfigDict, keys: Sequence[jax.Array], images: jax.Array
+) -> jax.Array:
+    """Images that are shifted and noisy, as far as the method says.
+
+    Args:
+      method: with ``input_shift`` and ``input_noise``; see ``configs/quickstart.py``.
+      keys: of the shifts and of the noise.
+      images: [examples, height, width, channels].
+    """
+    shift_key, noise_key = keys
     if shift := method.get("input_shift", 0):
-        offsets = jax.random.randint(shift_key, (*size, 2), -shift, shift + 1)
+        size = (len(images), 2)
+        offsets = jax.random.randint(shift_key, size, -shift, shift + 1)
         images = jax.vmap(_translate)(images, offsets)
     if noise := method.get("input_noise", 0.0):
         images += noise * jax.random.normal(noise_key, images.shape)
-    return Split(images, split.labels[indices])
+    return images
 
 
 def _translate(image: jax.Array, offset: jax.Array) -> jax.Array:

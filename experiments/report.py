@@ -88,6 +88,21 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     )
 
 
+def write_table(
+    columns: Sequence[str], rows: list[list[str]], note: str, directory: pathlib.Path
+) -> None:
+    """Prints a table and writes table.md.
+
+    Args:
+      columns: their names.
+      rows: cells, as many as columns.
+      note: what the numbers are.
+      directory: the workdir.
+    """
+    _print_table(columns, rows, note, wide=len(columns))
+    (directory / "table.md").write_text(_markdown(columns, rows, note))
+
+
 def write_parts(
     results: dict[str, dict[str, Any]], config: ConfigDict, directory: pathlib.Path
 ) -> None:

@@ -1,9 +1,10 @@
 """A residual network as it is deployed: batch normalisation folded into biases."""
 
+import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -77,36 +78,69 @@ class ResNet(nn.Module):
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Parameters of each stage: stem, blocks, pooling, head."""
+        blocks = ((f"Block_{index}",) for index in range(sum(self.stage_sizes)))
+        return ("Conv_0",), *blocks, (), ("Dense_0",)
+
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, start: int = 0, stop: int | None = None
+    ) -> jax.Array:
         """Logits of images.
 
         Args:
-          images: floats [batch, height, width, channels] of any size; for weights of
-            torchvision red first and normalised as those were trained.
+          x: floats [batch, height, width, channels] of any size; for weights of
+            torchvision red first and normalised as those were trained. With ``start``
+            what the stages before it return.
+          start: first stage to run.
+          stop: stage to stop before, as in a slice; -1 for the features.
 
         Returns:
-          [batch, classes].
+          [batch, classes]; with ``stop`` what the stage before it returns.
         """
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
-        side, stride = (3, 1) if self.small_images else (7, 2)
-        x = layers.Conv(
-            self.width,
-            (side, side),
-            strides=stride,
-            padding=side // 2,
-            kernel_init=nn.initializers.he_normal(),
-            **settings,
-        )(images)
-        x = nn.relu(x)
-        if not self.small_images:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage, size in enumerate(self.stage_sizes):
-            for block in range(size):
-                stride = 2 if stage and not block else 1
-                x = Block(self.width * 2**stage, stride, **settings)(x)
-        x = x.mean(axis=(1, 2))
-        return layers.Dense(self.num_classes, **settings)(x)
+
+        def stem(images: jax.Array) -> jax.Array:
+            side, stride = (3, 1) if self.small_images else (7, 2)
+            x = layers.Conv(
+                self.width,
+                (side, side),
+                strides=stride,
+                padding=side // 2,
+                kernel_init=nn.initializers.he_normal(),
+                name="Conv_0",
+                **settings,
+            )(images)
+            x = nn.relu(x)
+            if self.small_images:
+                return x
+            return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+        def block(name: str, features: int, stride: int, x: jax.Array) -> jax.Array:
+            return Block(features, stride, name=name, **settings)(x)
+
+        def pool(x: jax.Array) -> jax.Array:
+            return x.mean(axis=(1, 2))
+
+        def classify(features: jax.Array) -> jax.Array:
+            return layers.Dense(self.num_classes, name="Dense_0", **settings)(features)
+
+        shapes = [
+            (self.width * 2**stage, 2 if stage and not repeat else 1)
+            for stage, size in enumerate(self.stage_sizes)
+            for repeat in range(size)
+        ]
+        blocks = [
+            functools.partial(block, f"Block_{index}", *shape)
+            for index, shape in enumerate(shapes)
+        ]
+        stages: list[Callable[[jax.Array], jax.Array]]
+        stages = [stem, *blocks, pool, classify]
+        for stage in stages[start:stop]:
+            x = stage(x)
+        return x
 
 
 def from_state_dict(state: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -33,12 +33,14 @@ class Block(nn.Module):
     Attributes:
       num_heads: attention heads.
       mlp_width: hidden units of the perceptron.
+      epsilon: of the normalisations.
       bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
       calibration: how the scales of activations are found.
     """
 
     num_heads: int
     mlp_width: int
+    epsilon: float = 1e-6
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
@@ -47,10 +49,10 @@ class Block(nn.Module):
         """Tokens [batch, tokens, width] to tokens of the same shape."""
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
         width = tokens.shape[-1]
-        x = nn.LayerNorm(epsilon=1e-6)(tokens)
+        x = nn.LayerNorm(epsilon=self.epsilon)(tokens)
         x = layers.MultiHeadDotProductAttention(self.num_heads, **settings)(x)
         tokens += x
-        x = nn.LayerNorm(epsilon=1e-6)(tokens)
+        x = nn.LayerNorm(epsilon=self.epsilon)(tokens)
         x = layers.Dense(self.mlp_width, **settings)(x)
         x = nn.gelu(x, approximate=False)
         return tokens + layers.Dense(width, **settings)(x)
