@@ -239,7 +239,7 @@ def test_the_grid_has_every_cell_and_equal_tuning():
     assert len(vision.parts) == 2 * 3
     assert len(audio.parts) == 1 * 2 * 2
     for config in (*vision.parts.values(), *audio.parts.values()):
-        assert config.few_shot
+        assert config.driver == "few_shot"
         assert config.dataset in fewshot_train.DATASETS
         assert config.network in fewshot_train.NETWORKS
         assert config.run == tuple(
