@@ -24,75 +24,10 @@ import optax
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import adapt, features, fewshot, methods, report, runs, train
-from experiments.data import (
-    arrays,
-    characters,
-    digits,
-    few_shot_images,
-    imagenet_subsets,
-    sound_events,
-    sounds,
-    voices,
-)
-from experiments.models import ast, crnn, resnet, resnet12, vit
+from experiments import adapt, features, fewshot, methods, report, runs, tasks, train
+from experiments.data import arrays
 from experiments.optimizers import forward_passes, make_optimizer
-
-Splits = Mapping[str, arrays.Split]
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet12": resnet12.ResNet12,
-    "resnet18": resnet.ResNet,
-    "vit_tiny": vit.ViT,
-    "crnn": crnn.CRNN,
-    "ast": ast.AST,
-    # Of a size for two processor cores; for 16x16 pixels, or 49 frames of 32 mel bins.
-    "resnet12_small": functools.partial(resnet12.ResNet12, widths=(8, 16, 24, 32)),
-    "resnet12_digits": functools.partial(resnet12.ResNet12, widths=(8, 16, 32)),
-    "resnet18_small": functools.partial(resnet.ResNet, width=8, small_images=True),
-    "vit_small": functools.partial(
-        vit.ViT, patch=4, width=32, depth=3, num_heads=4, mlp_width=64
-    ),
-    "crnn_small": functools.partial(crnn.CRNN, width=24, pool=(2, 2)),
-    "crnn_lstm_small": functools.partial(crnn.CRNN, width=24, pool=(2, 2), cell="lstm"),
-    "ast_small": functools.partial(
-        ast.AST, patch=8, strides=(6, 6), width=32, depth=3, num_heads=4, mlp_width=64
-    ),
-}
-
-
-def _images(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Splits]:
-    def load(domain: str, data_dir: str) -> Splits:
-        config = {"config": domain} if domain else {}
-        return arrays.load(
-            builder(**config, data_dir=data_dir, file_format="array_record")
-        )
-
-    return load
-
-
-def _sounds(builder: Callable[..., tfds.core.DatasetBuilder], **settings: Any) -> Any:
-    """Of a configuration, or of one and the number of mel bins, such as "1s_32"."""
-
-    def load(domain: str, data_dir: str) -> Splits:
-        config, _, mels = domain.partition("_")
-        made = builder(config=config, data_dir=data_dir, file_format="array_record")
-        return sounds.load(made, num_mels=int(mels or 128), **settings)
-
-    return load
-
-
-# load(domain, data_dir) gives class-disjoint splits "train", "validation" and "test".
-DATASETS: dict[str, Callable[[str, str], Splits]] = {
-    "characters": _images(characters.Characters),
-    "digits": _images(digits.DigitClasses),
-    "few_shot_images": few_shot_images.load,
-    "mini_imagenet": _images(imagenet_subsets.MiniImageNet),
-    "tiered_imagenet": _images(imagenet_subsets.TieredImageNet),
-    "voices": _sounds(voices.Voices, frame_seconds=0.04, hop_seconds=0.02),
-    "esc50": _sounds(sound_events.Esc50),
-    "fsdkaggle2018": _sounds(sound_events.FsdKaggle2018),
-}
+from experiments.tasks import Splits
 
 
 class Start(NamedTuple):
@@ -298,19 +233,19 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    data = DATASETS[config.dataset](config.domain, data_dir)
+    data = tasks.DATASETS[config.dataset](config.domain, data_dir)
     fewshot.check_disjoint({name: split.labels for name, split in data.items()})
     base = base_splits(data["train"])
     num_classes = 1 + int(jnp.max(base["train"].labels))
-    network = functools.partial(NETWORKS[config.network], num_classes=num_classes)
+    network = functools.partial(tasks.NETWORKS[config.network], num_classes=num_classes)
     results: dict[str, Any] = {}
     with report.progress() as progress:
         progress.expect(config.pretrain.steps + _total_tasks(config))
-        params = train._pretrain(config, network, base, progress, directory / "runs")
+        params = train.pretrain(config, network, base, progress, directory / "runs")
         images = data["train"].images
         params, base_mean = with_identity(network(bits=None), params, images)
         embedding = functools.partial(
-            NETWORKS[config.network], num_classes=len(base_mean)
+            tasks.NETWORKS[config.network], num_classes=len(base_mean)
         )
         begin = (params, images, base_mean)
         samplers = _samplers(config, data)
@@ -407,11 +342,11 @@ def _samplers(config: ConfigDict, data: Splits) -> dict[str, _Sampler]:
         )
 
         @jax.jit
-        def tasks(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def draw(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
             found = jax.vmap(sample)(keys)
             return split.images[found.support], split.images[found.query]
 
-        return tasks
+        return draw
 
     return {name: sampler(data[name]) for name in ("validation", "test")}
 
@@ -429,12 +364,12 @@ def _adapt(
     begin, step = jax.jit(learner.begin), jax.jit(learner.step)
     score = jax.jit(learner.accuracy)
 
-    def accuracies(split: str, learning_rate: float, tasks: int) -> np.ndarray:
-        numbers = jnp.arange(tasks + -tasks % config.chunk)
+    def accuracies(split: str, learning_rate: float, count: int) -> np.ndarray:
+        numbers = jnp.arange(count + -count % config.chunk)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
         rate = jnp.float32(learning_rate)
         found = []
-        for number in range(tasks):
+        for number in range(count):
             first = number - number % config.chunk
             if first == number:  # draws the next tasks
                 part = keys[first : first + config.chunk]

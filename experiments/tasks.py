@@ -12,8 +12,31 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from experiments import features
-from experiments.data import arrays, cifar, digits, mnist, mnist_c, solar, wake_words
-from experiments.models import cnn, efficientnet, linear, vit
+from experiments.data import (
+    arrays,
+    characters,
+    cifar,
+    digits,
+    few_shot_images,
+    imagenet_subsets,
+    mnist,
+    mnist_c,
+    solar,
+    sound_events,
+    sounds,
+    voices,
+    wake_words,
+)
+from experiments.models import (
+    ast,
+    cnn,
+    crnn,
+    efficientnet,
+    linear,
+    resnet,
+    resnet12,
+    vit,
+)
 
 Splits = Mapping[str, arrays.Split]
 
@@ -22,28 +45,60 @@ def _built(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Sp
     """``load(domain, data_dir)`` by a builder of ours."""
 
     def load(domain: str, data_dir: str) -> Splits:
+        config = {"config": domain} if domain else {}
         # array_record is read without TensorFlow.
         return arrays.load(
-            builder(config=domain, data_dir=data_dir, file_format="array_record")
+            builder(**config, data_dir=data_dir, file_format="array_record")
         )
 
     return load
 
 
+def _sounds(
+    builder: Callable[..., tfds.core.DatasetBuilder], **settings: Any
+) -> Callable[..., Splits]:
+    """Of a configuration, or of one and the number of mel bins, such as "1s_32"."""
+
+    def load(domain: str, data_dir: str) -> Splits:
+        config, _, mels = domain.partition("_")
+        made = builder(config=config, data_dir=data_dir, file_format="array_record")
+        return sounds.load(made, num_mels=int(mels or 128), **settings)
+
+    return load
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "ast": ast.AST,
     "cnn": cnn.CNN,
+    "crnn": crnn.CRNN,
+    "efficientnet_lite0": functools.partial(
+        efficientnet.EfficientNetLite0, standardized=True
+    ),
     "linear": linear.Linear,
+    "resnet12": resnet12.ResNet12,
+    "resnet18": resnet.ResNet,
+    "vit_tiny": vit.ViT,
+    # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
+    "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
     # 28,682 parameters for 32x32x1 images: 16 patches and the class token.
     "vit_32": functools.partial(
         vit.ViT, patch=8, width=32, depth=3, num_heads=4, mlp_width=64
     ),
-    "efficientnet_lite0": functools.partial(
-        efficientnet.EfficientNetLite0, standardized=True
+    # Of a size for two processor cores; for 16x16 pixels, or 49 frames of 32 mel bins.
+    "resnet12_small": functools.partial(resnet12.ResNet12, widths=(8, 16, 24, 32)),
+    "resnet12_digits": functools.partial(resnet12.ResNet12, widths=(8, 16, 32)),
+    "resnet18_small": functools.partial(resnet.ResNet, width=8, small_images=True),
+    "vit_small": functools.partial(
+        vit.ViT, patch=4, width=32, depth=3, num_heads=4, mlp_width=64
     ),
-    # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
-    "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
+    "crnn_small": functools.partial(crnn.CRNN, width=24, pool=(2, 2)),
+    "crnn_lstm_small": functools.partial(crnn.CRNN, width=24, pool=(2, 2), cell="lstm"),
+    "ast_small": functools.partial(
+        ast.AST, patch=8, strides=(6, 6), width=32, depth=3, num_heads=4, mlp_width=64
+    ),
 }
-# load(domain, data_dir) gives the splits "train", "validation" and "test".
+# load(domain, data_dir) gives the splits "train", "validation" and "test": of the same
+# classes,
 DATASETS: dict[str, Callable[[str, str], Splits]] = {
     "cifar10": cifar.load,
     "digits": _built(digits.Digits),
@@ -51,6 +106,15 @@ DATASETS: dict[str, Callable[[str, str], Splits]] = {
     "mnist_5k_c": _built(mnist_c.Mnist5kC),
     "solar_cells": _built(solar.SolarCells),
     "visual_wake_words": wake_words.load,
+    # and of classes that no other split has, for few-shot learning.
+    "characters": _built(characters.Characters),
+    "digit_classes": _built(digits.DigitClasses),
+    "few_shot_images": few_shot_images.load,
+    "mini_imagenet": _built(imagenet_subsets.MiniImageNet),
+    "tiered_imagenet": _built(imagenet_subsets.TieredImageNet),
+    "voices": _sounds(voices.Voices, frame_seconds=0.04, hop_seconds=0.02),
+    "esc50": _sounds(sound_events.Esc50),
+    "fsdkaggle2018": _sounds(sound_events.FsdKaggle2018),
 }
 BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
 # Published weights to start from, and how the images have to be for them.

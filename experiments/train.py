@@ -248,7 +248,7 @@ def prepare(
     target = tasks.load(config, config.target, directory)
     num_classes = int(jnp.max(target["train"].labels)) + 1
     network = functools.partial(tasks.NETWORKS[config.network], num_classes=num_classes)
-    start = _pretrain(config, network, source, progress, directory / "runs")
+    start = pretrain(config, network, source, progress, directory / "runs")
     if config.layer_scales:
         start = cnn.rescaled(start, config.layer_scales)
     start = tasks.with_statistics(
@@ -257,7 +257,7 @@ def prepare(
     return Task(network, source, target, start)
 
 
-def _pretrain(
+def pretrain(
     config: ConfigDict,
     network: Any,
     data: Splits,

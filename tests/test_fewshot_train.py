@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import fewshot_train
+from experiments import fewshot_train, tasks
 from experiments.configs import fewshot_audio, fewshot_vision, quickstart
 from experiments.data.arrays import Split
 from fgrad import layers
@@ -183,8 +183,8 @@ def test_pre_training_has_nine_of_ten_images_of_each_class():
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(fewshot_train.DATASETS, "tiny", data)
-    monkeypatch.setitem(fewshot_train.NETWORKS, "tiny", Tiny)
+    monkeypatch.setitem(tasks.DATASETS, "tiny", data)
+    monkeypatch.setitem(tasks.NETWORKS, "tiny", Tiny)
 
 
 def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
 
 def test_splits_that_share_classes_are_refused(registered, tmp_path, monkeypatch):
     shared = {**data(), "test": data()["train"]}
-    monkeypatch.setitem(fewshot_train.DATASETS, "tiny", lambda *_: shared)
+    monkeypatch.setitem(tasks.DATASETS, "tiny", lambda *_: shared)
     with pytest.raises(ValueError, match="train and test share the classes"):
         fewshot_train.run(configured(), str(tmp_path))
 
@@ -240,8 +240,8 @@ def test_the_grid_has_every_cell_and_equal_tuning():
     assert len(audio.parts) == 1 * 2 * 2
     for config in (*vision.parts.values(), *audio.parts.values()):
         assert config.driver == "few_shot"
-        assert config.dataset in fewshot_train.DATASETS
-        assert config.network in fewshot_train.NETWORKS
+        assert config.dataset in tasks.DATASETS
+        assert config.network in tasks.NETWORKS
         assert config.run == tuple(
             f"{way}_{kind}"
             for way in ("ft", "lp")
@@ -264,6 +264,6 @@ def test_the_grid_has_every_cell_and_equal_tuning():
 def test_every_dataset_has_its_loader(file):
     for name, (dataset, _, _) in file.DATASETS.items():
         assert file.get_config(f"{name},resnet18").dataset == dataset
-        assert dataset in fewshot_train.DATASETS
+        assert dataset in tasks.DATASETS
     with pytest.raises(ValueError, match=r"dataset must be one of .* got 'mnist'"):
         file.get_config("mnist,resnet18")

@@ -11,7 +11,7 @@ on 20 tasks of the validation split.
         --config=experiments/configs/fewshot_vision.py --workdir=workdir/fewshot_vision
 
 runs all cells and writes one table. One cell, of any dataset and network in
-`experiments.fewshot_train`, such as the paper's, whose data TFDS or you provide:
+`experiments.tasks`, such as the paper's, whose data TFDS or you provide:
 
     --config=experiments/configs/fewshot_vision.py:characters,resnet12_small
     --config=experiments/configs/fewshot_vision.py:cub,resnet18
@@ -29,7 +29,7 @@ from experiments.configs import quickstart
 # Name: (dataset, domain, what differs).
 DATASETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "characters": ("characters", "16", {}),
-    "digits": ("digits", "", {"n_way": 3}),
+    "digits": ("digit_classes", "", {"n_way": 3}),
     "cifar_fs": ("few_shot_images", "cifar_fs", {}),
     "cub": ("few_shot_images", "cub_84", {}),
     "omniglot": ("few_shot_images", "omniglot_28", {}),
@@ -76,9 +76,9 @@ def common(
     """A cell of the table.
 
     Args:
-      dataset: key of `experiments.fewshot_train.DATASETS`.
+      dataset: key of `experiments.tasks.DATASETS`.
       domain: of it.
-      network: key of `experiments.fewshot_train.NETWORKS`.
+      network: key of `experiments.tasks.NETWORKS`.
       variant: "full", or "smoke" for a run of some seconds that shows no result.
       changes: fields of the configuration with other values.
     """
