@@ -162,7 +162,7 @@ def test_bad_settings_are_refused():
         quickstart.get_config("fast")
     method = quickstart.get_config().methods.backprop
     method.gradient = "sideways"
-    with pytest.raises(ValueError, match='gradient must be "backward" or "forward"'):
+    with pytest.raises(ValueError, match='gradient must be "backward", "forward"'):
         make_learner(method, cnn.CNN)
 
 
