@@ -16,7 +16,12 @@ runs all cells and writes one table. One cell, of any dataset and network in
     --config=experiments/configs/fewshot_vision.py:characters,resnet12_small
     --config=experiments/configs/fewshot_vision.py:cub,resnet18
 
-A smoke run of some seconds: ``fewshot_vision.py:digits,vit_small,smoke``.
+Seen so far, of vit_small on characters with 30 test and 5 validation tasks: zero-shot
+78.3 ± 3.7; "lp" 78.0 ± 3.6, 78.0 ± 3.4 and 77.9 ± 3.4, "ft" 79.0 ± 2.9, 78.3 ± 3.1 and
+78.6 ± 3.1 (backpropagation, float32, 16w8a). A start as good as this leaves a task's 25
+examples little to add.
+
+A smoke run: ``fewshot_vision.py:digits,vit_small,smoke``.
 """
 
 from collections.abc import Mapping
