@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import fewshot_train, landscape, train
+from experiments import fewshot_train, landscape, memory, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
@@ -23,6 +23,7 @@ _RESUME = flags.DEFINE_bool(
 _DRIVERS = {
     "few_shot": fewshot_train.run,
     "landscape": landscape.run,
+    "memory": memory.run,
     "train": train.run,
 }
 flags.mark_flags_as_required(["config", "workdir"])

@@ -60,8 +60,22 @@ def test_below_what_trains_nothing_is_stored():
     budget = device_budget(
         mlp, MLP, X, method="backward", trains=lambda name: name == "head"
     )
-    assert budget.activations == 2 * 2 * (32 + (32 + 10))
+    # The forward pass needs the most.
+    inference = device_budget(mlp, MLP, X, method="inference")
+    assert budget.activations == inference.activations
     assert budget.gradients == 2 * 320
+
+
+def test_what_is_stored_stays_while_the_forward_pass_goes_on():
+    def narrow(params, x):
+        x = jax.nn.relu(x @ params["first"])  # 64 values, 128
+        return x @ params["frozen"] @ params["wide"]  # 8, 512
+
+    params = shapes(first=(64, 128), frozen=(128, 8), wide=(8, 512))
+    settings = {"trains": lambda name: name == "first", "method": "backward"}
+    budget = device_budget(narrow, params, X, **settings)
+    # The input and the relu's result stay beside the last product.
+    assert budget.activations == 2 * 2 * (64 + 128 + 8 + 512)
 
 
 def test_a_product_of_activations_needs_both():

@@ -162,8 +162,9 @@ def device_budget(
     live sets :math:`A_t`,
 
     .. math::
-        \text{forward: } \max_t |A_t|, \qquad
-        \text{backward: } \Big|\bigcup_t S_t\Big| + \max_t (|y_t| + |x_t|),
+        \text{forward: } \max_t |A_t|, \qquad \text{backward: } \max \Big(
+        \max_t \Big|A_t \cup \bigcup_{s<t} S_s\Big|, \;
+        \Big|\bigcup_t S_t\Big| + \max_t (|y_t| + |x_t|) \Big),
 
     where :math:`S_t` is what the derivative of equation t needs if a weight that trains
     is before it (the input of a product whose weight trains, both operands of a product
@@ -226,9 +227,9 @@ def device_budget(
         {number for number, train in zip(weights, chosen, strict=True) if train},
         bits[1],
     )
-    peak, layer = flows.peak()
+    peak, layer = flows.peak(for_backward=method == "backward")
     if method == "backward":
-        peak = flows.stored() + flows.widest()
+        peak = max(peak, flows.stored() + flows.widest())
     gradient = gradient_bits or bits[method != "backward"]
     trained = [
         math.ceil(density * leaf.size)
@@ -388,19 +389,25 @@ class _Flows:
             inside, stored = self._loop(node)
             self._events.append(_Event(node, reads, writes, inside, stored))
 
-    def peak(self) -> tuple[int, tuple[int, ...]]:
-        """The most bytes that lie at one time, and the shape made then."""
+    def peak(self, for_backward: bool = False) -> tuple[int, tuple[int, ...]]:
+        """The most bytes that lie at one time, and the shape made then.
+
+        Args:
+          for_backward: whether what the backward pass needs stays.
+        """
         last: dict[int, int] = {}
         for step, event in enumerate(self._events):
             last.update(dict.fromkeys(event.reads, step))
             for value in event.writes:
                 last.setdefault(value, step)
-        for value in self._lie(self._program.outputs):
+        kept = self._needed() if for_backward else set()
+        for value in self._lie(self._program.outputs) | kept:
             last[value] = len(self._events)
         lying = set(self._data)
         most, shape = self._size(lying), ()
         for step, event in enumerate(self._events):
-            now = self._size(lying | set(event.writes)) + event.inside
+            inside = max(event.inside, event.stored if for_backward else 0)
+            now = self._size(lying | set(event.writes)) + inside
             dying = {v for v in lying | set(event.writes) if last.get(v, -1) <= step}
             if event.in_place:
                 (made,) = event.writes
@@ -413,11 +420,15 @@ class _Flows:
 
     def stored(self) -> int:
         """Bytes that the backward pass needs of the forward pass."""
+        return self._size(self._needed()) + sum(event.stored for event in self._events)
+
+    def _needed(self) -> set[int]:
+        """The buffers that the backward pass reads."""
         needed: set[int] = set()
         for node in self._program.nodes:
             if not self._trained.isdisjoint(node.outputs):
                 needed |= self._lie(self._needs(node))
-        return self._size(needed) + sum(event.stored for event in self._events)
+        return needed
 
     def widest(self) -> int:
         """The most bytes of an equation's result and largest operand together."""
