@@ -9,7 +9,7 @@ probes, which train the head alone: exact, and sign-m-SPSA. All see features
 standardized by the target's statistics, without labels.
 
 What is frozen before the adapter runs once on the whole dataset. Adam with linear
-decay; learning rates are tuned on the validation split by runs of full length with a
+decay; learning rates are tuned on the validation split by runs of half the length with a
 seed of their own. Every evaluation counts as a whole forward pass, though those after
 the adapter run only its block and the head.
 
@@ -44,10 +44,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     # At 96 pixels many features are rare; the default would blow them up.
     config.deviation_floor = 1.0
     config.metrics = ("auc", "accuracy", "balanced_accuracy")
-    config.parallel_runs = 1
     if not smoke:
         config.seeds = (0, 1, 2, 3, 4)
-        config.tuning_fraction, config.wider_tuning = 1.0, 2
+        config.tuning_fraction, config.wider_tuning = 0.5, 2
 
     probe = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
     # The head sees 1,280 features and moves the logits as much at a lower rate.
@@ -74,7 +73,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             "gradient": "activity",
             "optimizer": "adam",
             "batch_size": 32,
-            "steps": 5 if smoke else 340,
+            "steps": 5 if smoke else 1000,
             "learning_rates": (1e-3, 3e-3, 1e-2),
             "epsilon": 1e-2,
             "epsilon_unit": "rms",
@@ -89,7 +88,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     changes: dict[str, dict[str, Any]] = {
         # A pass of its steps is one pass; it has the others' passes in steps.
-        "probe_exact": {**probe, "sites": HEAD, "steps": 5 if smoke else 11000},
+        "probe_exact": {**probe, "sites": HEAD, "steps": 5 if smoke else 33_000},
         "probe_sign": {
             **probe,
             "gradient": "forward",
