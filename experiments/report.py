@@ -122,7 +122,7 @@ def write_parts(
     ]
     tasks = "; ".join(
         f"{name}: {parts[name].source} to {parts[name].target}, "
-        f"{max(r.get('forward_passes', 0) for r in part.values()):,} forward passes"
+        f"at most {max(r.get('forward_passes', 0) for r in part.values()):,} passes"
         for name, part in results.items()
     )
     seeds = {len(part.seeds) for part in parts.values()}

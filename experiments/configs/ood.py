@@ -31,21 +31,21 @@ SEVERITIES = (1, 3, 5)
 # name: the way, what differs in its methods by backpropagation and by forward
 # gradients, and the middle learning rates of both.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], float, float]] = {
-    "lp_1": ({"linear_probe": {}}, {}, {"steps": 3000}, 0.2, 0.05),
+    "lp_1": ({"linear_probe": {}}, {}, {"steps": 6000}, 0.32, 0.08),
     "lp_3": (
         {"linear_probe": {"num_layers": 3}},
         {},
         # The hidden layers begin as zeros, from which they grow.
-        {"steps": 6000, "zero_bound": 0.5, "activation_headroom": 2.0},
-        0.1,
-        0.015,
+        {"steps": 12000, "zero_bound": 0.5, "activation_headroom": 2.0},
+        0.16,
+        0.024,
     ),
     "d_vpt": (
         {"deep_prompts": {"num_prompts": 2}},
         {"batch_size": 64},
-        {"steps": 1500, "batch_size": 16, "epsilon": 0.1},
-        0.1,
-        0.04,
+        {"steps": 3000, "batch_size": 16, "epsilon": 0.1},
+        0.16,
+        0.064,
     ),
 }
 METHODS: dict[str, dict[str, Any]] = {
