@@ -120,10 +120,14 @@ def write_parts(
         [name, *(_score(part[name], metric) for part in results.values())]
         for name in names
     ]
-    tasks = "; ".join(
-        f"{name}: {parts[name].source} to {parts[name].target}, "
-        f"at most {max(r.get('forward_passes', 0) for r in part.values()):,} passes"
+    passes = {
+        name: max(method.get("forward_passes", 0) for method in part.values())
         for name, part in results.items()
+    }
+    tasks = "; ".join(
+        f"{name}: {part.source} to {part.target}, "
+        f"at most {passes[name]:,} forward passes"
+        for name, part in parts.items()
     )
     seeds = {len(part.seeds) for part in parts.values()}
     note = (

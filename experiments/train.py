@@ -311,15 +311,19 @@ def _adapt(
         return _run_directory(config, where / name)
 
     def tune(learning_rate: float) -> float:
-        return trainer.run(
-            start,
-            config.tuning_seed,
-            learning_rate,
-            steps=_tuning_steps(config, method),
-            num_evals=1,
-            progress=progress.advance,
-            directory=directory(f"tune_{learning_rate:g}"),
-        ).validation
+        ran = [
+            trainer.run(
+                start,
+                seed,
+                learning_rate,
+                steps=_tuning_steps(config, method),
+                num_evals=1,
+                progress=progress.advance,
+                directory=directory(f"tune_{learning_rate:g}_{seed}"),
+            )
+            for seed in config.tuning_seeds
+        ]
+        return float(np.mean([run.validation for run in ran]))
 
     def adapt(seed: int) -> Run:
         return trainer.run(
@@ -336,7 +340,7 @@ def _adapt(
     for _ in range(config.wider_tuning):
         if not (rate := _beyond(tuned)):
             break
-        progress.expect(_tuning_steps(config, method))
+        progress.expect(len(config.tuning_seeds) * _tuning_steps(config, method))
         tuned[rate] = tune(rate)
     learning_rate = _best(tuned)
     adapted = [adapt(seed) for seed in config.seeds]
@@ -391,6 +395,7 @@ def _total_steps(config: ConfigDict) -> int:
     total = config.pretrain.steps
     for name in config.run:
         method = config.methods[name]
-        total += len(method.learning_rates) * _tuning_steps(config, method)
+        tuned = len(method.learning_rates) * len(config.tuning_seeds)
+        total += tuned * _tuning_steps(config, method)
         total += len(config.seeds) * method.steps
     return total

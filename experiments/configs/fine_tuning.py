@@ -9,8 +9,8 @@ probes, which train the head alone: exact, and sign-m-SPSA. All see features
 standardized by the target's statistics, without labels.
 
 What is frozen before the adapter runs once on the whole dataset. Adam with linear
-decay; learning rates are tuned on the validation split by runs of half the length with a
-seed of their own. Every evaluation counts as a whole forward pass, though those after
+decay; learning rates are tuned on the validation split by runs of half the length with
+a seed of their own. Every evaluation counts as a whole forward pass, though those after
 the adapter run only its block and the head.
 
 The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):

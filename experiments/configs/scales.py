@@ -9,6 +9,11 @@ which makes the step relative, too. Sign-m-SPSA in 16w8a with half the quickstar
 forward passes; learning rates are tuned on the validation split by runs of full length:
 three rates, then further ones while the best is the last in order.
 
+Expected test accuracy, seeds 0 to 2, 11,200 forward passes. SGD: one epsilon of 3e-3
+93.8 ± 0.5, 1e-2 93.7 ± 0.1, 3e-2 90.0 ± 1.5, 1e-1 59.0 ± 6.0; relative 1e-1 91.9 ±
+1.0, 3e-1 90.0 ± 1.4. Kernel-normalized: one 90.1 ± 2.2, 89.7 ± 1.7, 73.9 ± 4.1, 46.5 ±
+3.2; relative 93.4 ± 0.3, 94.0 ± 0.2.
+
     python -m experiments.main \
         --config=experiments/configs/scales.py --workdir=workdir/scales
 
