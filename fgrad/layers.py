@@ -3,12 +3,14 @@
 Each layer is Flax's own, with the product exchanged: names and shapes of parameters
 are Flax's, so its checkpoints load. The kernel's type and ``bits`` decide:
 
-| kernel    | bits           | product                                               |
-|-----------|----------------|-------------------------------------------------------|
-| float     | None           | float, as in Flax                                     |
-| float     | (w, a)         | float on the grid, straight-through gradient (AQT)    |
-| `QTensor` | (w, a)         | int8 products, int32 sums (`fgrad.products`)          |
-| `QTensor` | None, (w, None)| float product with the dequantized kernel             |
+=========  ===============  =======================================================
+kernel     bits             product
+=========  ===============  =======================================================
+float      None             float, as in Flax
+float      (w, a)           float on the grid, straight-through gradient (AQT)
+`QTensor`  (w, a)           int8 products, int32 sums (`fgrad.products`)
+`QTensor`  None, (w, None)  float product with the dequantized kernel
+=========  ===============  =======================================================
 
 Scales of activations are "static", calibrated once by `calibrate` and kept in the
 variable collection "activation_scales", or "dynamic", taken from each input.

@@ -81,7 +81,7 @@ def sparse_update(
     .. math:: w_S \leftarrow w_S + \text{inner}(w_S;\; v \mapsto L(w_{\bar S}, v)),
       \quad |S| = \max(1, \lfloor density \cdot n \rceil)
 
-    ``inner`` sees a tree whose leaves are the k = |S| chosen values of each trained
+    ``inner`` sees a tree whose leaves are the ``k = |S|`` chosen values of each trained
     leaf, as a vector (a `QTensor` with its scale, or the k scales of its channels),
     and a loss that puts them back. So z is drawn for k values only, and momenta hold k
     values. All other weights stay as they are, bit for bit.
