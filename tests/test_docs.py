@@ -5,11 +5,17 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
+from sklearn import datasets
+
+import fgrad
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = sorted(DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
 
 
@@ -17,12 +23,12 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
-def run(page, capsys):
+def run(page, capsys, **given):
     """Runs a page's blocks in one namespace, which it returns with the last output.
 
     A block's comments at the beginning of a line are what it prints.
     """
-    names, last = {}, ""
+    names, last = dict(given), ""
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(code, name(page), "exec"), names)
         last = capsys.readouterr().out
@@ -36,9 +42,35 @@ def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
     run(page, capsys)
 
 
-def test_the_readmes_example_learns(capsys):
-    names, _ = run(ROOT / "README.md", capsys)
-    assert names["loss_fn"](names["params"], names["batch"]) < 0.05
+class Network(nn.Module):
+    """A newcomer's model."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.relu(nn.Dense(32)(x)))
+
+
+@pytest.mark.optimized
+def test_a_newcomer_adapts_a_flax_model_by_the_readmes_few_lines(capsys):
+    readme = ROOT / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert sum(bool(line) for line in code.splitlines()) < 15
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = images.astype("float32") / 16
+    images -= images.mean(0)
+    model = Network()
+    params = model.init(jax.random.key(1), images[:1])["params"]
+    order = np.random.default_rng(0).integers(0, 1500, (600, 64))
+    batches = [(images[index], labels[index]) for index in order]
+
+    def accuracy(params):
+        logits = model.apply({"params": fgrad.dequantize(params)}, images[1500:])
+        return (logits.argmax(-1) == labels[1500:]).mean()
+
+    assert accuracy(params) < 0.3
+    names, _ = run(readme, capsys, model=model, params=params, batches=batches)
+    assert accuracy(names["params"]) > 0.7
+    assert names["params"]["Dense_0"]["kernel"].qvalue.dtype == "int16"
 
 
 def test_the_memory_report_is_of_a_step_in_place(capsys):
