@@ -13,9 +13,7 @@ import rich
 from matplotlib import figure
 from ml_collections import ConfigDict
 
-import fgrad
-from experiments import adapt, metrics, report, runs
-from experiments.configs import quickstart
+from experiments import adapt, metrics, quality, report, runs
 from experiments.data.arrays import Split
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.train import Task, prepare
@@ -23,7 +21,6 @@ from fgrad import analysis
 
 mpl.use("Agg")
 
-_LEAST_BITS = 16  # below, weights move by sparse steps on their grid
 _QUALITIES = {
     "cosine": "cosine with the gradient",
     "relative_variance": "variance over squared length",
@@ -168,13 +165,7 @@ def _measure(
     """A function that tells what is known of a run at a state and a step."""
     name, test = config.metrics[0], task.target["test"]
     batch = _batch(config, task)
-    bits = method.get("bits")
-    # The others' gradient is exact, or they make steps on the grid instead of one.
-    estimated = method.gradient != "backward" and not (bits and bits[0] < _LEAST_BITS)
-    # The gradient of the float network with the same values, by backpropagation.
-    exact = make_learner(quickstart.changed(method, {"bits": None}), task.network)
-    gradient = jax.jit(jax.grad(exact.loss_fn))
-    estimate = jax.jit(learner.estimate)
+    compare = quality.comparison(method, task.network, learner)
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
         logits = learner.logits(state, test.images)
@@ -186,16 +177,10 @@ def _measure(
         shares = optax.tree.get_all_with_path(state.opt_state, "moved_fraction")
         if step and shares:
             row["moved_fraction"] = float(shares[0][1])
-        if not estimated:
+        if compare is None:
             return row
-        values, frozen = fgrad.dequantize((state.params, state.frozen))
-        quality = analysis.gradient_quality(
-            lambda key: estimate(state, key, batch),
-            gradient(values, frozen, {}, batch),
-            jax.random.key(step),
-            num_estimates=config.num_estimates,
-        )
-        return row | quality._asdict()
+        found = compare(state, batch, jax.random.key(step), config.num_estimates)
+        return row | found._asdict()
 
     return measure
 
@@ -237,12 +222,12 @@ def _draw_quality(
 ) -> None:
     fig = figure.Figure(figsize=(3.4 * len(_QUALITIES), 3), layout="constrained")
     panels = fig.subplots(ncols=len(_QUALITIES), squeeze=False)[0]
-    for axes, (quality, title) in zip(panels, _QUALITIES.items(), strict=True):
+    for axes, (key, title) in zip(panels, _QUALITIES.items(), strict=True):
         for name, points in rows.items():
-            known = [point for point in points if quality in point]
+            known = [point for point in points if key in point]
             if known:
                 steps = [point["step"] for point in known]
-                axes.plot(steps, [point[quality] for point in known], label=name)
+                axes.plot(steps, [point[key] for point in known], label=name)
         axes.set(xlabel="step", title=title)
         axes.legend(fontsize=7)
     fig.savefig(directory / "quality.png", dpi=100)

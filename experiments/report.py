@@ -72,12 +72,21 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     """
     columns = ("method", *config.metrics, *_COLUMNS)
     rows = [_row(name, result, config.metrics) for name, result in results.items()]
+    if config.gradient_estimates:
+        columns += ("cosine",)
+        for row, result in zip(rows, results.values(), strict=True):
+            row.append(_cosines(result.get("cosine", {})))
     note = (
         f"{config.source} to {config.target}, test {' and '.join(config.metrics)} in % "
         f"as mean ± standard deviation over {len(config.seeds)} seeds; a backward pass "
         "counts as two forward passes; seconds per run with "
         f"{config.parallel_runs} runs at a time; temporaries of the compiled step."
     )
+    if config.gradient_estimates:
+        note += (
+            " cosine: of an estimate with the float gradient of its batch, before the "
+            f"first step, over {config.gradient_estimates} estimates."
+        )
     _print_table(columns, rows, note, wide=1 + len(config.metrics))
     write_json(results, directory)
     (directory / "table.md").write_text(_markdown(columns, rows, note))
@@ -182,6 +191,12 @@ def _row(name: str, result: dict[str, Any], metrics: Sequence[str]) -> list[str]
         f"{result['seconds']:.1f}",
         f"{result['temporaries_mib']:.2f}",
     ]
+
+
+def _cosines(cosines: dict[str, tuple[float, float]]) -> str:
+    return ", ".join(
+        f"{name} {mean:.2f} ± {d:.2f}" for name, (mean, d) in cosines.items()
+    )
 
 
 def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import adapt, events, features, metrics, report, runs, tasks
+from experiments import adapt, events, features, metrics, quality, report, runs, tasks
 from experiments.methods import Learner, TrainState, make_learner
 from experiments.models import cnn
 from experiments.tasks import Splits
@@ -80,6 +80,7 @@ class Trainer:
           names: of metrics, keys of `experiments.metrics.METRICS`.
         """
         self.config = config
+        self._network = network
         self._names = names
         self._tag = f"test/{names[0]}"
         self.learner: Learner = make_learner(config, network)
@@ -141,6 +142,32 @@ class Trainer:
                 if directory.due():
                     directory.save(done, runs.Snapshot(state, curve, seconds, points))
         return runs.Snapshot(state, curve, seconds, points)
+
+    def cosines(
+        self, params: Any, seed: int, count: int
+    ) -> dict[str, tuple[float, float]]:
+        """Of estimates with the gradient, before the first step, layer by layer.
+
+        Args:
+          params: where runs start.
+          seed: of the run and of the estimates.
+          count: how many estimates, all on the first examples.
+
+        Returns:
+          Mean and standard deviation by the names of layers; nothing for a method
+          that has no estimates to compare, see `experiments.quality.comparison`.
+        """
+        compare = quality.comparison(self.config, self._network, self.learner)
+        if compare is None:
+            return {}
+        state = self.learner.init(params, self._images, seed)
+        size = self.config.batch_size
+        batch = jax.tree.map(lambda x: x[:size], self._data["train"])
+        found = {
+            layer: compare(state, batch, jax.random.key(seed), count, layer)
+            for layer in state.params
+        }
+        return {layer: (q.cosine, q.cosine_deviation) for layer, q in found.items()}
 
     def _start(self, state: TrainState) -> runs.Snapshot:
         curve = [self._first(state)]
@@ -344,6 +371,8 @@ def _adapt(
         tuned[rate] = tune(rate)
     learning_rate = _best(tuned)
     adapted = [adapt(seed) for seed in config.seeds]
+    count = config.gradient_estimates
+    cosines = trainer.cosines(start, config.seeds[0], count) if count else {}
     return {
         **_summary([run.scores for run in adapted]),
         "validation": [run.validation for run in adapted],
@@ -354,6 +383,7 @@ def _adapt(
         "seconds": float(np.mean([run.seconds for run in adapted])),
         "temporaries_mib": trainer.temporaries / 2**20,
         "curves": [run.curve for run in adapted],
+        **({"cosine": cosines} if cosines else {}),
     }
 
 

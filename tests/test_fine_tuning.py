@@ -53,6 +53,24 @@ def run(config, steps, rate):
     return first, state, start, loss(state)
 
 
+def test_the_cosine_of_each_layer_is_told():
+    changes = {"adaptation": {"adapter": {}}, "cache_frozen": True, "batch_size": 16}
+    sites = {"Block_1/adapter": {"epsilon": 0.03}, **EXACT}
+    trainer = train.Trainer(
+        method(**changes, sites=sites), NETWORK, pretrained(), splits(), ["accuracy"]
+    )
+    cosines = trainer.cosines(pretrained(), 0, 4)
+    assert sorted(cosines) == ["Block_1", "Dense_0"]
+    np.testing.assert_allclose(cosines["Dense_0"], [1, 0], atol=1e-4)
+    assert 0.1 < cosines["Block_1"][0] < 0.99
+    assert cosines["Block_1"][1] > 0
+    backward = {"gradient": "backward", **changes}
+    trainer = train.Trainer(
+        method(**backward), NETWORK, pretrained(), splits(), ["accuracy"]
+    )
+    assert trainer.cosines(pretrained(), 0, 4) == {}
+
+
 def test_an_exact_head_is_trained_like_by_backpropagation():
     changes = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
     _, exact, _, _ = run(method(**changes, sites=EXACT), 3, 0.5)

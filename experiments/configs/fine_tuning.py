@@ -44,6 +44,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     # At 96 pixels many features are rare; the default would blow them up.
     config.deviation_floor = 1.0
     config.metrics = ("auc", "accuracy", "balanced_accuracy")
+    config.gradient_estimates = 2 if smoke else 16
     if not smoke:
         config.seeds = (0, 1, 2, 3, 4)
         config.tuning_fraction, config.wider_tuning = 0.5, 2

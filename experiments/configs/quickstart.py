@@ -53,6 +53,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.snapshot_seconds = 30.0  # of a run; a killed one goes on from the last
     config.event_files = False  # TensorBoard's, of every run, under <workdir>/runs
     config.num_evals = 2 if smoke else 10  # points of the curves
+    # How many estimates of each method to compare with the gradient; 0: none.
+    config.gradient_estimates = 0
     config.figure = "curves"  # or "dots", for many methods
 
     # Factors of the layers of the network that is adapted, which leave its function as
