@@ -61,7 +61,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         "forward_16w8a": {**sign, "bits": (16, 8)},
         "normalized_fp32": {},
         "normalized_16w8a": {"bits": (16, 8)},
-        "forward_8w8a": {"bits": (8, 8)},  # on the grid it is by signs
+        # On the grid it is by signs.
+        **{f"forward_{bits}w8a": {"bits": (bits, 8)} for bits in (8, 6, 4)},
     }
     config.methods = ConfigDict({"backprop": backprop})
     for name, change in changes.items():
