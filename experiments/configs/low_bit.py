@@ -9,8 +9,8 @@ rates are tuned on the validation split by three runs of full length with seeds 
 own: three rates, then further ones while the best is the last in order.
 
 Expected test accuracy, seeds 0 to 4, 22,400 forward passes each (backpropagation: 900):
-backpropagation 97.9 ± 0.0; 16w8a 95.5 ± 0.8, 8w8a 95.2 ± 1.0, 6w8a 93.8 ± 0.5, 4w8a
-93.5 ± 0.9; residual 8w8a 94.5 ± 0.6, 6w8a 94.6 ± 1.0; rounded 8w8a 94.9 ± 0.7, 6w8a
+backpropagation 97.7 ± 0.1; 16w8a 95.0 ± 0.7, 8w8a 95.2 ± 1.0, 6w8a 93.8 ± 0.5, 4w8a
+93.5 ± 0.9; residual 8w8a 94.5 ± 0.6, 6w8a 94.9 ± 0.2; rounded 8w8a 94.9 ± 0.7, 6w8a
 91.6 ± 1.4.
 
     python -m experiments.main \
