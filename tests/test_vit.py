@@ -67,8 +67,9 @@ def test_another_networks_weights_are_refused():
 def test_heads_must_divide_the_width(num_heads):
     state = recorded.random_state_dict("narrow")
     state = {name: array for name, array in state.items() if "blocks.1" not in name}
-    if num_heads is None:  # 96 features are one head of 64, and a half
-        state["cls_token"] = np.zeros((1, 1, 63), np.float32)
+    if num_heads is None:  # less than one head of 64
+        for name, shape in (("weight", (189, 63)), ("bias", (189,))):
+            state[f"blocks.0.attn.qkv.{name}"] = np.zeros(shape, np.float32)
     with pytest.raises(ValueError, match=r"num_heads=\d does not divide the width"):
         vit.from_state_dict(state, num_heads)
 

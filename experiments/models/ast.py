@@ -9,13 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from experiments import checkpoints
 from experiments.models import pytorch, vit
 from fgrad import fixed_point, layers
 
-_HEAD_FEATURES = 64  # of an attention head of the published networks
 _EPSILON = 1e-12  # of all normalisations, in the published weights' configuration
 _TOKENS = 2  # before the patches: class and distillation
 # Ours and Hugging Face's name of each layer of a block, but for attention's inputs.
@@ -195,14 +193,6 @@ def from_state_dict(
     pytorch.check_names(state, expected, "audio spectrogram transformer")
     embeddings = f"{_BODY}embeddings"
     patches = f"{embeddings}.patch_embeddings.projection"
-    width = state[f"{embeddings}.cls_token"].shape[-1]
-    num_heads = width // _HEAD_FEATURES if num_heads is None else num_heads
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(
-            f"num_heads={num_heads} does not divide the width of {width}: say how many "
-            "heads the network has."
-        )
-    heads = num_heads, width // num_heads
     params: dict[str, Any] = {
         **pytorch.float32(
             class_token=state[f"{embeddings}.cls_token"],
@@ -213,25 +203,19 @@ def from_state_dict(
             kernel=state[f"{patches}.weight"].transpose(2, 3, 1, 0),
             bias=state[f"{patches}.bias"],
         ),
-        "LayerNorm_0": _norm(state, f"{_BODY}layernorm"),
-        "LayerNorm_1": _norm(state, "classifier.layernorm"),
+        "LayerNorm_0": pytorch.norm(state, f"{_BODY}layernorm"),
+        "LayerNorm_1": pytorch.norm(state, "classifier.layernorm"),
         "Dense_0": pytorch.dense(state, "classifier.dense"),
     }
     for index in range(depth):
-        block, source = f"Block_{index}", f"{_BODY}encoder.layer.{index}"
-        for ours, theirs in _LAYERS.items():
-            read = _norm if ours.startswith("LayerNorm") else pytorch.dense
-            params[f"{block}/{ours}"] = read(state, f"{source}.{theirs}")
-        attention = f"{block}/MultiHeadDotProductAttention_0"
-        for name in ("query", "key", "value"):
-            layer = pytorch.dense(state, f"{source}.attention.attention.{name}")
-            params[f"{attention}/{name}"] = {
-                "kernel": layer["kernel"].reshape(width, *heads),
-                "bias": layer["bias"].reshape(heads),
-            }
-        out = params[f"{attention}/out"]
-        out["kernel"] = out["kernel"].reshape(*heads, width)
-    return traverse_util.unflatten_dict(params, sep="/")
+        source = f"{_BODY}encoder.layer.{index}"
+        inputs = [
+            pytorch.dense(state, f"{source}.attention.attention.{name}")
+            for name in ("query", "key", "value")
+        ]
+        names = {ours: f"{source}.{theirs}" for ours, theirs in _LAYERS.items()}
+        params[f"Block_{index}"] = vit.read_block(state, names, inputs, num_heads)
+    return params
 
 
 def _names(depth: int) -> Iterator[str]:
@@ -251,10 +235,6 @@ def _names(depth: int) -> Iterator[str]:
         modules += [f"{_BODY}encoder.layer.{index}.{part}" for part in parts]
     for module in modules:
         yield from (f"{module}.weight", f"{module}.bias")
-
-
-def _norm(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
-    return pytorch.float32(scale=state[f"{name}.weight"], bias=state[f"{name}.bias"])
 
 
 def load(path: str | os.PathLike[str], num_heads: int | None = None) -> dict[str, Any]:
@@ -296,14 +276,4 @@ def matching(params: Mapping[str, Any], **settings: Any) -> AST:
       >>> matching(shapes["params"]) == model
       True
     """
-    query = params["Block_0"]["MultiHeadDotProductAttention_0"]["query"]["kernel"]
-    width, num_heads, _ = query.shape
-    return AST(
-        num_classes=params["Dense_0"]["kernel"].shape[-1],
-        patch=params["Conv_0"]["kernel"].shape[0],
-        width=width,
-        depth=sum(name.startswith("Block_") for name in params),
-        num_heads=num_heads,
-        mlp_width=params["Block_0"]["Dense_0"]["kernel"].shape[-1],
-        **settings,
-    )
+    return AST(**vit.sizes(params), **settings)

@@ -98,3 +98,21 @@ def dense(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 def float32(**arrays: np.ndarray) -> dict[str, Any]:
     """Contiguous float32 copies."""
     return {k: np.array(v, np.float32, order="C") for k, v in arrays.items()}
+
+
+def norm(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """A layer normalisation.
+
+    Args:
+      state: name to array.
+      name: of the layer.
+
+    Returns:
+      float32 ``scale`` and ``bias``, [features] both.
+
+    Example:
+      >>> state = {"norm.weight": np.ones(3), "norm.bias": np.zeros(3)}
+      >>> norm(state, "norm")["scale"].shape
+      (3,)
+    """
+    return float32(scale=state[f"{name}.weight"], bias=state[f"{name}.bias"])

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -197,7 +197,48 @@ def from_state_dict(
     """
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     pytorch.check_names(state, set(_names(max(depth, 1))), "vision transformer")
-    width = state["cls_token"].shape[-1]
+    patches = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+    params: dict[str, Any] = {
+        **pytorch.float32(class_token=state["cls_token"], positions=state["pos_embed"]),
+        "Conv_0": pytorch.float32(kernel=patches, bias=state["patch_embed.proj.bias"]),
+        "LayerNorm_0": pytorch.norm(state, "norm"),
+        "Dense_0": pytorch.dense(state, "head"),
+    }
+    for index in range(depth):
+        source = f"blocks.{index}"
+        joined = pytorch.dense(state, f"{source}.attn.qkv")
+        # Side by side: all of the query, then the key, then the value.
+        parts = (np.split(joined[name], 3, axis=-1) for name in ("kernel", "bias"))
+        inputs = [
+            {"kernel": kernel, "bias": bias}
+            for kernel, bias in zip(*parts, strict=True)
+        ]
+        names = {ours: f"{source}.{theirs}" for ours, theirs in _LAYERS.items()}
+        params[f"Block_{index}"] = read_block(state, names, inputs, num_heads)
+    return params
+
+
+def read_block(
+    state: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    inputs: Sequence[Mapping[str, np.ndarray]],
+    num_heads: int | None,
+) -> dict[str, Any]:
+    """Parameters of a `Block` from those of PyTorch's layers.
+
+    Args:
+      state: name to array.
+      names: of each layer in the state dict, but for the attention's inputs.
+      inputs: of query, key and value ``kernel`` [width, width] and ``bias`` [width].
+      num_heads: attention heads; None for one for each 64 features.
+
+    Returns:
+      float32 parameters, nested as Flax has them.
+
+    Raises:
+      ValueError: if the heads do not divide the width.
+    """
+    width = len(inputs[0]["bias"])
     num_heads = width // _HEAD_FEATURES if num_heads is None else num_heads
     if num_heads < 1 or width % num_heads:
         raise ValueError(
@@ -205,29 +246,20 @@ def from_state_dict(
             "heads the network has."
         )
     heads = num_heads, width // num_heads
-
-    patches = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
-    params: dict[str, Any] = {
-        **pytorch.float32(class_token=state["cls_token"], positions=state["pos_embed"]),
-        "Conv_0": pytorch.float32(kernel=patches, bias=state["patch_embed.proj.bias"]),
-        "LayerNorm_0": _norm(state, "norm"),
-        "Dense_0": pytorch.dense(state, "head"),
+    params = {
+        ours: (pytorch.norm if ours.startswith("LayerNorm") else pytorch.dense)(
+            state, theirs
+        )
+        for ours, theirs in names.items()
     }
-    for index in range(depth):
-        block, source = f"Block_{index}", f"blocks.{index}"
-        for ours, theirs in _LAYERS.items():
-            read = _norm if ours.startswith("LayerNorm") else pytorch.dense
-            params[f"{block}/{ours}"] = read(state, f"{source}.{theirs}")
-        attention = f"{block}/MultiHeadDotProductAttention_0"
-        joined = pytorch.dense(state, f"{source}.attn.qkv")
-        # Side by side: all of the query, then the key, then the value.
-        parts = (np.split(joined[name], 3, axis=-1) for name in ("kernel", "bias"))
-        for name, kernel, bias in zip(("query", "key", "value"), *parts, strict=True):
-            params[f"{attention}/{name}"] = pytorch.float32(
-                kernel=kernel.reshape(width, *heads), bias=bias.reshape(heads)
-            )
-        out = params[f"{attention}/out"]
-        out["kernel"] = out["kernel"].reshape(*heads, width)
+    attention = "MultiHeadDotProductAttention_0"
+    for name, layer in zip(("query", "key", "value"), inputs, strict=True):
+        params[f"{attention}/{name}"] = pytorch.float32(
+            kernel=layer["kernel"].reshape(width, *heads),
+            bias=layer["bias"].reshape(heads),
+        )
+    out = params[f"{attention}/out"]
+    out["kernel"] = out["kernel"].reshape(*heads, width)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -239,10 +271,6 @@ def _names(depth: int) -> Iterator[str]:
         modules += [f"blocks.{index}.{n}" for n in ("attn.qkv", *_LAYERS.values())]
     for module in modules:
         yield from (f"{module}.weight", f"{module}.bias")
-
-
-def _norm(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
-    return pytorch.float32(scale=state[f"{name}.weight"], bias=state[f"{name}.bias"])
 
 
 def load(path: str | os.PathLike[str], num_heads: int | None = None) -> dict[str, Any]:
@@ -285,14 +313,18 @@ def matching(params: Mapping[str, Any], **settings: Any) -> ViT:
       >>> matching(shapes["params"]) == model
       True
     """
+    return ViT(**sizes(params), **settings)
+
+
+def sizes(params: Mapping[str, Any]) -> dict[str, int]:
+    """What parameters tell of their network, by the names of its attributes."""
     query = params["Block_0"]["MultiHeadDotProductAttention_0"]["query"]["kernel"]
     width, num_heads, _ = query.shape
-    return ViT(
-        num_classes=params["Dense_0"]["kernel"].shape[-1],
-        patch=params["Conv_0"]["kernel"].shape[0],
-        width=width,
-        depth=sum(name.startswith("Block_") for name in params),
-        num_heads=num_heads,
-        mlp_width=params["Block_0"]["Dense_0"]["kernel"].shape[-1],
-        **settings,
-    )
+    return {
+        "num_classes": params["Dense_0"]["kernel"].shape[-1],
+        "patch": params["Conv_0"]["kernel"].shape[0],
+        "width": width,
+        "depth": sum(name.startswith("Block_") for name in params),
+        "num_heads": num_heads,
+        "mlp_width": params["Block_0"]["Dense_0"]["kernel"].shape[-1],
+    }
