@@ -11,7 +11,8 @@ three rates, then further ones while the best is the last in order.
 Expected on the test split, seeds 0 to 4, 64,000 forward passes each (backpropagation:
 900), AUC: zero-shot 62.3, backpropagation 89.6 ± 0.3, sign-m-SPSA 89.9 ± 0.6 in float32
 and 89.0 ± 0.4 in 16w8a, normalized 89.8 ± 0.4 and 89.1 ± 0.2; on the grid 8w8a 88.1 ±
-0.8, 6w8a 87.8 ± 0.7, 4w8a 86.9 ± 0.8. Accuracy is 84 to 85% and balanced accuracy 77 to 79% for all of them.
+0.8, 6w8a 87.8 ± 0.7, 4w8a 86.9 ± 0.8. Accuracy is 84 to 85% and balanced accuracy 77
+to 79% for all of them.
 
 The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
 ``pip install -e '.[solar,weights]'``.
