@@ -414,7 +414,7 @@ def quantize(
         if where is not None and not where(name, leaf):
             return leaf
         leaf = jnp.asarray(leaf, jnp.float32)
-        if is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()):
+        if is_concrete(leaf) and not _is_finite(leaf):
             raise ValueError(f"leaf {name!r} holds NaN or infinity; it has no grid.")
         scale = calibrate_scale(
             leaf,
@@ -583,6 +583,11 @@ def update_qvalue(qvalue: jax.Array, update_q: jax.Array, bits: int) -> jax.Arra
     # Clipping the change first keeps the sum inside int32.
     update_q = jnp.clip(update_q, -2 * limit, 2 * limit)
     return jnp.clip(qvalue + update_q, -limit, limit) - qvalue
+
+
+def _is_finite(x: jax.Array) -> bool:
+    with jax.ensure_compile_time_eval():  # of a constant of a jitted function as well
+        return bool(jnp.isfinite(x).all())
 
 
 def _scale_shape(q: QTensor) -> tuple[int, ...]:

@@ -832,3 +832,12 @@ def test_a_part_of_a_qtensor_is_that_of_its_value():
     q = fixed_point.quantize(jnp.array([[1.0, 2.0], [0.5, 3.0]]))
     np.testing.assert_array_equal(q[1, :], q.dequantize()[1, :])
     np.testing.assert_array_equal(-q, -q.dequantize())
+
+
+def test_constants_of_a_jitted_function_are_quantized():
+    w = jnp.array([0.5, -1.0])
+    quantize = jax.jit(lambda: fixed_point.quantize(w, bits=8, headroom=1.0))
+    np.testing.assert_array_equal(quantize().qvalue, [64, -127])
+    bad = jnp.array([0.5, jnp.nan])
+    with pytest.raises(ValueError, match="NaN"):
+        jax.jit(lambda: fixed_point.quantize(bad))()
