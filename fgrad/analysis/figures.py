@@ -47,8 +47,8 @@ def plot_surface(
     """The loss as a surface, with the ways of training runs over it.
 
     Args:
-      axes: of matplotlib, with ``projection="3d"``, and ``computed_zorder=False`` if the
-        surface is not to hide what lies behind it.
+      axes: of matplotlib, with ``projection="3d"``, and ``computed_zorder=False`` if
+        the surface is not to hide what lies behind it.
       landscape: from `fgrad.analysis.loss_landscape`.
       paths: coordinates [steps, 2] by name; drawn at the losses between the grid's.
     """
