@@ -1,4 +1,5 @@
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -155,6 +156,15 @@ def test_missing_and_broken_packages_are_named(data_dir, tmp_path):
     wrong.write_bytes(b"!<arch>\n" + member("debian-binary", b"2.0\n"))
     with pytest.raises(ValueError, match=r"klettres-data_1.deb has no data.tar"):
         list(voices.files(wrong))
+
+
+def test_damaged_packages_are_refused(data_dir, tmp_path):
+    manual = tmp_path / "downloads" / "manual"
+    shutil.copytree(data_dir / "downloads" / "manual", manual)
+    known = next(name for name in voices.CHECKSUMS if name.startswith("klettres"))
+    next(manual.glob("klettres-data_*")).rename(manual / known)
+    with pytest.raises(ValueError, match=r"klettres-data_.*is damaged: its SHA-256"):
+        builder(tmp_path).download_and_prepare()
 
 
 def test_licences_are_told():

@@ -1,9 +1,11 @@
 """Files that others publish: folders or zips of them, and arrays in their pickles."""
 
+import hashlib
 import io
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -41,6 +43,37 @@ def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
     raise FileNotFoundError(
         f"{folder} has neither {name}/ nor {name}.zip. {instructions}"
     )
+
+
+def verify(path: pathlib.Path, checksums: Mapping[str, str]) -> None:
+    """Makes sure that a file is the published one, if its checksum is known.
+
+    Args:
+      path: of the file.
+      checksums: SHA-256 in hexadecimal digits by file name. A file of another name,
+        such as a later version, is not checked. (Zips have checksums of their own
+        inside, which are checked as they are read.)
+
+    Raises:
+      ValueError: if the file has other bytes.
+
+    Example:
+      >>> path = pathlib.Path(__file__)
+      >>> verify(path, {})
+      >>> verify(path, {"archives.py": "0" * 64})
+      Traceback (most recent call last):
+      ...
+      ValueError: ...archives.py is damaged: its SHA-256 is ...
+    """
+    if (expected := checksums.get(path.name)) is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {found} instead of {expected}; "
+            "download it again."
+        )
 
 
 class _Unpickler(pickle.Unpickler):

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from experiments import audio
-from experiments.data import sounds
+from experiments.data import archives, sounds
 
 PACKAGES = (
     "klettres-data",
@@ -28,6 +28,30 @@ PACKAGES = (
         for language in ["en", "es", "fr", "it", "ru"]
     ),
 )
+# SHA-256 of the packages of Debian 12, of which the numbers below are.
+CHECKSUMS = {
+    "asterisk-core-sounds-en-wav_1.6.1-1_all.deb": (
+        "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d"
+    ),
+    "asterisk-core-sounds-es-wav_1.6.1-1_all.deb": (
+        "9283a09a6d56fccdcc2bcfe86c48f0f844289cfbd46a3184d8785a6f7f569903"
+    ),
+    "asterisk-core-sounds-fr-wav_1.6.1-1_all.deb": (
+        "8d4e1bc32ed5ba7fbda40841ca1825ed20cc6232724a473c90f8bb0e53e6073e"
+    ),
+    "asterisk-core-sounds-it-wav_1.6.1-1_all.deb": (
+        "5a26638089e134b8ac39363fe249c5c93c50cd8bfdc9b2499ae61ec4a35e2fcb"
+    ),
+    "asterisk-core-sounds-ru-wav_1.6.1-1_all.deb": (
+        "ccbfaebfa450b7a9ddf644ae0f3d1e9017d5df7c0aebe816e946345589d38201"
+    ),
+    "klettres-data_4%3a22.12.3-1_all.deb": (
+        "1186d257a19e84230856baea0b0b1ded8be9195080fcdb2588970b5cd937f5a8"
+    ),
+    "ktuberling-data_4%3a22.12.3-1_all.deb": (
+        "fba44c875bfa31ea488dadd9263e87a4dcaea0bd47d28817f6c0dc6d2af970ed"
+    ),
+}
 # Languages, all sets of one in the same split: a voice may be in two of them, as
 # Allison Smith's is in English and Spanish. Ours; nobody has published any.
 LANGUAGES = {
@@ -81,7 +105,9 @@ class Voices(sounds.Sounds):
         """Those of each split, of the packages in the folder."""
         sets: dict[tuple[str, str], dict[str, bytes]] = defaultdict(dict)
         for package in PACKAGES:
-            for name, content in files(_package(folder, package)):
+            path = _package(folder, package)
+            archives.verify(path, CHECKSUMS)
+            for name, content in files(path):
                 if match := _FOLDERS.fullmatch(name):
                     language = match["k"] or match["t"] or match["a"]
                     game = next(filter(None, match.groups()))
