@@ -11,7 +11,7 @@ from light_keys import light_key
 
 import fgrad
 from experiments import adapt
-from experiments.models import ast, crnn, resnet, resnet12
+from experiments.models import ast, crnn, lstm, resnet, resnet12
 from fgrad import layers
 
 # Name: (network of two or more blocks, shape of an example).
@@ -128,6 +128,46 @@ def test_integers_are_evaluated_and_seeds_may_run_at_once(name, parameters):
     one, both = differences(params)
     assert np.all(one != 0)
     np.testing.assert_allclose(both, one, rtol=1e-4)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("bits", [None, (16, 8)])
+def test_recurrence_costs_what_inference_costs(bits):
+    """What a longer sequence adds to the temporaries, in bytes."""
+    model = lstm.LSTM(num_classes=3, features=32, bits=bits)
+    x = jnp.ones((4, 8, 8))
+    params = model.clone(bits=None).init(jax.random.key(0), x)["params"]
+    scales = {}
+    if bits:
+        params = fgrad.quantize(params, bits=16)
+        variables = jax.jit(functools.partial(layers.calibrate, model))(
+            {"params": params}, x
+        )
+        scales = {layers.SCALES: variables[layers.SCALES]}
+
+    def loss_fn(params, x):
+        return jnp.mean(model.apply({"params": params, **scales}, x) ** 2)
+
+    def gradient(pairs):
+        tx = fgrad.fixed_point_forward_grad(
+            light_key(0, 1), epsilon=0.1, num_perturbations=pairs, vectorize=pairs
+        )
+        return lambda params, x: tx.update(
+            params, tx.init(params), params, value_fn=loss_fn, x=x
+        )
+
+    def growth(function):
+        short, long = (
+            fgrad.analysis.memory_report(function, params, jnp.ones((4, steps, 8)))
+            for steps in (32, 128)
+        )
+        return long.memory.temporaries - short.memory.temporaries
+
+    inference = growth(loss_fn)
+    assert growth(gradient(2)) <= 4 * inference
+    if not bits:
+        assert growth(gradient(1)) <= 1.1 * inference
+        assert growth(jax.grad(loss_fn)) > 8 * inference
 
 
 def convolved(x, layer):
