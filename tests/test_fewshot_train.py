@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import fewshot_train, tasks
-from experiments.configs import fewshot_audio, fewshot_vision, quickstart
+from experiments.configs import fewshot, fewshot_audio, fewshot_vision, quickstart
 from experiments.data.arrays import Split
 from fgrad import layers
 
@@ -238,6 +238,8 @@ def test_the_grid_has_every_cell_and_equal_tuning():
     vision, audio = fewshot_vision.get_config(), fewshot_audio.get_config()
     assert len(vision.parts) == 2 * 3
     assert len(audio.parts) == 1 * 2 * 2
+    both = {**vision.parts, **audio.parts}
+    assert fewshot.get_config().parts.to_dict() == ConfigDict(both).to_dict()
     for config in (*vision.parts.values(), *audio.parts.values()):
         assert config.driver == "few_shot"
         assert config.dataset in tasks.DATASETS

@@ -24,7 +24,7 @@ from experiments.configs import fewshot_vision
 
 # Name: (dataset, domain, what differs).
 DATASETS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "voices": ("voices", "1s_32", {}),  # 49 frames of 32 mel bins
+    "voices": ("voices", "1s_32", {"tasks": 60}),  # 49 frames of 32 mel bins
     "esc50": ("esc50", "5s", {}),
     "fsdkaggle2018": ("fsdkaggle2018", "5s", {}),
 }
@@ -56,7 +56,7 @@ def _cell(
             f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}."
         )
     name, domain, changes = DATASETS[dataset]
-    common = {"head": head, "k_shot": 1, "copies": 5, "input_shift": 2}
+    common = {"head": head, "k_shot": 1, "copies": 3, "input_shift": 2}
     return fewshot_vision.common(
         name, domain, network, variant, {**common, "input_noise": 0.2, **changes}
     )

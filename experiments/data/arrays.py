@@ -66,12 +66,7 @@ def read(
     found = {}
     for name, split in splits.items():
         source = builder.as_data_source(split=split, decoders=decoders)
-        wanted = range(len(source))[part]
-        pairs = [
-            example(e)
-            for start in range(0, len(wanted), _CHUNK)
-            for e in source.__getitems__(wanted[start : start + _CHUNK])
-        ]
+        pairs = [example(source[index]) for index in range(len(source))[part]]
         images, labels = zip(*pairs, strict=True)
         found[name] = Split(
             jnp.asarray(np.stack(images), jnp.float32) / 255,
