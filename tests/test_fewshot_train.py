@@ -188,7 +188,8 @@ def registered(monkeypatch):
 
 
 def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
-    config = ConfigDict({"driver": "few_shot", "parts": {"one": configured(tasks=5)}})
+    config = ConfigDict({"driver": "few_shot", "parts": {"one": configured()}})
+    config.parts.one.tasks = 5
     results = fewshot_train.run(config, str(tmp_path))
     part = results["one"]
     assert list(part) == ["zero_shot", "lp_backprop", "lp_16w8a"]
