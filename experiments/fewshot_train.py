@@ -284,15 +284,24 @@ def base_splits(meta_train: arrays.Split) -> dict[str, arrays.Split]:
 
     Returns:
       "train" with nine of ten images of each class, "validation" and "test" with the
-      others; labels count from 0.
+      others, or with one of a class of two to nine images; labels count from 0.
+
+    Raises:
+      ValueError: if no class has two images.
     """
     labels = np.asarray(meta_train.labels)
     _, counted = np.unique(labels, return_inverse=True)
-    place = np.zeros(len(labels), int)
+    held_out = np.zeros(len(labels), bool)
     for label in range(counted.max() + 1):
         (own,) = np.nonzero(counted == label)
-        place[own] = np.arange(len(own))
-    held_out = place % 10 == 9
+        if len(own) > 1:
+            every = min(10, len(own))
+            held_out[own[every - 1 :: every]] = True
+    if not held_out.any():
+        raise ValueError(
+            "meta-train has one image of each class; pre-training needs two, to test "
+            "with the other."
+        )
 
     def split(chosen: np.ndarray) -> arrays.Split:
         (indices,) = np.nonzero(chosen)

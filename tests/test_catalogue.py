@@ -93,6 +93,19 @@ def numbers(split):
     return number.tolist(), mark.tolist()
 
 
+@pytest.mark.parametrize("domain", ["clean", "gaussian_noise_3"])
+def test_tfds_mock_of_cifar_is_read(domain, monkeypatch, tmp_path):
+    # What prepares the files is a mock, too, and asks for no TensorFlow.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with tfds.testing.mock_data(num_examples=20):
+        splits = cifar.load(domain, str(tmp_path))
+    for split in splits.values():
+        assert split.images.shape == (20, 32, 32, 3)
+        assert float(split.images.min()) >= 0
+        assert 0.9 < float(split.images.max()) <= 1
+        assert 0 <= int(split.labels.min()) <= int(split.labels.max()) < 10
+
+
 def test_clean_cifar_has_its_splits(cifar_dir):
     splits = tasks.DATASETS["cifar10"]("clean", cifar_dir)
     found = {name: numbers(split)[0] for name, split in splits.items()}

@@ -30,14 +30,6 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """These programs run for microseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 

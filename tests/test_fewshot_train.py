@@ -38,14 +38,6 @@ class Tiny(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """These programs run for microseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def examples(seed, classes, count):
     """Classes differ by a little in a quarter of the pixels; the others are noise."""
     rng = np.random.default_rng(seed)
@@ -179,6 +171,16 @@ def test_pre_training_has_nine_of_ten_images_of_each_class():
 
     given = sorted((image, names[label]) for image, label in pairs(split))
     assert sorted(pairs(found["train"]) + pairs(found["test"])) == given
+
+
+def test_small_classes_keep_one_image_to_test_with():
+    split = examples(0, [3], 4)
+    two = jax.tree.map(lambda *x: jnp.concatenate(x), split, examples(1, [8], 1))
+    found = fewshot_train.base_splits(two)
+    assert found["train"].labels.tolist() == [0, 0, 0, 1]
+    np.testing.assert_array_equal(found["test"].images, split.images[3:])
+    with pytest.raises(ValueError, match="one image of each class"):
+        fewshot_train.base_splits(examples(1, [8, 9], 1))
 
 
 @pytest.fixture

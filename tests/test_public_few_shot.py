@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import pickle
+import tempfile
 import zipfile
 
 import numpy as np
@@ -12,8 +13,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.image_classification import caltech_birds
 from test_catalogue import prepared
+from test_fewshot_train import Tiny
 
-from experiments import fewshot
+from experiments import fewshot, fewshot_train, tasks
+from experiments.configs import fewshot_audio, fewshot_vision
 from experiments.data import (
     archives,
     arrays,
@@ -42,6 +45,33 @@ def levels(split):
     return sorted(zip(pixels.tolist(), split.labels.tolist(), strict=True))
 
 
+class Pooled(Tiny):
+    """Of images of any size."""
+
+    def __call__(self, x, start=0, stop=None):
+        return super().__call__(x if start else x.mean((1, 2)), start, stop)
+
+
+@pytest.fixture(autouse=True)
+def pooled_network(monkeypatch):
+    monkeypatch.setitem(tasks.NETWORKS, "tiny", Pooled)
+
+
+def smoke(kind, dataset, data_dir, **changes):
+    """Runs a configuration's smoke setting, of tasks that tiny data has."""
+    get_config = {"vision": fewshot_vision, "audio": fewshot_audio}[kind].get_config
+    head = ["simpleshot"] if kind == "audio" else []
+    config = get_config(",".join([dataset, "tiny", *head, "smoke"]))
+    config.data_dir, config.k_shot, config.num_queries = str(data_dir), 1, 1
+    config.input_shift = 0
+    for name, value in changes.items():
+        config[name] = value
+    with tempfile.TemporaryDirectory() as workdir:
+        results = fewshot_train.run(config, workdir)
+    assert list(results) == ["zero_shot", "lp_backprop", "lp_16w8a"]
+    assert all(len(result["accuracies"]) == 4 for result in results.values())
+
+
 def manual(root):
     folder = root / "downloads" / "manual"
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +92,7 @@ def cifar_dir(tmp_path_factory):
     )
     examples = {
         split: [{"image": grey(2 * n + 1, 32), "label": n} for n in part]
-        for split, part in (("train", range(100)), ("test", range(0, 100, 3)))
+        for split, part in (("train", range(100)), ("test", range(100)))
     }
     builder = tfds.image_classification.Cifar100
     prepared(builder, data_dir, features, examples)
@@ -76,11 +106,11 @@ def test_cifar_fs_has_its_published_classes(cifar_dir):
     sizes = {name: len(set(s.labels.tolist())) for name, s in splits.items()}
     assert sizes == {"train": 64, "validation": 16, "test": 20}
     found = [pair for split in splits.values() for pair in levels(split)]
-    everything = [*range(100), *range(0, 100, 3)]
-    assert sorted(found) == sorted((2 * n + 1, n) for n in everything)
+    assert sorted(found) == [(2 * n + 1, n) for n in range(100) for _ in "12"]
     test = {names[label] for label in splits["test"].labels.tolist()}
     assert {"whale", "rocket", "woman"} <= test
     assert test == set(few_shot_images.CIFAR_FS["test"].split())
+    smoke("vision", "cifar_fs", data_dir)
 
 
 def test_cub_is_split_by_number(tmp_path):
@@ -92,19 +122,22 @@ def test_cub_is_split_by_number(tmp_path):
     )
     examples = {
         split: [
-            {"image": grey(n, 10 + n % 3), "label": n} for n in range(first, 200, 2)
+            {"image": grey(n, 10 + n % 3), "label": n}
+            for n in range(first, 200, 2)
+            for _ in "12"
         ]
         for split, first in (("train", 0), ("test", 1))
     }
     prepared(caltech_birds.CaltechBirds2011, tmp_path, features, examples)
     splits = few_shot_images.load("cub_8", str(tmp_path))
-    assert splits["test"].images.shape == (50, 8, 8, 3)
+    assert splits["test"].images.shape == (100, 8, 8, 3)
     for name, classes in (
         ("train", range(0, 200, 2)),
         ("validation", range(1, 200, 4)),
         ("test", range(3, 200, 4)),
     ):
-        assert levels(splits[name]) == [(n, n) for n in classes]
+        assert levels(splits[name]) == [(n, n) for n in classes for _ in "12"]
+    smoke("vision", "cub", tmp_path, domain="cub_8")
 
 
 def test_omniglot_is_split_by_alphabets(tmp_path):
@@ -124,19 +157,20 @@ def test_omniglot_is_split_by_alphabets(tmp_path):
         return {**image, "alphabet_char_id": n % 2, "label": n}
 
     examples = {
-        "train": [example(n) for n in range(16)],
-        "test": [example(n) for n in range(16, 24)],
+        "train": [example(n) for n in range(16) for _ in "12"],
+        "test": [example(n) for n in range(16, 24) for _ in "12"],
     }
     prepared(tfds.image_classification.Omniglot, tmp_path, features, examples)
     splits = few_shot_images.load("omniglot_28", str(tmp_path))
-    assert splits["train"].images.shape == (6, 28, 28, 1)
+    assert splits["train"].images.shape == (12, 28, 28, 1)
     # Of eight background alphabets the last five; white on black.
     for name, classes in (
         ("train", range(6)),
         ("validation", range(6, 16)),
         ("test", range(16, 24)),
     ):
-        assert levels(splits[name]) == [(5 * n, n) for n in classes]
+        assert levels(splits[name]) == [(5 * n, n) for n in classes for _ in "12"]
+    smoke("vision", "omniglot", tmp_path)
 
 
 @pytest.mark.parametrize("domain", ["cifar", "cub", "cub_0", "omniglot_28x28"])
@@ -154,7 +188,7 @@ def test_what_is_not_prepared_is_named(domain, tmp_path):
         few_shot_images.load(domain, str(tmp_path))
 
 
-WORDNET = {"train": ("n03", "n01"), "val": ("n04",), "test": ("n02", "n05")}
+WORDNET = {"train": ("n03", "n01"), "val": ("n04", "n06"), "test": ("n02", "n05")}
 
 
 def write_mini(root):
@@ -197,13 +231,15 @@ def test_mini_imagenet_is_split_by_its_files(packed, tmp_path):
     for name, split in (("train", "train"), ("validation", "val"), ("test", "test")):
         numbers = sorted(int(wordnet[1:]) for wordnet in WORDNET[split])
         assert levels(splits[name]) == [(40 * n, n - 1) for n in numbers for _ in "123"]
+    if not packed:
+        smoke("vision", "mini_imagenet", tmp_path, n_way=2)
 
 
 def test_tiered_imagenet_is_split_by_its_files(tmp_path):
     folder = manual(tmp_path) / "tiered-imagenet"
     folder.mkdir()
     start, expected = 0, {}
-    for split, count in (("train", 3), ("val", 1), ("test", 2)):
+    for split, count in (("train", 3), ("val", 2), ("test", 2)):
         labels = np.repeat(np.arange(count), 2)
         # PNG bytes as OpenCV makes them: a column of uint8.
         images = [
@@ -224,6 +260,7 @@ def test_tiered_imagenet_is_split_by_its_files(tmp_path):
     )
     for name, split in (("train", "train"), ("validation", "val"), ("test", "test")):
         assert levels(splits[name]) == expected[split]
+    smoke("vision", "tiered_imagenet", tmp_path, n_way=2)
 
 
 def test_pickles_of_old_python_are_read_and_code_is_not_run(tmp_path):
@@ -246,7 +283,10 @@ def test_pickles_of_old_python_are_read_and_code_is_not_run(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-KINDS = {"dog": "train", "rain": "train", "cow": "validation", "bell": "test"}
+KINDS = {
+    **{"dog": "train", "rain": "train", "cow": "validation"},
+    **{"bell": "test", "owl": "validation", "wind": "test"},
+}
 
 
 def write_split(path, parts=None):
@@ -260,10 +300,11 @@ def write_split(path, parts=None):
 
 
 def wav(level):
-    """A constant of a quarter of a second."""
+    """A quarter of a second, up and down; the height tells the level, too."""
     soundfile = pytest.importorskip("soundfile")
     file = io.BytesIO()
-    soundfile.write(file, np.full(4000, level), 16_000, format="wav")
+    high = np.arange(4000) // round(40 * level) % 2
+    soundfile.write(file, np.where(high, level, -level), 16_000, format="wav")
     return file.getvalue()
 
 
@@ -305,6 +346,8 @@ def test_esc50_is_read(packed, tmp_path):
     splits = sounds.load(builder, num_mels=8, hop_seconds=0.1)
     assert splits["train"].images.shape == (4, 50, 8, 1)
     assert heard(builder) == {name: sorted(pairs) for name, pairs in expected.items()}
+    if not packed:
+        smoke("audio", "esc50", tmp_path, n_way=2)
 
 
 def test_fsdkaggle2018_is_read(tmp_path):
@@ -319,7 +362,7 @@ def test_fsdkaggle2018_is_read(tmp_path):
         root.mkdir()
         for kind, split in KINDS.items():
             number += 1
-            level = round(0.1 * number, 2)
+            level = round(0.05 * number, 2)
             (root / f"{number:08x}.wav").write_bytes(wav(level))
             rows.append([f"{number:08x}.wav", kind, "CC0"])
             expected[split].append((kind, level))
@@ -331,14 +374,15 @@ def test_fsdkaggle2018_is_read(tmp_path):
     )
     builder.download_and_prepare()
     assert heard(builder) == {name: sorted(pairs) for name, pairs in expected.items()}
+    smoke("audio", "fsdkaggle2018", tmp_path, n_way=2)
 
 
 def test_missing_and_wrong_class_splits_are_named(tmp_path):
     classes = sorted(KINDS)
     with pytest.raises(FileNotFoundError, match=r"has no s.npy. Get it there."):
         sound_events.class_split(tmp_path, "s.npy", classes, "Get it there.")
-    write_split(tmp_path / "s.npy", [["dog"], ["cow"], ["whale", "owl"]])
-    with pytest.raises(ValueError, match=r"names the classes \['owl', 'whale'\]"):
+    write_split(tmp_path / "s.npy", [["dog"], ["cow"], ["whale", "zebra"]])
+    with pytest.raises(ValueError, match=r"names the classes \['whale', 'zebra'\]"):
         sound_events.class_split(tmp_path, "s.npy", classes, "")
     write_split(tmp_path / "s.npy", [["dog"], ["cow"], ["cow", "bell"]])
     with pytest.raises(ValueError, match="has a class in two splits"):

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
-_CHUNK = 1024  # examples whose encoded form is held at once
-
 
 class Split(NamedTuple):
     """Examples of one split.
