@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,40 @@ def test_unknown_enhancements_are_refused():
     method.enhancements = ConfigDict({"warp_drive": {}})
     with pytest.raises(ValueError, match=r"no enhancements \['warp_drive'\]"):
         optimizers.make_optimizer(method, 0.1, 10, jax.random.key(0))
+
+
+def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
+    """One seed alone would choose the smaller rate."""
+    validation = {(0.1, 7): 0.9, (0.1, 8): 0.3, (0.2, 7): 0.8, (0.2, 8): 0.6}
+    asked = []
+
+    class Scripted:
+        temporaries = 0
+
+        class learner:  # noqa: N801
+            passes_per_step = 2
+
+        def __init__(self, *args):
+            pass
+
+        def run(self, start, seed, rate, *, steps, **kwargs):
+            asked.append((rate, seed, steps))
+            return train.Run(
+                validation.get((rate, seed), 0.5), {"accuracy": 0.5}, [0.5], 0.0
+            )
+
+    monkeypatch.setattr(train, "Trainer", Scripted)
+    config = quickstart.get_config("smoke")
+    config.tuning_seeds, config.tuning_fraction = (7, 8), 0.5
+    method = quickstart.changed(
+        config.methods.backprop, {"learning_rates": (0.1, 0.2), "steps": 4}
+    )
+    progress = types.SimpleNamespace(advance=None)
+    found = train._adapt(config, method, None, None, None, progress, tmp_path)
+    assert found["tuning"] == pytest.approx({"0.1": 0.6, "0.2": 0.7})
+    assert found["learning_rate"] == 0.2
+    tuned = [(rate, seed, 2) for rate in (0.1, 0.2) for seed in (7, 8)]
+    assert asked == [*tuned, *((0.2, seed, 4) for seed in config.seeds)]
 
 
 def test_tuning_goes_on_while_the_best_rate_is_the_last():

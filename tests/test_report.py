@@ -1,0 +1,68 @@
+"""Tables of results, from results written by hand."""
+
+from ml_collections import ConfigDict
+
+from experiments import report
+
+
+def result(accuracy, **fields):
+    return {"accuracy": accuracy, "accuracy_std": 0.01, **fields}
+
+
+RUN = {
+    "steps": 10,
+    "forward_passes": 1200,
+    "learning_rate": 0.03,
+    "seconds": 1.25,
+    "temporaries_mib": 0.5,
+    "curves": [[0.5, 0.75], [0.5, 0.7]],
+}
+CONFIG = {
+    "source": "clean",
+    "target": "noisy",
+    "metrics": ("accuracy",),
+    "seeds": (0, 1),
+    "parallel_runs": 1,
+    "gradient_estimates": 16,
+    "figure": "dots",
+}
+
+
+def rows(path):
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_row_has_what_a_method_costs_and_its_cosines(tmp_path):
+    cosines = {"head": (1.0, 0.0), "adapter": (0.316, 0.037)}
+    results = {
+        "zero_shot": result(0.5),
+        "fp32": result(0.725, **RUN, cosine=cosines),
+    }
+    report.write(results, ConfigDict(CONFIG), tmp_path)
+    _, _, zero_shot, fp32 = rows(tmp_path / "table.md")
+    assert zero_shot == ["zero_shot", "50.0 ± 1.0", "0", "", "", "", ""]
+    assert fp32[:2] == ["fp32", "72.5 ± 1.0"]
+    assert fp32[2:6] == ["1,200", "0.03", "1.2", "0.50"]
+    assert fp32[6] == "head 1.00 ± 0.00, adapter 0.32 ± 0.04"
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_parts_stand_side_by_side_with_the_most_passes_of_each(tmp_path):
+    fewer = {**RUN, "forward_passes": 900}
+    results = {
+        "easy": {"bp": result(0.9, **fewer), "fp32": result(0.8, **RUN)},
+        "hard": {"bp": result(0.7, **fewer), "fp32": result(0.6, **fewer)},
+    }
+    parts = {name: {**CONFIG, "target": name} for name in results}
+    report.write_parts(results, ConfigDict({"parts": parts}), tmp_path)
+    header, _, *methods = rows(tmp_path / "table.md")
+    assert header == ["method", "easy", "hard"]
+    assert methods == [
+        ["bp", "90.0 ± 1.0", "70.0 ± 1.0"],
+        ["fp32", "80.0 ± 1.0", "60.0 ± 1.0"],
+    ]
+    note = (tmp_path / "table.md").read_text()
+    assert "over 2 seeds" in note
+    assert "easy: clean to easy, at most 1,200 forward passes" in note
+    assert "hard: clean to hard, at most 900 forward passes" in note
