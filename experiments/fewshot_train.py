@@ -470,36 +470,40 @@ def _write(
         ]
         for name, result in results.items()
     ]
-    title = f"{config.network} on {config.dataset} {config.domain}: "
-    report.write_table(columns, rows, title + _note(config), directory)
+    dataset = f"{config.dataset} {config.domain}".strip()
+    title = f"{config.network} on {dataset}: "
+    report.write_table(columns, rows, title + _note(config), directory, wide=3)
 
 
 def _write_parts(
     results: Mapping[str, Mapping[str, Any]], directory: pathlib.Path
 ) -> None:
-    """One row for each method and part: accuracy and gap."""
-    names = next(iter(results.values()))
-    rows = [
-        [
-            name,
-            *(
-                _points(part[name]["accuracy"], part[name]["accuracy_interval"])
-                + (f" ({100 * part[name]['gap']:+.1f})" if "gap" in part[name] else "")
-                for part in results.values()
-            ),
-        ]
-        for name in names
-    ]
-    gaps = [
-        part[name]["gap"]
+    """One row for each part: accuracy and gap of each method."""
+
+    def cell(result: Mapping[str, Any]) -> str:
+        gap = f" ({100 * result['gap']:+.1f})" if "gap" in result else ""
+        return _points(result["accuracy"], result["accuracy_interval"]) + gap
+
+    methods = next(iter(results.values()))
+    rows = [[name, *map(cell, part.values())] for name, part in results.items()]
+    integers = [
+        (part, name)
         for part in results.values()
         for name in part
-        if name.endswith("16w8a") and "gap" in part[name]
+        if name.endswith("_16w8a") and "gap" in part[name]
     ]
-    near = sum(gap >= -0.05 for gap in gaps)
+    near = sum(part[name]["gap"] >= -0.05 for part, name in integers)
     note = (
         "Test accuracy in % as mean ± half of the 95% interval over tasks, in brackets "
-        f"the gap to backpropagation; {near} of {len(gaps)} cells in 16w8a are at most "
-        "5 points below it."
+        f"the gap to backpropagation; {near} of {len(integers)} cells in 16w8a are at "
+        "most 5 points below it."
     )
-    report.write_table(("method", *results), rows, note, directory)
+    losses = [
+        part[floats]["accuracy"] - part[name]["accuracy"]
+        for part, name in integers
+        if (floats := name.replace("16w8a", "fp32")) in part
+    ]
+    if losses:
+        near = sum(loss <= 0.01 for loss in losses)
+        note += f" {near} of {len(losses)} are at most a point below float32."
+    report.write_table(("", *methods), rows, note, directory, wide=1)

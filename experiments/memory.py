@@ -103,7 +103,7 @@ def _write(
         *("network", "method", *_PARTS, "scratch", "total"),
         *("scratch in the paper", "fits"),
     )
-    report.write_table(columns, rows, note, directory)
+    report.write_table(columns, rows, note, directory, wide=len(columns))
 
 
 def _draw(results: Mapping[str, Mapping[str, Any]], directory: pathlib.Path) -> None:

@@ -98,7 +98,11 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
 
 
 def write_table(
-    columns: Sequence[str], rows: list[list[str]], note: str, directory: pathlib.Path
+    columns: Sequence[str],
+    rows: list[list[str]],
+    note: str,
+    directory: pathlib.Path,
+    wide: int,
 ) -> None:
     """Prints a table and writes table.md.
 
@@ -107,8 +111,9 @@ def write_table(
       rows: cells, as many as columns.
       note: what the numbers are.
       directory: the workdir.
+      wide: how many of the columns the terminal does not fold.
     """
-    _print_table(columns, rows, note, wide=len(columns))
+    _print_table(columns, rows, note, wide)
     (directory / "table.md").write_text(_markdown(columns, rows, note))
 
 

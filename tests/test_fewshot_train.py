@@ -224,6 +224,34 @@ def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
+def test_the_grid_counts_gaps(tmp_path):
+    def result(accuracy, gap=None):
+        shown = {"accuracy": accuracy, "accuracy_interval": 0.02}
+        return shown if gap is None else {**shown, "gap": gap}
+
+    grid = {
+        "one": {
+            "zero_shot": result(0.5),
+            "ft_backprop": result(0.8),
+            "ft_fp32": result(0.79, -0.01),
+            "ft_16w8a": result(0.77, -0.03),
+        },
+        "two": {
+            "zero_shot": result(0.6),
+            "ft_backprop": result(0.8),
+            "ft_fp32": result(0.7, -0.1),
+            "ft_16w8a": result(0.74, -0.06),
+        },
+    }
+    fewshot_train._write_parts(grid, tmp_path)
+    header, _, one, two, *_, note = (tmp_path / "table.md").read_text().splitlines()
+    assert header == "|  | zero_shot | ft_backprop | ft_fp32 | ft_16w8a |"
+    assert one.startswith("| one | 50.0 ± 2.0 | 80.0 ± 2.0 | 79.0 ± 2.0 (-1.0) |")
+    assert two.endswith("| 74.0 ± 2.0 (-6.0) |")
+    assert "1 of 2 cells in 16w8a are at most 5 points below it." in note
+    assert "1 of 2 are at most a point below float32." in note
+
+
 def test_splits_that_share_classes_are_refused(registered, tmp_path, monkeypatch):
     shared = {**data(), "test": data()["train"]}
     monkeypatch.setitem(tasks.DATASETS, "tiny", lambda *_: shared)
