@@ -55,10 +55,15 @@ def owned(directory: pathlib.Path, config: ConfigDict, resume: bool) -> Iterator
         runs = directory / "runs"
         if not resume:
             shutil.rmtree(runs, ignore_errors=True)
-        elif runs.exists() and written.exists() and written.read_text() != text:
+        elif (
+            runs.exists()
+            and written.exists()
+            and (names := _differences(*map(json.loads, (written.read_text(), text))))
+        ):
             raise ValueError(
-                f"{directory} holds runs of another configuration; choose another "
-                "--workdir, or --noresume to begin anew in this one."
+                f"{directory} holds runs of another configuration, with other values "
+                f"of {', '.join(names[:5])}; choose another --workdir, or --noresume "
+                "to begin anew in this one."
             )
         write_text(written, text)
         yield
@@ -181,6 +186,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def _json(config: ConfigDict) -> str:
     return config.to_json_best_effort(indent=2) + "\n"
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """Names of the fields, such as "methods.fp32.steps", that are not the same."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
+    return [
+        found
+        for key in sorted(one.keys() | other.keys())
+        for found in _differences(
+            one.get(key), other.get(key), f"{name}.{key}" if name else key
+        )
+    ]
 
 
 def _digest(state: Any) -> str:

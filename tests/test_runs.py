@@ -120,7 +120,7 @@ def test_a_finished_run_leaves_its_numbers_only(tmp_path):
 
 
 def test_a_workdir_has_one_owner_and_one_configuration(tmp_path):
-    config = ConfigDict({"a": 1})
+    config = ConfigDict({"a": 1, "b": {"c": 0.5, "d": 2}})
     with (
         runs.owned(tmp_path, config, resume=True),
         pytest.raises(RuntimeError, match="another process runs in"),
@@ -130,9 +130,9 @@ def test_a_workdir_has_one_owner_and_one_configuration(tmp_path):
     (tmp_path / "runs" / "base").mkdir(parents=True)
     with runs.owned(tmp_path, config, resume=True):
         assert (tmp_path / "runs" / "base").exists()
-    other = ConfigDict({"a": 2})
+    other = ConfigDict({"a": 1, "b": {"c": 0.25, "d": 2}, "e": None, "f": 1})
     with (
-        pytest.raises(ValueError, match="runs of another configuration"),
+        pytest.raises(ValueError, match=r"with other values of b.c, f; choose"),
         runs.owned(tmp_path, other, resume=True),
     ):
         pass
