@@ -9,8 +9,8 @@ probes, which train the head alone: exact, and sign-m-SPSA. All see features
 standardized by the target's statistics, without labels.
 
 What is frozen before the adapter runs once on the whole dataset. Adam with linear
-decay; learning rates are tuned on the validation split by runs of half the length with
-a seed of their own. Every evaluation counts as a whole forward pass, though those after
+decay; learning rates are tuned on the validation split by three runs of half the length
+with seeds of their own. Every evaluation counts as a whole forward pass, though those after
 the adapter run only its block and the head.
 
 The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
@@ -47,7 +47,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.gradient_estimates = 2 if smoke else 16
     if not smoke:
         config.seeds = (0, 1, 2, 3, 4)
-        config.tuning_fraction, config.wider_tuning = 0.5, 2
+        # One run of its validation images chooses by noise.
+        config.tuning_seeds = (100, 101, 102)
+        config.tuning_fraction, config.wider_tuning = 0.5, 1
 
     probe = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
     # The head sees 1,280 features and moves the logits as much at a lower rate.
