@@ -10,8 +10,8 @@ standardized by the target's statistics, without labels.
 
 What is frozen before the adapter runs once on the whole dataset. Adam with linear
 decay; learning rates are tuned on the validation split by three runs of half the length
-with seeds of their own. Every evaluation counts as a whole forward pass, though those after
-the adapter run only its block and the head.
+with seeds of their own. Every evaluation counts as a whole forward pass, though those
+after the adapter run only its block and the head.
 
 The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
 ``pip install -e '.[solar,weights]'``.
