@@ -26,6 +26,8 @@ from ml_collections import ConfigDict
 from experiments import events
 
 _KEPT = 2  # snapshots: one may be damaged
+# Fields on which no run depends: where data lies, what runs beside it, when it saves.
+_FREE = frozenset({"data_dir", "parallel_runs", "run", "snapshot_seconds"})
 
 
 @contextlib.contextmanager
@@ -39,7 +41,8 @@ def owned(directory: pathlib.Path, config: ConfigDict, resume: bool) -> Iterator
 
     Raises:
       RuntimeError: if another process owns the workdir.
-      ValueError: if it holds runs of another configuration.
+      ValueError: if it holds runs of another configuration. It may name other methods
+        to run and another ``data_dir``, ``parallel_runs`` and ``snapshot_seconds``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(directory / "lock")
@@ -194,7 +197,7 @@ def _differences(one: Any, other: Any, name: str = "") -> list[str]:
         return [] if one == other else [name]
     return [
         found
-        for key in sorted(one.keys() | other.keys())
+        for key in sorted((one.keys() | other.keys()) - _FREE)
         for found in _differences(
             one.get(key), other.get(key), f"{name}.{key}" if name else key
         )

@@ -130,6 +130,10 @@ def test_a_workdir_has_one_owner_and_one_configuration(tmp_path):
     (tmp_path / "runs" / "base").mkdir(parents=True)
     with runs.owned(tmp_path, config, resume=True):
         assert (tmp_path / "runs" / "base").exists()
+    # A method more, or data in another place, leaves the runs there as they are.
+    more = ConfigDict({**config, "run": ("base", "more"), "data_dir": "elsewhere"})
+    with runs.owned(tmp_path, more, resume=True):
+        assert (tmp_path / "runs" / "base").exists()
     other = ConfigDict({"a": 1, "b": {"c": 0.25, "d": 2}, "e": None, "f": 1})
     with (
         pytest.raises(ValueError, match=r"with other values of b.c, f; choose"),
