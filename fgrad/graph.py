@@ -207,6 +207,20 @@ def operands(node: Node, values: Mapping[int, Any]) -> list[Any]:
     return [x.value if isinstance(x, Literal) else values[x] for x in node.inputs]
 
 
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    Those come first, in this order; what is scanned over follows.
+
+    Args:
+      params: of its equation.
+    """
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
 def multiply_adds(nodes: Iterable[Node]) -> float:
     """Multiply-adds of all products, those of loops and branches included."""
     return sum(_multiply_adds(node.equation) for node in nodes)

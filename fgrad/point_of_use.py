@@ -26,7 +26,7 @@ from jax import lax
 from jax.extend import core
 
 from fgrad import low_rank, ordering
-from fgrad.graph import CALLS
+from fgrad.graph import CALLS, scan_sizes
 from fgrad.low_rank import Factored
 
 # Multiply-adds per weight from which a loop perturbs its weights in every iteration
@@ -372,8 +372,8 @@ class _Interpreter:
     def scan(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
         params = equation.params
         closed, length = params["jaxpr"], params["length"]
-        carry_at = params["num_consts"]
-        xs_at = carry_at + params["num_carry"]
+        carry_at, num_carry = scan_sizes(params)
+        xs_at = carry_at + num_carry
         work = _work(closed.jaxpr)
         shared = [
             self.enter(x, w >= LOOP_WORK, "scan")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import fast_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from light_keys import light_key
@@ -29,17 +30,6 @@ from fgrad.fixed_point import is_qtensor
 Z = perturbations.normal()
 KEY, SAM_KEY, CHOICE_KEY = light_key(1, 2), light_key(3, 4), jax.random.key(5)
 EPSILON, RHO, LR, M, STEPS = 0.05, 0.1, 0.02, 3, 4
-
-# Small programs that run a few times each: compile fast rather than well.
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-    if jax.default_backend() == "cpu"
-    else None,
-)
 
 
 # ------------------------------------------------------- a network, and its reference

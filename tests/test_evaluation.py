@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import fast_jit
 from jax import lax
 from jax.experimental import io_callback
 from light_keys import light_key
@@ -19,20 +20,6 @@ from fgrad.fixed_point import is_qtensor
 
 M = 3
 Z = perturbations.normal()
-
-# Hundreds of small programs that run a few times each: compile fast rather than well.
-# The programs of test_transform.py are compiled as a user's are.
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    }
-    if jax.default_backend() == "cpu"
-    else None,
-)
 
 KEY = light_key(1, 2)
 

@@ -321,8 +321,8 @@ class _Body(NamedTuple):
 def _bodies(node: Node) -> list[_Body]:
     given = node.equation.params
     if node.name == "scan":
-        first = given["num_consts"]
-        carry = slice(first, first + given["num_carry"])
+        first, num_carry = graph.scan_sizes(given)
+        carry = slice(first, first + num_carry)
         return [_Body(given["jaxpr"], node.inputs, carry, given["length"])]
     if node.name == "while":
         operands = node.inputs[given["cond_nconsts"] :]
