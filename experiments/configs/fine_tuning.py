@@ -91,7 +91,12 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     changes: dict[str, dict[str, Any]] = {
         # A pass of its steps is one pass; it has the others' passes in steps.
-        "probe_exact": {**probe, "sites": HEAD, "steps": 5 if smoke else 33_000},
+        "probe_exact": {
+            **probe,
+            "sites": HEAD,
+            "steps": 5 if smoke else 33_000,
+            "learning_rates": (3e-5, 1e-4, 3e-4),
+        },
         "probe_sign": {
             **probe,
             "gradient": "forward",
