@@ -19,6 +19,10 @@ The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
     python -m experiments.main \
         --config=experiments/configs/fine_tuning.py --workdir=workdir/fine_tuning
 
+Expect (AUC, 5 seeds): backpropagation through the adapter 89.1 ± 0.8, activities
+87.8 ± 0.7 in float32; heads alone 86.9 ± 0.4 (backpropagation), 86.2 ± 0.1 (exact),
+85.8 ± 1.6 (sign-m-SPSA). A run with activities takes some five minutes on one core.
+
 A smoke run of some seconds: ``--config=experiments/configs/fine_tuning.py:smoke``.
 """
 
