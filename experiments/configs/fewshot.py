@@ -5,6 +5,9 @@ Debian's packages, see `experiments.data.voices`.
 
     python -m experiments.main \
         --config=experiments/configs/fewshot.py --workdir=workdir/fewshot
+
+Some two hours on one core. Expect 16w8a within 5 points of backpropagation in all 20
+cells, and at most a point below float32 in 19 (docs/results.md has the table).
 """
 
 from ml_collections import ConfigDict
