@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from experiments import features, methods, optimizers, tasks, train
-from experiments.configs import fine_tuning, quickstart
+from experiments.configs import activity_search, fine_tuning, quickstart
 from experiments.data.arrays import Split
 from experiments.models import efficientnet, vit
 
