@@ -18,7 +18,8 @@ runs all cells and writes one table. One cell, of any dataset and network in
     --config=experiments/configs/fewshot_vision.py:characters,resnet12_small
     --config=experiments/configs/fewshot_vision.py:cub,resnet18
 
-A smoke run: ``fewshot_vision.py:digits,vit_small,smoke``.
+A smoke run: ``fewshot_vision.py:digits,vit_small,smoke``; most of its half a minute is
+compilation, which ``JAX_DISABLE_MOST_OPTIMIZATIONS=1`` shortens.
 """
 
 from collections.abc import Mapping
