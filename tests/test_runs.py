@@ -149,8 +149,8 @@ SETTINGS = {
     "run": ("forward_16w8a",),
     "snapshot_seconds": 0.0,
     "event_files": True,
-    # Two seeds and a snapshot every ten steps: eight for each kill, which waits for four
-    # at most and may miss some on a machine with other work.
+    # Two seeds and a snapshot every ten steps: eight for each kill, which waits for
+    # four at most and may miss some on a machine with other work.
     "methods.forward_16w8a.steps": 40 * KILLS,
 }
 
