@@ -97,7 +97,7 @@ def make_estimator(
 
     if method.gradient != "activity":
         return weights()
-    sites = [activity.Site(name, **given) for name, given in method.sites.items()]
+    sites = [_site(name, **given) for name, given in method.sites.items()]
     return fgrad.activity_forward_grad(
         key,
         sites,
@@ -120,6 +120,15 @@ def forward_passes(method: ConfigDict) -> int:
         random = sum(not site.get("exact") for site in method.sites.values())
         return 1 + 2 * pairs * (random + bool(method.others))
     return 2 * pairs
+
+
+def _site(
+    name: str, synthetic: Mapping[str, Any] | None = None, **settings: Any
+) -> activity.Site:
+    """A site of a configuration, ``{"synthetic": {"site": "classifier"}}``."""
+    if synthetic is not None:
+        settings["synthetic"] = activity.SyntheticGradient(**synthetic)
+    return activity.Site(name, **settings)
 
 
 def _perturbation(method: ConfigDict) -> perturbations.Perturbation:

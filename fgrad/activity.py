@@ -29,13 +29,23 @@ import optax
 
 from fgrad import checks, estimators, fixed_point, graph, perturbations
 from fgrad.fixed_point import is_qtensor
-from fgrad.sites import Site, as_site, leaves_of, leaves_outside, site_leaves
-from fgrad.tapped import Tapped, named_losses
+from fgrad.sites import (
+    Site,
+    as_site,
+    exact_site,
+    leaves_of,
+    leaves_outside,
+    mean_jacobians,
+    site_leaves,
+)
+from fgrad.synthetic import SyntheticGradient
+from fgrad.tapped import Estimate, Tapped, named_losses
 
 __all__ = [
     "ActivityForwardGradState",
     "Explanation",
     "Site",
+    "SyntheticGradient",
     "activity_forward_grad",
     "explain",
     "leaves_of",
@@ -53,6 +63,8 @@ class ActivityForwardGradState(NamedTuple):
         several losses the sum. inf before the first step.
       nonfinite_pairs: int32 scalar, pairs of an example's losses that were left out.
       others: state of ``others``, or empty.
+      jacobians: of sites with a `SyntheticGradient`, by their first name: float32
+        [outputs, channels].
     """
 
     key: jax.Array
@@ -60,6 +72,7 @@ class ActivityForwardGradState(NamedTuple):
     loss: jax.Array
     nonfinite_pairs: jax.Array
     others: Any = ()
+    jacobians: Any = ()
 
 
 def activity_forward_grad(
@@ -147,6 +160,14 @@ def activity_forward_grad(
         )
     checks.count("num_perturbations", num_perturbations)
     checks.count("vectorize", vectorize)
+    for site in chosen:
+        if site.synthetic is not None:
+            exact_site(site, chosen)
+            if estimator is not estimators.spsa:
+                raise ValueError(
+                    f"site {site.names} has a synthetic gradient, which is corrected "
+                    "by differences of losses; leave out estimator."
+                )
     rest = None if others is None else checks.transformation(others)
 
     def init_fn(params: Any) -> ActivityForwardGradState:
@@ -159,6 +180,7 @@ def activity_forward_grad(
             loss=jnp.array(jnp.inf, jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             others=() if rest is None else rest.init(params),
+            jacobians=mean_jacobians(chosen, params),
         )
 
     def update_fn(
@@ -181,18 +203,27 @@ def activity_forward_grad(
             )
         traced = Tapped(loss_fn, params, chosen, kwargs)
         step_key = functools.partial(perturbations.sample_key, state.key, state.count)
-        estimates = [
-            traced.estimate(
+        estimates: dict[Site, Estimate] = {}
+        # A synthetic gradient is predicted from an exact site.
+        for site in sorted(chosen, key=lambda site: not site.exact):
+            evidence = None
+            if site.synthetic is not None:
+                exact = exact_site(site, chosen)
+                jacobian = state.jacobians[site.names[0]]
+                evidence = traced.evidence(
+                    site, exact, estimates[exact], jacobian, state.count
+                )
+            estimates[site] = traced.estimate(
                 site,
                 step_key,
                 count=site.num_perturbations or num_perturbations,
                 perturbation=perturbation,
                 estimator=estimator,
                 vectorize=vectorize,
+                evidence=evidence,
             )
-            for site in chosen
-        ]
-        found = {k: v for e in estimates for k, v in e.gradients.items()}
+        in_order = [estimates[site] for site in chosen]
+        found = {k: v for e in in_order for k, v in e.gradients.items()}
 
         def place(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
             value = found.get(fixed_point.path_str(path))
@@ -211,11 +242,16 @@ def activity_forward_grad(
         return gradient, ActivityForwardGradState(
             key=state.key,
             count=optax.safe_increment(state.count),
-            loss=sum({e.name: e.loss for e in estimates}.values(), jnp.float32(0)),
+            loss=sum({e.name: e.loss for e in in_order}.values(), jnp.float32(0)),
             nonfinite_pairs=sum(
-                (e.nonfinite_pairs for e in estimates), jnp.zeros([], jnp.int32)
+                (e.nonfinite_pairs for e in in_order), jnp.zeros([], jnp.int32)
             ),
             others=others_state,
+            jacobians={
+                site.names[0]: estimate.jacobian
+                for site, estimate in estimates.items()
+                if estimate.jacobian is not None
+            },
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fgrad import checks, fixed_point
 from fgrad.fixed_point import is_qtensor
+from fgrad.synthetic import SyntheticGradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Site:
         exact up to ε². ``epsilon`` is then in the units of the activation.
       loss: the name of this site's loss where ``value_fn`` returns several, such as
         the local loss of a block.
+      synthetic: a `SyntheticGradient` that takes most of the noise away; for a site of
+        one activation.
 
     Example:
       >>> Site("adapter", "norm/scale", epsilon=0.05).names
@@ -41,6 +44,7 @@ class Site:
     num_perturbations: int | None = None
     exact: bool = False
     loss: str | None = None
+    synthetic: SyntheticGradient | None = None
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Site:
         num_perturbations: int | None = None,
         exact: bool = False,
         loss: str | None = None,
+        synthetic: SyntheticGradient | None = None,
     ) -> None:
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(
@@ -59,11 +64,22 @@ class Site:
             raise ValueError(f"epsilon must be positive, got {epsilon}.")
         if num_perturbations is not None:
             checks.count("num_perturbations", num_perturbations)
+        if synthetic is not None and not isinstance(synthetic, SyntheticGradient):
+            raise TypeError(
+                "synthetic must be fgrad.activity.SyntheticGradient(name of an exact "
+                f"site), got {synthetic!r}."
+            )
+        if synthetic is not None and exact:
+            raise ValueError(
+                f"site {names} is exact and has no noise to take away; leave out "
+                "synthetic."
+            )
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "epsilon", epsilon)
         object.__setattr__(self, "num_perturbations", num_perturbations)
         object.__setattr__(self, "exact", exact)
         object.__setattr__(self, "loss", loss)
+        object.__setattr__(self, "synthetic", synthetic)
 
 
 def leaves_of(sites: Sequence[str | Site]) -> Callable[[Any], Any]:
@@ -143,4 +159,59 @@ def site_leaves(sites: Sequence[Site], params: Any) -> dict[Site, list[str]]:
                 f"leaf {text!r} of site {owner[text].names} has dtype {dtype} and is "
                 "no QTensor; quantize it with fgrad.quantize."
             )
+    return found
+
+
+def exact_site(site: Site, sites: Sequence[Site]) -> Site:
+    """The site that a synthetic gradient names; raises if there is none."""
+    assert site.synthetic is not None
+    name = site.synthetic.site
+    exact = [s for s in sites if s.exact]
+    for other in exact:
+        if name in other.names:
+            if other.loss != site.loss:
+                raise ValueError(
+                    f"the synthetic gradient of site {site.names} with the loss "
+                    f"{site.loss!r} names {name!r}, whose loss is {other.loss!r}; it "
+                    "needs an exact site of the same loss."
+                )
+            return other
+    raise ValueError(
+        f"the synthetic gradient of site {site.names} names {name!r}, which is no "
+        f"exact site; there are {[s.names for s in exact]}. Add for example "
+        f"Site({name!r}, exact=True)."
+    )
+
+
+def mean_jacobians(sites: Sequence[Site], params: Any) -> dict[str, jax.Array]:
+    """Zeros [outputs, channels] for each site with a synthetic gradient, by its name.
+
+    Both are the last axes of the sites' leaves.
+    """
+    if not jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
+        return {s.names[0]: jnp.zeros((0, 0)) for s in sites if s.synthetic is not None}
+    sizes = {}
+    leaves = {
+        fixed_point.path_str(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=is_qtensor
+        )
+    }
+    for site, paths in site_leaves(sites, params).items():
+        sizes[site] = {jnp.shape(leaves[path])[-1:] for path in paths}
+    found = {}
+    for site in sites:
+        if site.synthetic is None:
+            continue
+        shape = []
+        for one in (exact_site(site, sites), site):
+            if len(sizes[one]) != 1 or sizes[one] == {()}:
+                raise ValueError(
+                    f"a synthetic gradient of site {site.names} needs a single layer "
+                    f"here and at {site.synthetic.site!r}, but the leaves of "
+                    f"{one.names} end in axes {sorted(sizes[one])}; name each layer "
+                    "as a site of its own."
+                )
+            shape += next(iter(sizes[one]))
+        found[site.names[0]] = jnp.zeros(shape, jnp.float32)
     return found

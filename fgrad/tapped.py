@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import estimators, graph, local_rules, perturbations
+from fgrad import estimators, graph, local_rules, perturbations, synthetic
 from fgrad.fixed_point import is_qtensor, path_str
 from fgrad.graph import Graph
 from fgrad.local_rules import Layer
@@ -34,12 +34,16 @@ class Estimate(NamedTuple):
       gradients: by path of the leaf, in units of the values that it stores.
       loss: float32 scalar, mean over evaluations and examples.
       nonfinite_pairs: int32 scalar, pairs of an example's losses that were left out.
+      dy: gradient of the mean loss by each activation, by number.
+      jacobian: of a synthetic gradient after the step, or None.
     """
 
     name: str
     gradients: dict[str, jax.Array]
     loss: jax.Array
     nonfinite_pairs: jax.Array
+    dy: dict[int, jax.Array]
+    jacobian: jax.Array | None
 
 
 class Tapped:
@@ -158,14 +162,22 @@ class Tapped:
         perturbation: perturbations.Perturbation,
         estimator: estimators.Estimator,
         vectorize: int,
+        evidence: synthetic.Evidence | None = None,
     ) -> Estimate:
         """The gradients of a site's leaves."""
         outputs = self.outputs(site)
         name = self._loss_name(site)
         loss = self._losses[name]
+        jacobian = None
         if site.exact:
             dy, plus, minus = self._coordinates(site, outputs, loss, vectorize)
         else:
+            guesses = {}
+            if evidence is not None:
+                guesses = {
+                    output: synthetic.predicted(evidence, self.values[output])
+                    for output in outputs
+                }
             dy, plus, minus = self._directions(
                 outputs,
                 loss,
@@ -175,7 +187,18 @@ class Tapped:
                 perturbation,
                 estimator,
                 vectorize,
+                guesses,
             )
+            if site.synthetic is not None and evidence is not None:
+                (output,) = outputs
+                jacobian = synthetic.learned(
+                    evidence,
+                    dy[output],
+                    memory=site.synthetic.memory,
+                    num_perturbations=count,
+                )
+                dy = {output: guesses[output] + site.synthetic.correction * dy[output]}
+            dy = {output: value / self._examples for output, value in dy.items()}
         finite = jnp.isfinite(plus) & jnp.isfinite(minus)
         both = jnp.stack([plus, minus]).astype(jnp.float32)
         return Estimate(
@@ -187,7 +210,40 @@ class Tapped:
             },
             loss=jnp.mean(both, where=finite),
             nonfinite_pairs=jnp.sum(~finite, dtype=jnp.int32),
+            dy=dy,
+            jacobian=jacobian,
         )
+
+    def evidence(
+        self, site: Site, exact: Site, estimate: Estimate, jacobian: Any, count: Any
+    ) -> synthetic.Evidence:
+        """What a site's gradient is predicted from; checked.
+
+        Args:
+          site: one with a synthetic gradient.
+          exact: the site that it names.
+          estimate: what came of that.
+          jacobian: the running mean.
+          count: steps taken.
+        """
+        outputs, channels = jnp.shape(jacobian)
+        signals = list(estimate.dy.values())
+        shapes = [x.shape for x in signals]
+        if shapes != [(self._examples, outputs)]:
+            raise ValueError(
+                f"the synthetic gradient of site {site.names} is predicted from "
+                f"{exact.names}, whose leaves end in an axis of {outputs} and whose "
+                f"output has shape {shapes}; it has to be [examples, {outputs}]."
+            )
+        shapes = [jnp.shape(self.values[output]) for output in self.outputs(site)]
+        if len(shapes) != 1 or shapes[0][-1] != channels:
+            raise ValueError(
+                f"the leaves of site {site.names} end in an axis of {channels}, but "
+                f"its activations have shapes {shapes}; a synthetic gradient needs one "
+                f"of [examples, ..., {channels}]. Name one layer, or leave out "
+                "synthetic."
+            )
+        return synthetic.Evidence(jacobian, self._examples * signals[0], count)
 
     def _loss_name(self, site: Site) -> str:
         names = list(self._losses)
@@ -213,8 +269,12 @@ class Tapped:
         perturbation: perturbations.Perturbation,
         estimator: estimators.Estimator,
         vectorize: int,
+        guesses: Mapping[int, jax.Array],
     ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
-        """dL/dy of each output along random directions; the losses, [K, examples]."""
+        """What random directions say of each output; the losses, [K, examples].
+
+        Of the gradient of each example's loss, or of what a guess leaves of it.
+        """
         # Named by a leaf, so that u stays when another site is added.
         name_of = {output: next(iter(layers)) for output, layers in outputs.items()}
         scales = {output: _rms(self.values[output]) for output in outputs}
@@ -238,12 +298,17 @@ class Tapped:
 
         plus, minus = _both_signs(evaluate, count, vectorize)
         finite = jnp.isfinite(plus) & jnp.isfinite(minus)
-        coefficients = jnp.where(finite, estimator(plus, minus, epsilon), 0)
+        coefficients = estimator(plus, minus, epsilon)
 
         def add(total: dict[int, jax.Array], index: Any) -> tuple[Any, None]:
             u = directions(index)
+            found = coefficients[index]
+            for output, guess in guesses.items():
+                axes = tuple(range(1, guess.ndim))
+                found -= scales[output] * jnp.sum(guess * u[output], axes)
+            found = jnp.where(finite[index], found, 0)
             return {
-                output: value + _per_example(coefficients[index], value) * u[output]
+                output: value + _per_example(found, value) * u[output]
                 for output, value in total.items()
             }, None
 
@@ -254,11 +319,10 @@ class Tapped:
             for output in outputs
         }
         total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
-        dy = {
-            output: value / (count * self._examples * scales[output])
-            for output, value in total.items()
+        mean = {
+            output: value / (count * scales[output]) for output, value in total.items()
         }
-        return dy, plus, minus
+        return mean, plus, minus
 
     def _coordinates(
         self,

@@ -3,10 +3,12 @@ r"""Solar cells: deeper than the head, from mono- to polycrystalline, with activ
 EfficientNet-Lite0 with ImageNet's weights, its head trained on monocrystalline cells,
 gets a residual adapter (192 x 192) before its last block. Adapter and head train on
 polycrystalline cells: by backpropagation; by perturbing the adapter's output
-(``fgrad.activity_forward_grad``) with the head's exact gradient, in float32 and 16w8a;
-by perturbing the adapter's weights, with the head's exact gradient as well. Beside them
-probes, which train the head alone: exact, and sign-m-SPSA. All see features
-standardized by the target's statistics, without labels.
+(``fgrad.activity_forward_grad``) with the head's exact gradient; the same with a
+synthetic gradient (``fgrad.activity.SyntheticGradient``) and a quarter of the forward
+passes; both in float32 and 16w8a; and by perturbing the adapter's weights, with the
+head's exact gradient as well. Beside them probes, which train the head alone: exact,
+and sign-m-SPSA. All see features standardized by the target's statistics, without
+labels.
 
 What is frozen before the adapter runs once on the whole dataset. Adam with linear
 decay; learning rates are tuned on the validation split by three runs of half the length
@@ -34,6 +36,7 @@ from experiments.configs import quickstart
 
 ADAPTER = "blocks_15/adapter"
 HEAD = {"classifier": {"exact": True, "epsilon": 0.01}}
+SYNTHETIC = {"epsilon": 0.03, "synthetic": {"site": "classifier"}}
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -87,6 +90,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         },
     )
     through = {"sites": {ADAPTER: {"epsilon": 0.03}, **HEAD}}
+    predicted = {"sites": {ADAPTER: SYNTHETIC, **HEAD}, "num_perturbations": 4}
     config.methods = ConfigDict(
         {
             "probe_backprop": quickstart.changed(backprop, probe),
@@ -110,6 +114,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         },
         "adapter_activity": {**adapter, **through},
         "adapter_activity_16w8a": {**adapter, **through, "bits": (16, 8)},
+        "adapter_synthetic": {**adapter, **predicted},
+        "adapter_synthetic_16w8a": {**adapter, **predicted, "bits": (16, 8)},
         "adapter_weights": {**adapter, "sites": HEAD, "others": True},
     }
     for name, change in changes.items():

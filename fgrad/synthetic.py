@@ -1,0 +1,116 @@
+r"""Synthetic gradients: what past perturbations say about the next one's answer.
+
+The gradient by an activation deep inside is :math:`δ_i J_i`: the loss's gradient by the
+logits, which is exact and cheap, times the Jacobian of what lies between, which differs
+from example to example around a mean. A running mean over the perturbations of many
+steps predicts a good part of every gradient without any noise of this step's u.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticGradient:
+    r"""Predicts the gradient at a site from the loss's gradient at an exact site.
+
+    With :math:`δ_i` [outputs], the gradient of example i's loss by the output of the
+    exact site (for cross-entropy p - y of the logits), and the running mean
+    :math:`\bar J` [outputs, channels] of the Jacobian of these by the site:
+
+    .. math::
+      g_i = δ_i \bar J, \quad
+      r_i = \frac{1}{K} \sum_k (d_{ik} - g_i · u_{ik}) \, u_{ik}, \quad
+      \frac{dL}{dy_i} ≈ \frac{1}{B} (g_i + c \, r_i)
+
+    where d are the losses' differences. :math:`g_i` is the same at all positions. What
+    the differences say beyond it, averaged over positions, moves the mean at step t:
+
+    .. math::
+      \bar J \leftarrow \bar J + \frac{η \sum_i δ_i^T r_i}{\sum_i |δ_i|^2}, \quad
+      \frac{1}{η} = 1 + \min(t, memory) + \frac{channels}{KB}
+
+    Attributes:
+      site: a name of the exact site, such as "head", whose output is [examples,
+        outputs].
+      memory: number of steps of the running mean. With many classes each of them
+        is seen in a part of the batch only, and it takes as many times more.
+      correction: c. With 1 the prediction is a control variate: the mean over u is the
+        gradient, as without it. With less, the noise of u shrinks by c, and of the
+        prediction's error the share 1 - c stays.
+
+    Raises:
+      ValueError: for no name, a negative memory, or a correction outside [0, 1].
+
+    Example:
+      >>> SyntheticGradient("head").correction
+      0.1
+
+    Reference:
+      Jaderberg et al., "Decoupled neural interfaces using synthetic gradients", ICML
+      2017; Fournier et al., "Can forward gradient match backpropagation?", ICML 2023,
+      for guesses that a forward gradient corrects.
+    """
+
+    site: str
+    memory: float = 60.0
+    correction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.site, str) or not self.site:
+            raise ValueError(
+                "a synthetic gradient needs the name of an exact site, got "
+                f'{self.site!r}; use for example SyntheticGradient("head").'
+            )
+        if not self.memory >= 0:
+            raise ValueError(f"memory must be 0 steps or more, got {self.memory}.")
+        if not 0 <= self.correction <= 1:
+            raise ValueError(
+                f"correction must be between 0 and 1, got {self.correction}; 1 leaves "
+                "the gradient unbiased."
+            )
+
+
+class Evidence(NamedTuple):
+    """What a site's gradient is predicted from.
+
+    Attributes:
+      jacobian: [outputs, channels], the running mean.
+      signal: [examples, outputs], of each example's own loss.
+      count: int32 scalar, steps taken.
+    """
+
+    jacobian: jax.Array
+    signal: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple has a count, too
+
+
+def predicted(evidence: Evidence, activation: jax.Array) -> jax.Array:
+    """The gradient of each example's loss by an activation [examples, …, channels]."""
+    gradient = evidence.signal @ evidence.jacobian
+    middle = [1] * (activation.ndim - 2)
+    gradient = gradient.reshape(len(gradient), *middle, -1)
+    return jnp.broadcast_to(gradient, activation.shape)
+
+
+def learned(
+    evidence: Evidence,
+    excess: jax.Array,
+    *,
+    memory: float,
+    num_perturbations: int,
+) -> jax.Array:
+    """The running mean after a step; ``excess`` is r [examples, …, channels]."""
+    jacobian, signal, count = evidence
+    examples, channels = excess.shape[0], excess.shape[-1]
+    excess = excess.reshape(examples, -1, channels).mean(1)
+    noise = channels / (num_perturbations * examples)
+    rate = 1 / (1 + jnp.minimum(count, memory) + noise)
+    size = jnp.sum(jnp.square(signal))
+    change = signal.T @ excess / jnp.where(size > 0, size, 1)
+    return jacobian + (rate * change).astype(jacobian.dtype)
