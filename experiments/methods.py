@@ -54,7 +54,7 @@ class Learner(NamedTuple):
       logits: ``logits(state, images) -> `` [examples, classes]; jitted.
       loss_fn: ``loss_fn(trained, frozen, scales, batch)``, the mean over the batch.
       estimate: ``estimate(state, key, batch)``, an estimate of its gradient by the
-        forward method's first link.
+        forward method's first link, with what its synthetic gradients have learned.
       passes_per_step: forward passes of a step; a backward pass counts as two.
     """
 
@@ -135,6 +135,8 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
         value_fn = losses_fn if method.gradient == "activity" else loss_fn
         given = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
         begun = tx.init(state.params)
+        if learned := optax.tree.get(state.opt_state, "jacobians", {}):
+            begun = begun._replace(jacobians=learned)
         return tx.update(state.params, begun, state.params, value_fn=value_fn, **given)[
             0
         ]

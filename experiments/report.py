@@ -84,8 +84,9 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     )
     if config.gradient_estimates:
         note += (
-            " cosine: of an estimate with the float gradient of its batch, before the "
-            f"first step, over {config.gradient_estimates} estimates."
+            " cosine: of an estimate with the float gradient of its batch where runs "
+            "start, which synthetic gradients had time to learn, over "
+            f"{config.gradient_estimates} estimates."
         )
     _print_table(columns, rows, note, wide=1 + len(config.metrics))
     write_json(results, directory)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from experiments import adapt, events, features, metrics, quality, report, runs, tasks
@@ -19,6 +20,8 @@ from experiments.tasks import Splits
 from fgrad.analysis import Memory
 
 _CHUNK = 10  # steps between two looks at the clock
+# Steps that stand still, for synthetic gradients to learn before they are judged.
+_STANDING = 100
 
 
 class Run(NamedTuple):
@@ -146,7 +149,7 @@ class Trainer:
     def cosines(
         self, params: Any, seed: int, count: int
     ) -> dict[str, tuple[float, float]]:
-        """Of estimates with the gradient, before the first step, layer by layer.
+        """Of estimates with the gradient where runs start, layer by layer.
 
         Args:
           params: where runs start.
@@ -161,6 +164,11 @@ class Trainer:
         if compare is None:
             return {}
         state = self.learner.init(params, self._images, seed)
+        if optax.tree.get(state.opt_state, "jacobians", {}):
+            steps = min(_STANDING, self.config.steps)
+            still, horizon = jnp.float32(0), jnp.float32(steps)
+            for _ in range(steps):
+                state = self._step(state, still, horizon, self._data["train"])
         size = self.config.batch_size
         batch = jax.tree.map(lambda x: x[:size], self._data["train"])
         found = {

@@ -203,7 +203,7 @@ def mean_jacobians(sites: Sequence[Site], params: Any) -> dict[str, jax.Array]:
     for site in sites:
         if site.synthetic is None:
             continue
-        shape = []
+        shape: list[int] = []
         for one in (exact_site(site, sites), site):
             if len(sizes[one]) != 1 or sizes[one] == {()}:
                 raise ValueError(

@@ -64,6 +64,10 @@ def test_the_cosine_of_each_layer_is_told():
     np.testing.assert_allclose(cosines["Dense_0"], [1, 0], atol=1e-4)
     assert 0.1 < cosines["Block_1"][0] < 0.99
     assert cosines["Block_1"][1] > 0
+    sites["Block_1/adapter"]["synthetic"] = {"site": "Dense_0", "memory": 100}
+    config = method(**changes, sites=sites, steps=100)
+    trainer = train.Trainer(config, NETWORK, pretrained(), splits(), ["accuracy"])
+    assert trainer.cosines(pretrained(), 0, 4)["Block_1"][0] > cosines["Block_1"][0]
     backward = {"gradient": "backward", **changes}
     trainer = train.Trainer(
         method(**backward), NETWORK, pretrained(), splits(), ["accuracy"]
@@ -90,9 +94,10 @@ def test_an_exact_head_is_trained_like_by_backpropagation():
     )
 
 
+@pytest.mark.parametrize("synthetic", [{}, {"synthetic": {"site": "Dense_0"}}])
 @pytest.mark.parametrize("changes", [{}, {"bits": (16, 8)}], ids=["float", "16w8a"])
-def test_an_adapter_is_trained_by_its_activation(changes):
-    sites = {"Block_1/adapter": {"epsilon": 0.05}, **EXACT}
+def test_an_adapter_is_trained_by_its_activation(changes, synthetic):
+    sites = {"Block_1/adapter": {"epsilon": 0.05, **synthetic}, **EXACT}
     config = method(**ADAPTER, sites=sites, num_perturbations=8, **changes)
     first, state, before, after = run(config, 60, 0.5)
     assert after < before - 0.1
@@ -163,6 +168,9 @@ def test_the_configuration_compares_at_equal_passes():
         name: optimizers.forward_passes(m) * m.steps
         for name, m in config.methods.items()
     }
+    # A prediction needs less.
+    synthetic = {name for name in passes if "synthetic" in name}
+    assert {passes.pop(name) for name in synthetic} == {9000}
     forward = [n for name, n in passes.items() if not name.endswith("backprop")]
     assert max(forward) <= 1.05 * min(forward)
     stages = efficientnet.EfficientNetLite0().stages
@@ -182,9 +190,10 @@ def test_the_configuration_compares_at_equal_passes():
 )
 def test_smoke(tmp_path):
     config = fine_tuning.get_config("smoke")
-    config.run = ("adapter_activity",)
+    config.run = ("adapter_activity", "adapter_synthetic")
     results = train.run(config, str(tmp_path))
-    scores = results["adapter_activity"]["scores"]["auc"]
-    assert len(scores) == 2
-    assert all(0 < score < 1 for score in scores)
+    for name in config.run:
+        scores = results[name]["scores"]["auc"]
+        assert len(scores) == 2
+        assert all(0 < score < 1 for score in scores)
     assert "adapter_activity" in (tmp_path / "table.md").read_text()

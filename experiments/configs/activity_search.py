@@ -2,7 +2,9 @@ r"""Where activities are perturbed, and how often: the task of ``fine_tuning.py`
 
 At a third of its forward passes (11,000) and its learning rate (0.003, not tuned anew):
 4, 16 or 64 directions in a step; the adapter before the last two blocks; two sites at
-once, both halves of a low-rank change of the last block's projection.
+once, both halves of a low-rank change of the last block's projection. Then with a
+synthetic gradient (`fgrad.activity.SyntheticGradient`): 1, 4 or 16 directions, as a
+control variate, without correction, and at two and four sites of low-rank changes.
 
     python -m experiments.main \
         --config=experiments/configs/activity_search.py --workdir=workdir/search
@@ -19,7 +21,31 @@ from experiments.configs import fine_tuning, quickstart
 
 PASSES = 11_000
 _SITE = {"epsilon": 0.03}
-_HALVES = {f"blocks_15/project/lora_{half}": _SITE for half in ("down", "up")}
+
+
+def _low_rank(site: dict[str, Any], *blocks: int, rank: int = 8) -> dict[str, Any]:
+    """Changes of the projections of blocks, each half a site of its own."""
+    halves = {
+        f"blocks_{block}/project/lora_{half}": site
+        for block in blocks
+        for half in ("down", "up")
+    }
+    kernels = f"blocks_({'|'.join(map(str, blocks))})/project"
+    return {
+        "adaptation": {"lora": {"rank": rank, "kernels": kernels}},
+        "sites": {**halves, **fine_tuning.HEAD},
+    }
+
+
+def _synthetic(directions: int, **settings: Any) -> dict[str, Any]:
+    predicted = {"site": "classifier", **settings}
+    site = {**_SITE, "synthetic": predicted}
+    return {
+        "sites": {fine_tuning.ADAPTER: site, **fine_tuning.HEAD},
+        "num_perturbations": directions,
+    }
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "directions_4": {"num_perturbations": 4},
     "directions_16": {"num_perturbations": 16},
@@ -28,9 +54,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "adaptation": {"adapter": {"num_blocks": 2}},
         "sites": {"blocks_14/adapter": _SITE, **fine_tuning.HEAD},
     },
-    "two_sites": {
-        "adaptation": {"lora": {"rank": 8, "kernels": "blocks_15/project"}},
-        "sites": {**_HALVES, **fine_tuning.HEAD},
+    "two_sites": _low_rank(_SITE, 15),
+    "synthetic_1": _synthetic(1),
+    "synthetic_4": _synthetic(4),
+    "synthetic_16": _synthetic(16),
+    "synthetic_4_unbiased": _synthetic(4, correction=1.0),
+    "synthetic_4_uncorrected": _synthetic(4, correction=0.0),
+    "synthetic_4_memory_20": _synthetic(4, memory=20),
+    "synthetic_two_sites": {
+        **_low_rank(fine_tuning.SYNTHETIC, 15),
+        "num_perturbations": 4,
+    },
+    "synthetic_four_sites": {
+        **_low_rank(fine_tuning.SYNTHETIC, 14, 15),
+        "num_perturbations": 4,
     },
 }
 
