@@ -206,23 +206,30 @@ def _cosines(cosines: dict[str, tuple[float, float]]) -> str:
 
 
 def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
-    fig = figure.Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = fig.subplots()
-    for name, result in results.items():
-        if "curves" not in result:
-            continue
-        curves = 100 * np.array(result["curves"])
-        passes = np.linspace(0, result["forward_passes"], curves.shape[1])
-        mean, std = curves.mean(0), curves.std(0, ddof=1)
-        (line,) = axes.plot(passes, mean, label=name)
-        axes.fill_between(
-            passes, mean - std, mean + std, alpha=0.2, color=line.get_color()
-        )
-    zero_shot = 100 * results["zero_shot"][metric]
-    axes.axhline(zero_shot, color="grey", linestyle=":", label="zero_shot")
-    axes.set(xlabel="forward passes", ylabel=f"test {metric} (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    """By forward passes, and by seconds."""
+    fig = figure.Figure(figsize=(10, 4.0), layout="constrained")
+    panels = fig.subplots(1, 2, sharey=True)
+    for axes, cost in zip(panels, ("forward_passes", "seconds"), strict=True):
+        for name, result in results.items():
+            if "curves" not in result:
+                continue
+            curves = 100 * np.array(result["curves"])
+            points = np.linspace(0, result[cost], curves.shape[1])
+            mean, std = curves.mean(0), curves.std(0, ddof=1)
+            (line,) = axes.plot(points[1:], mean[1:], label=name)
+            axes.fill_between(
+                points[1:],
+                (mean - std)[1:],
+                (mean + std)[1:],
+                alpha=0.2,
+                color=line.get_color(),
+            )
+        zero_shot = 100 * results["zero_shot"][metric]
+        axes.axhline(zero_shot, color="grey", linestyle=":", label="zero_shot")
+        axes.set(xlabel=cost.replace("_", " "), xscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=f"test {metric} (%)")
+    panels[1].legend(loc="lower right")
     fig.savefig(path, dpi=120)
 
 
