@@ -76,6 +76,12 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         columns += ("cosine",)
         for row, result in zip(rows, results.values(), strict=True):
             row.append(_cosines(result.get("cosine", {})))
+    if config.early_stopping:
+        metric = config.metrics[0]
+        columns += (f"{metric}, stopped early",)
+        for row, result in zip(rows, results.values(), strict=True):
+            stopped = result.get("early_stopping")
+            row.append(_score(stopped, metric) if stopped else "")
     note = (
         f"{config.source} to {config.target}, test {' and '.join(config.metrics)} in % "
         f"as mean ± standard deviation over {len(config.seeds)} seeds; a backward pass "
@@ -88,6 +94,8 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
             "start, which synthetic gradients had time to learn, over "
             f"{config.gradient_estimates} estimates."
         )
+    if config.early_stopping:
+        note += " stopped early: where the validation split's score was best."
     _print_table(columns, rows, note, wide=1 + len(config.metrics))
     write_json(results, directory)
     (directory / "table.md").write_text(_markdown(columns, rows, note))

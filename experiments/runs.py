@@ -77,13 +77,13 @@ class Snapshot(NamedTuple):
 
     Attributes:
       state: its `TrainState`; on disk, beside it, the digest of its bits.
-      curve: test accuracies so far.
+      curve: [test score, validation score] at the points so far.
       seconds: time of the steps so far.
       points: what the event file has so far.
     """
 
     state: Any
-    curve: list[float]
+    curve: list[list[float]]
     seconds: float
     points: Sequence[events.Point] = ()
 

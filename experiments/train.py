@@ -30,13 +30,14 @@ class Run(NamedTuple):
     Attributes:
       validation: the first of the metrics on the validation split at its end.
       scores: all metrics on the test split at its end, by name.
-      curve: the first of them, at the start and after each part of the run.
+      curve: the first of them on the test and on the validation split, at the start
+        and after each part of the run.
       seconds: wall time of the steps, without compilation and evaluation.
     """
 
     validation: float
     scores: dict[str, float]
-    curve: list[float]
+    curve: list[list[float]]
     seconds: float
 
 
@@ -136,9 +137,9 @@ class Trainer:
                 progress(end - done)
                 done = end
                 if done in evals:
-                    curve.append(self._first(state))
+                    curve.append(self._point(state))
                 if log:
-                    scores = {self._tag: curve[-1]} if done in evals else {}
+                    scores = {self._tag: curve[-1][0]} if done in evals else {}
                     passes = done * self.learner.passes_per_step
                     points.append(events.point(done, passes, state.opt_state, scores))
                     log(points[-1])
@@ -178,9 +179,9 @@ class Trainer:
         return {layer: (q.cosine, q.cosine_deviation) for layer, q in found.items()}
 
     def _start(self, state: TrainState) -> runs.Snapshot:
-        curve = [self._first(state)]
+        curve = [self._point(state)]
         # The state's loss is of no step yet.
-        point = events.point(0, 0, (), {self._tag: curve[0]})
+        point = events.point(0, 0, (), {self._tag: curve[0][0]})
         return runs.Snapshot(state, curve, 0.0, [point])
 
     def run(
@@ -205,8 +206,9 @@ class Trainer:
         logits = self.learner.logits(state, data.images)
         return metrics.scores(self._names, logits, data.labels)
 
-    def _first(self, state: TrainState) -> float:
-        return self._scores(state, "test")[self._names[0]]
+    def _point(self, state: TrainState) -> list[float]:
+        """A point of the curve."""
+        return [self._scores(state, x)[self._names[0]] for x in ("test", "validation")]
 
 
 def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
@@ -390,7 +392,11 @@ def _adapt(
         "forward_passes": method.steps * trainer.learner.passes_per_step,
         "seconds": float(np.mean([run.seconds for run in adapted])),
         "temporaries_mib": trainer.temporaries / 2**20,
-        "curves": [run.curve for run in adapted],
+        "curves": [[test for test, _ in run.curve] for run in adapted],
+        "validation_curves": [[x for _, x in run.curve] for run in adapted],
+        "early_stopping": _summary(
+            [{config.metrics[0]: _best_point(run.curve)} for run in adapted]
+        ),
         **({"cosine": cosines} if cosines else {}),
     }
 
@@ -402,6 +408,11 @@ def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
 def _best(tuned: Mapping[float, float]) -> float:
     """The best learning rate; of equal ones the first tried."""
     return max(tuned, key=lambda rate: tuned[rate])
+
+
+def _best_point(curve: Sequence[Sequence[float]]) -> float:
+    """The test score where the validation score was best; of equal ones the last."""
+    return max(reversed(curve), key=lambda point: point[1])[0]
 
 
 def _beyond(tuned: Mapping[float, float]) -> float | None:

@@ -143,6 +143,13 @@ def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
     for name in names[1:]:
         assert results[name]["learning_rate"] in config.methods[name].learning_rates
         assert results[name]["temporaries_mib"] > 0
+        for i in range(len(config.seeds)):
+            test, validation = (
+                results[name][curves][i] for curves in ("curves", "validation_curves")
+            )
+            assert test[-1] == results[name]["scores"]["accuracy"][i]
+            assert validation[-1] == results[name]["validation"][i]
+            assert len(test) == len(validation) == config.num_evals + 1
     table = (tmp_path / "table.md").read_text()
     assert all(name in table for name in names)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -224,6 +231,12 @@ def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
     assert found["learning_rate"] == 0.2
     tuned = [(rate, seed, 2) for rate in (0.1, 0.2) for seed in (7, 8)]
     assert asked == [*tuned, *((0.2, seed, 4) for seed in config.seeds)]
+
+
+def test_early_stopping_takes_the_test_score_of_the_best_validation_score():
+    assert train._best_point([[0.9, 0.1], [0.5, 0.6], [0.7, 0.8], [0.8, 0.7]]) == 0.7
+    # Of equal ones the last.
+    assert train._best_point([[0.5, 0.8], [0.6, 0.8], [0.4, 0.2]]) == 0.6
 
 
 def test_tuning_goes_on_while_the_best_rate_is_the_last():

@@ -24,6 +24,7 @@ CONFIG = {
     "seeds": (0, 1),
     "parallel_runs": 1,
     "gradient_estimates": 16,
+    "early_stopping": True,
     "figure": "dots",
 }
 
@@ -37,14 +38,15 @@ def test_a_row_has_what_a_method_costs_and_its_cosines(tmp_path):
     cosines = {"head": (1.0, 0.0), "adapter": (0.316, 0.037)}
     results = {
         "zero_shot": result(0.5),
-        "fp32": result(0.725, **RUN, cosine=cosines),
+        "fp32": result(0.725, **RUN, cosine=cosines, early_stopping=result(0.74)),
     }
     report.write(results, ConfigDict(CONFIG), tmp_path)
     _, _, zero_shot, fp32 = rows(tmp_path / "table.md")
-    assert zero_shot == ["zero_shot", "50.0 ± 1.0", "0", "", "", "", ""]
+    assert zero_shot == ["zero_shot", "50.0 ± 1.0", "0", *[""] * 5]
     assert fp32[:2] == ["fp32", "72.5 ± 1.0"]
     assert fp32[2:6] == ["1,200", "0.03", "1.2", "0.50"]
     assert fp32[6] == "head 1.00 ± 0.00, adapter 0.32 ± 0.04"
+    assert fp32[7] == "74.0 ± 1.0"
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 

@@ -46,7 +46,9 @@ def bits(tree):
 def directory_with(tmp_path, *steps):
     directory = runs.RunDirectory(tmp_path / "run", every_seconds=0)
     for step in steps:
-        directory.save(step, runs.Snapshot(state(step), [0.1 * step], float(step)))
+        directory.save(
+            step, runs.Snapshot(state(step), [[0.1 * step, 0.5]], float(step))
+        )
     return directory
 
 
@@ -55,7 +57,7 @@ def test_a_snapshot_comes_back_bit_by_bit(tmp_path):
     # Another process has nothing but a state of the same shapes.
     again = runs.RunDirectory(tmp_path / "run", every_seconds=0)
     step, snapshot = again.latest(like=state(0))
-    assert (step, snapshot.curve, snapshot.seconds) == (11, [1.1], 11.0)
+    assert (step, snapshot.curve, snapshot.seconds) == (11, [[1.1, 0.5]], 11.0)
     assert bits(snapshot.state) == bits(state(11))
     assert jax.tree.structure(snapshot.state) == jax.tree.structure(state(11))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["11", "7"]

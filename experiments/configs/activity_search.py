@@ -84,6 +84,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             method.steps = PASSES // optimizers.forward_passes(method)
         config.methods[name] = method
     config.run = tuple(VARIANTS)
+    config.early_stopping = True
     if not smoke:
         config.seeds = (0, 1)
         # Nothing to choose: a run of a step.

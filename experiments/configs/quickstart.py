@@ -54,6 +54,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.snapshot_seconds = 30.0  # of a run; a killed one goes on from the last
     config.event_files = False  # TensorBoard's, of every run, under <workdir>/runs
     config.num_evals = 2 if smoke else 10  # points of the curves
+    config.early_stopping = False  # tell scores where validation was best as well
     # How many estimates of each method to compare with the gradient; 0: none.
     config.gradient_estimates = 0
     config.figure = "curves"  # or "dots", for many methods
