@@ -341,7 +341,10 @@ def _adapt(
     progress: report.Progress,
     where: pathlib.Path,
 ) -> dict[str, Any]:
-    """Chooses a learning rate on the validation split, then runs every seed."""
+    """Chooses a learning rate on the validation split, then runs every seed.
+
+    A single rate is taken as it is.
+    """
     trainer = Trainer(method, network, start, data, config.metrics)
 
     def directory(name: str) -> runs.RunDirectory:
@@ -373,13 +376,16 @@ def _adapt(
             directory=directory(f"seed_{seed}"),
         )
 
-    tuned = {rate: tune(rate) for rate in method.learning_rates}
-    for _ in range(config.wider_tuning):
-        if not (rate := _beyond(tuned)):
-            break
-        progress.expect(len(config.tuning_seeds) * _tuning_steps(config, method))
-        tuned[rate] = tune(rate)
-    learning_rate = _best(tuned)
+    if len(method.learning_rates) == 1:
+        tuned, (learning_rate,) = {}, method.learning_rates
+    else:
+        tuned = {rate: tune(rate) for rate in method.learning_rates}
+        for _ in range(config.wider_tuning):
+            if not (rate := _beyond(tuned)):
+                break
+            progress.expect(len(config.tuning_seeds) * _tuning_steps(config, method))
+            tuned[rate] = tune(rate)
+        learning_rate = _best(tuned)
     adapted = [adapt(seed) for seed in config.seeds]
     count = config.gradient_estimates
     cosines = trainer.cosines(start, config.seeds[0], count) if count else {}
@@ -444,7 +450,8 @@ def _total_steps(config: ConfigDict) -> int:
     total = config.pretrain.steps
     for name in config.run:
         method = config.methods[name]
-        tuned = len(method.learning_rates) * len(config.tuning_seeds)
-        total += tuned * _tuning_steps(config, method)
+        if len(method.learning_rates) > 1:
+            tuned = len(method.learning_rates) * len(config.tuning_seeds)
+            total += tuned * _tuning_steps(config, method)
         total += len(config.seeds) * method.steps
     return total

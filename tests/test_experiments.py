@@ -216,7 +216,7 @@ def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
         def run(self, start, seed, rate, *, steps, **kwargs):
             asked.append((rate, seed, steps))
             return train.Run(
-                validation.get((rate, seed), 0.5), {"accuracy": 0.5}, [0.5], 0.0
+                validation.get((rate, seed), 0.5), {"accuracy": 0.5}, [[0.5, 0.5]], 0.0
             )
 
     monkeypatch.setattr(train, "Trainer", Scripted)
@@ -231,6 +231,11 @@ def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
     assert found["learning_rate"] == 0.2
     tuned = [(rate, seed, 2) for rate in (0.1, 0.2) for seed in (7, 8)]
     assert asked == [*tuned, *((0.2, seed, 4) for seed in config.seeds)]
+    asked.clear()
+    method = quickstart.changed(method, {"learning_rates": (0.3,)})  # no choice
+    found = train._adapt(config, method, None, None, None, progress, tmp_path)
+    assert (found["learning_rate"], found["tuning"]) == (0.3, {})
+    assert asked == [(0.3, seed, 4) for seed in config.seeds]
 
 
 def test_early_stopping_takes_the_test_score_of_the_best_validation_score():

@@ -4,7 +4,9 @@ At a third of its forward passes (11,000) and its learning rate (0.003, not tune
 4, 16 or 64 directions in a step; the adapter before the last two blocks; two sites at
 once, both halves of a low-rank change of the last block's projection. Then with a
 synthetic gradient (`fgrad.activity.SyntheticGradient`): 1, 4 or 16 directions, as a
-control variate, without correction, and at two and four sites of low-rank changes.
+control variate, without correction, at two and four sites of low-rank changes, and at
+each layer of the last block and behind it: 1.0 million weights, beside backpropagation
+through the same, both with rates of their own, tuned with one seed.
 
     python -m experiments.main \
         --config=experiments/configs/activity_search.py --workdir=workdir/search
@@ -46,6 +48,12 @@ def _synthetic(directions: int, **settings: Any) -> dict[str, Any]:
     }
 
 
+_LAST_BLOCK = {
+    "adaptation": {"last_blocks": {"num_blocks": 1}},
+    "learning_rates": (1e-4, 3e-4, 1e-3),
+    "rate_factors": {},
+}
+_LAYERS = (*(f"blocks_15/{x}" for x in ("expand", "depthwise", "project")), "head")
 VARIANTS: dict[str, dict[str, Any]] = {
     "directions_4": {"num_perturbations": 4},
     "directions_16": {"num_perturbations": 16},
@@ -69,6 +77,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **_low_rank(fine_tuning.SYNTHETIC, 14, 15),
         "num_perturbations": 4,
     },
+    "synthetic_last_block": {
+        **_LAST_BLOCK,
+        "sites": {
+            **dict.fromkeys(_LAYERS, fine_tuning.SYNTHETIC),
+            **fine_tuning.HEAD,
+        },
+        "num_perturbations": 4,
+    },
 }
 
 
@@ -76,17 +92,16 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
     config = fine_tuning.get_config(variant)
     smoke = variant == "smoke"
-    base = config.methods.adapter_activity
+    base, backward = config.methods.adapter_activity, config.methods.adapter_backprop
     config.methods = ConfigDict()
     for name, changes in VARIANTS.items():
-        method = quickstart.changed(base, {**changes, "learning_rates": (3e-3,)})
+        method = quickstart.changed(base, {"learning_rates": (3e-3,), **changes})
         if not smoke:
             method.steps = PASSES // optimizers.forward_passes(method)
         config.methods[name] = method
-    config.run = tuple(VARIANTS)
+    config.methods.backprop_last_block = quickstart.changed(backward, _LAST_BLOCK)
+    config.run = (*VARIANTS, "backprop_last_block")
     config.early_stopping = True
     if not smoke:
-        config.seeds = (0, 1)
-        # Nothing to choose: a run of a step.
-        config.tuning_seeds, config.tuning_fraction = (100,), 0.0
+        config.seeds, config.tuning_seeds = (0, 1), (100,)
     return config
