@@ -142,13 +142,16 @@ def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
 
 def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> Any:
     """Float parameters to pre-train: drawn, or published ones with a new head."""
+    published = WEIGHTS[config.weights][0]() if config.weights else {}
+    published.pop("classifier", None)
+
+    @jax.jit  # which leaves out what is not returned
+    def drawn(key: jax.Array, images: jax.Array) -> dict[str, Any]:
+        params = network(bits=None).init(key, images)["params"]
+        return {k: v for k, v in params.items() if k not in published}
+
     key = jax.random.key(config.pretrain.seed)
-    init = jax.jit(network(bits=None).init)
-    params = init(key, data["train"].images[:1])["params"]
-    if not config.weights:
-        return params
-    published = WEIGHTS[config.weights][0]()
-    params |= {k: v for k, v in published.items() if k != "classifier"}
+    params = published | drawn(key, data["train"].images[:1])
     return with_statistics(network(bits=None), params, data, config.deviation_floor)
 
 

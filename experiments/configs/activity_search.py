@@ -11,7 +11,7 @@ through the same, both with rates of their own, tuned with one seed.
     python -m experiments.main \
         --config=experiments/configs/activity_search.py --workdir=workdir/search
 
-A smoke run: ``--config=experiments/configs/activity_search.py:smoke``.
+A smoke run of three: ``--config=experiments/configs/activity_search.py:smoke``.
 """
 
 from typing import Any
@@ -101,6 +101,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.methods[name] = method
     config.methods.backprop_last_block = quickstart.changed(backward, _LAST_BLOCK)
     config.run = (*VARIANTS, "backprop_last_block")
+    if smoke:  # each compiles for some seconds
+        config.run = ("directions_4", "two_blocks_after", "synthetic_two_sites")
     config.early_stopping = True
     if not smoke:
         config.seeds, config.tuning_seeds = (0, 1), (100,)
