@@ -152,6 +152,8 @@ def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> An
 
     key = jax.random.key(config.pretrain.seed)
     params = published | drawn(key, data["train"].images[:1])
+    if not published:
+        return params
     return with_statistics(network(bits=None), params, data, config.deviation_floor)
 
 
