@@ -29,6 +29,8 @@ from fgrad import layers
 Path = tuple[str, ...]  # of a leaf, such as ("Block_0", "Dense_1", "kernel")
 Params = dict[str, Any]
 
+_LOCAL = "local_logits"  # Flax's collection of what local heads say
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
@@ -70,6 +72,14 @@ class Adapted:
         """As ``module.apply``, with the leaves that the way adds."""
         with self._intercepted():
             return self.module.apply(*args, **kwargs)
+
+    def outputs(
+        self, variables: Any, x: jax.Array, **kwargs: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The logits, and those of local heads by the names of their blocks."""
+        logits, sown = self.apply(variables, x, mutable=_LOCAL, **kwargs)
+        local = traverse_util.flatten_dict(sown.get(_LOCAL, {}))
+        return logits, {"/".join(path[:-1]): x for path, (x,) in local.items()}
 
     def begin(
         self, pretrained: Mapping[str, Any], key: jax.Array, images: jax.Array
@@ -328,8 +338,15 @@ def lora(
     )
 
 
-def adapter(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
-    r"""A residual adapter before the last blocks, and the head.
+def adapter(
+    network: nn.Module,
+    *,
+    num_blocks: int = 1,
+    num_adapters: int = 1,
+    width: int | None = None,
+    local_heads: bool = False,
+) -> Adapted:
+    r"""Residual adapters before some of the last blocks, and the head.
 
     .. math:: x \leftarrow x + x A + b, \quad A = 0 \text{ and } b = 0 \text{ at first}
 
@@ -338,10 +355,16 @@ def adapter(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
 
     Args:
       network: a module with stages.
-      num_blocks: how many blocks come after it.
+      num_blocks: how many blocks come after the first adapter.
+      num_adapters: adapters, each before a block, one behind the other.
+      width: of a hidden layer, :math:`x + ReLU(x D + d) A + b`; none by default.
+      local_heads: whether all blocks with an adapter but the last get a head of their
+        own, on the mean over the positions of their output, for a local loss
+        (`Adapted.outputs`). No gradient comes from the blocks after them then.
 
     Raises:
-      TypeError, ValueError: as `last_blocks`.
+      TypeError, ValueError: as `last_blocks`; for more adapters than blocks, no width,
+        and local heads for one adapter.
 
     Example:
       >>> from experiments.models import efficientnet
@@ -351,25 +374,42 @@ def adapter(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
       >>> params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
       >>> params["blocks_15"]["adapter"]["kernel"].shape
       (192, 192)
+
+    Reference:
+      Local heads: Belilovsky et al., "Greedy layerwise learning can scale to
+      ImageNet", ICML 2019.
     """
     stages = _stages(network)
     _check_blocks(stages, num_blocks)
-    place = stages[-2 - num_blocks]
+    least = 2 if local_heads else 1
+    if not least <= num_adapters <= num_blocks:
+        raise ValueError(
+            f"num_adapters must be {least} to {num_blocks}, which is num_blocks, got "
+            f"{num_adapters}."
+        )
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1, got {width}.")
+    places = stages[-2 - num_blocks :][:num_adapters]
+    added = ("adapter", "adapter_down", "local_head")
 
     def add(layer: Any, layer_fn: Callable[[Any], Any], x: jax.Array) -> jax.Array:
-        residual = layers.Dense(
-            x.shape[-1],
-            kernel_init=nn.initializers.zeros,
-            name="adapter",
-            bits=layer.bits,
-            calibration=layer.calibration,
+        dense = functools.partial(
+            layers.Dense, bits=layer.bits, calibration=layer.calibration
         )
-        return layer_fn(x + residual(x))
+        hidden = x if width is None else nn.relu(dense(width, name="adapter_down")(x))
+        zeros = nn.initializers.zeros
+        residual = dense(x.shape[-1], kernel_init=zeros, name="adapter")
+        y = layer_fn(x + residual(hidden))
+        if local_heads and layer.path != places[-1]:
+            head = dense(network.num_classes, name="local_head")
+            layer.sow(_LOCAL, "logits", head(y.mean(axis=tuple(range(1, y.ndim - 1)))))
+            y = jax.lax.stop_gradient(y)
+        return y
 
     return Adapted(
         network,
-        lambda path: path[0] in stages[-1] or "adapter" in path,
-        _around(lambda layer: layer.path == place, add),
+        lambda path: path[0] in stages[-1] or not set(added).isdisjoint(path),
+        _around(lambda layer: layer.path in places, add),
     )
 
 

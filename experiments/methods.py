@@ -52,7 +52,8 @@ class Learner(NamedTuple):
         for `step` and `logits`.
       step: ``step(state, learning_rate, steps, split) -> TrainState``; not jitted.
       logits: ``logits(state, images) -> `` [examples, classes]; jitted.
-      loss_fn: ``loss_fn(trained, frozen, scales, batch)``, the mean over the batch.
+      loss_fn: ``loss_fn(trained, frozen, scales, batch)``, the mean over the batch; of
+        the network's loss and local ones the sum.
       estimate: ``estimate(state, key, batch)``, an estimate of its gradient by the
         forward method's first link, with what its synthetic gradients have learned.
       passes_per_step: forward passes of a step; a backward pass counts as two.
@@ -89,21 +90,27 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
             "input_noise changes them in every step; set one of them only."
         )
 
-    def apply(trained: Any, frozen: Any, scales: Any, x: jax.Array) -> jax.Array:
-        """Logits of images, or of what is cached."""
+    def outputs(
+        trained: Any, frozen: Any, scales: Any, x: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits of images, or of what is cached; those of local heads."""
         cut = model.cut(trained) if cache else 0
         stages = {"start": cut} if cut else {}
         params = adapt.merge(trained, frozen)
-        return model.apply({"params": params, **scales}, x, **stages)
+        return model.outputs({"params": params, **scales}, x, **stages)
 
-    def losses_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
-        logits = apply(params, frozen, scales, batch.images)
+    def losses_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> Any:
+        logits, local = outputs(params, frozen, scales, batch.images)
         labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
         labels = optax.smooth_labels(labels, method.get("label_smoothing", 0.0))
-        return optax.softmax_cross_entropy(logits, labels)
+        losses = functools.partial(optax.softmax_cross_entropy, labels=labels)
+        if not local:
+            return losses(logits)
+        return {"network": losses(logits), **jax.tree.map(losses, local)}
 
     def loss_fn(params: Any, frozen: Any, scales: Any, batch: Split) -> jax.Array:
-        return losses_fn(params, frozen, scales, batch).mean()
+        losses = jax.tree.leaves(losses_fn(params, frozen, scales, batch))
+        return functools.reduce(jnp.add, [x.mean() for x in losses])
 
     quantize = jax.jit(functools.partial(quantized, method, model))
 
@@ -169,7 +176,7 @@ def make_learner(method: ConfigDict, network: Callable[..., nn.Module]) -> Learn
 
     @jax.jit
     def logits(state: TrainState, images: jax.Array) -> jax.Array:
-        return apply(state.params, state.frozen, state.scales, images)
+        return outputs(state.params, state.frozen, state.scales, images)[0]
 
     return Learner(
         init, cached, step, logits, loss_fn, estimate, forward_passes(method)

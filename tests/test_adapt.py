@@ -240,6 +240,61 @@ def test_low_rank_leaves_of_a_pointwise_convolution():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_with_a_hidden_layer():
+    model, params, _ = begin("adapter", width=3)
+    params = shaken(params)
+    own = dict(params["Block_1"])
+    assert own["adapter_down"]["kernel"].shape == (8, 3)
+    up, down = own.pop("adapter"), own.pop("adapter_down")
+    network, variables = NETWORK(), {"params": {**params, "Block_1": own}}
+    x = network.apply(variables, images(), stop=2)
+    hidden = np.maximum(x @ down["kernel"] + down["bias"], 0)
+    x = x + hidden @ up["kernel"] + up["bias"]
+    expected = network.apply(variables, x, start=2)
+    found = model.apply({"params": params}, images())
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_with_local_heads_learn_from_their_own_losses():
+    settings = {"num_blocks": 2, "num_adapters": 2}
+    model, params, _ = begin("adapter", **settings, local_heads=True)
+    new = {"Block_0/adapter", "Block_1/adapter", "Block_0/local_head", "Dense_0"}
+    trained, _ = model.split(params)
+    assert {path.rpartition("/")[0] for path in flat(trained)} == new
+    params = shaken(params)
+    logits, local = model.outputs({"params": params}, images())
+    without = {
+        **params,
+        "Block_0": {k: v for k, v in params["Block_0"].items() if k != "local_head"},
+    }
+    plain = adapt.adapter(NETWORK(), **settings)
+    expected, none = plain.outputs({"params": without}, images())
+    assert none == {}
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    x = plain.apply({"params": without}, images(), stop=2)
+    head = params["Block_0"]["local_head"]
+    expected = {"Block_0": x.mean(axis=1) @ head["kernel"] + head["bias"]}
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+        local,
+        expected,
+    )
+
+    def moved_by(loss):
+        """The leaves that train and have a gradient."""
+        gradient, _ = model.split(jax.grad(loss)(params))
+        return {k.rpartition("/")[0] for k, v in flat(gradient).items() if v.any()}
+
+    def both(params):
+        return model.outputs({"params": params}, images())
+
+    assert moved_by(lambda p: both(p)[0].sum()) == {"Block_1/adapter", "Dense_0"}
+    assert moved_by(lambda p: both(p)[1]["Block_0"].sum()) == {
+        "Block_0/adapter",
+        "Block_0/local_head",
+    }
+
+
 @pytest.mark.parametrize("way", ["linear_probe", "lora"])
 def test_16w8a_logits_are_close_to_the_float_ones(way):
     model, params, _ = begin(way)
@@ -411,6 +466,12 @@ def test_bad_choices_are_refused():
         adapt.deep_prompts(network, num_prompts=0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         adapt.lora(network, rank=0)
+    with pytest.raises(ValueError, match=r"num_adapters must be 1 to 1.*got 2"):
+        adapt.adapter(network, num_adapters=2)
+    with pytest.raises(ValueError, match=r"num_adapters must be 2 to 2.*got 1"):
+        adapt.adapter(network, num_blocks=2, local_heads=True)
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        adapt.adapter(network, width=0)
     with pytest.raises(ValueError, match=r"take tokens.*Pointwise.*\(6, 8, 8, 3\)"):
         adapt.deep_prompts(Pointwise()).init(jax.random.key(0), images())
 

@@ -110,6 +110,47 @@ def test_an_adapter_is_trained_by_its_activation(changes, synthetic):
     jax.tree.map(np.testing.assert_array_equal, first.frozen, state.frozen)
 
 
+@pytest.mark.parametrize("changes", [{}, {"bits": (16, 8)}], ids=["float", "16w8a"])
+def test_two_adapters_are_trained_greedily(changes):
+    head = EXACT["Dense_0"]
+    first = {"epsilon": 0.05, "synthetic": {"site": "Block_0/local_head"}}
+    config = method(
+        adaptation={
+            "adapter": {"num_blocks": 2, "num_adapters": 2, "local_heads": True}
+        },
+        cache_frozen=True,
+        batch_size=16,
+        sites={
+            "Block_0/adapter": {**first, "loss": "Block_0"},
+            "Block_0/local_head": {**head, "loss": "Block_0"},
+            "Block_1/adapter": {"epsilon": 0.05, "loss": "network"},
+            "Dense_0": {**head, "loss": "network"},
+        },
+        num_perturbations=8,
+        **changes,
+    )
+    assert optimizers.forward_passes(config) == 1 + 2 * 8 * 2
+    start, state, before, after = run(config, 60, 0.5)
+    assert after < before - 0.1
+    for a, b in zip(
+        jax.tree.leaves(start.params), jax.tree.leaves(state.params), strict=True
+    ):
+        assert a.ndim == 0 or np.any(a != b)  # scales stay
+    if changes:
+        return
+    # Heads are exact, each for its own loss.
+    learner = methods.make_learner(config, NETWORK)
+    data = learner.cached(start, splits())["train"]
+    gradient = jax.grad(learner.loss_fn)(start.params, start.frozen, {}, data)
+    estimate = learner.estimate(start, jax.random.key(0), data)
+    for leaf in (lambda g: g["Block_0"]["local_head"], lambda g: g["Dense_0"]):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-4),
+            leaf(estimate),
+            leaf(gradient),
+        )
+
+
 def test_the_adapters_weights_may_be_perturbed_beside_an_exact_head():
     config = method(
         **ADAPTER,

@@ -4,9 +4,12 @@ At a third of its forward passes (11,000) and its learning rate (0.003, not tune
 4, 16 or 64 directions in a step; the adapter before the last two blocks; two sites at
 once, both halves of a low-rank change of the last block's projection. Then with a
 synthetic gradient (`fgrad.activity.SyntheticGradient`): 1, 4 or 16 directions, as a
-control variate, without correction, at two and four sites of low-rank changes, and at
-each layer of the last block and behind it: 1.0 million weights, beside backpropagation
-through the same, both with rates of their own, tuned with one seed.
+control variate, without correction, at two and four sites of low-rank changes; at both
+layers of an adapter with 16 or 64 hidden values; at two adapters, before the last two
+blocks each, by the network's loss or greedily: the first by the loss of a local head
+behind its block; and at each layer of the last block and behind it: 1.0 million
+weights. The last three stand beside backpropagation through the same, the last block
+with rates of its own, tuned with one seed.
 
     python -m experiments.main \
         --config=experiments/configs/activity_search.py --workdir=workdir/search
@@ -23,6 +26,7 @@ from experiments.configs import fine_tuning, quickstart
 
 PASSES = 11_000
 _SITE = {"epsilon": 0.03}
+_EXACT = fine_tuning.HEAD["classifier"]
 
 
 def _low_rank(site: dict[str, Any], *blocks: int, rank: int = 8) -> dict[str, Any]:
@@ -39,6 +43,15 @@ def _low_rank(site: dict[str, Any], *blocks: int, rank: int = 8) -> dict[str, An
     }
 
 
+def _predicted(*sites: str, **adaptation: Any) -> dict[str, Any]:
+    """A way to adapt, and sites with synthetic gradients."""
+    return {
+        "adaptation": adaptation,
+        "sites": {**dict.fromkeys(sites, fine_tuning.SYNTHETIC), **fine_tuning.HEAD},
+        "num_perturbations": 4,
+    }
+
+
 def _synthetic(directions: int, **settings: Any) -> dict[str, Any]:
     predicted = {"site": "classifier", **settings}
     site = {**_SITE, "synthetic": predicted}
@@ -48,12 +61,25 @@ def _synthetic(directions: int, **settings: Any) -> dict[str, Any]:
     }
 
 
-_LAST_BLOCK = {
-    "adaptation": {"last_blocks": {"num_blocks": 1}},
-    "learning_rates": (1e-4, 3e-4, 1e-3),
-    "rate_factors": {},
+# Before each of the last two blocks.
+_ADAPTERS = ("blocks_14/adapter", fine_tuning.ADAPTER)
+_TWO_ADAPTERS = {"num_blocks": 2, "num_adapters": 2}
+_GREEDY = {"adapter": {**_TWO_ADAPTERS, "local_heads": True}}
+_GREEDY_SITES = {
+    "blocks_14/adapter": {
+        **_SITE,
+        "synthetic": {"site": "blocks_14/local_head"},
+        "loss": "blocks_14",
+    },
+    "blocks_14/local_head": {**_EXACT, "loss": "blocks_14"},
+    fine_tuning.ADAPTER: {**fine_tuning.SYNTHETIC, "loss": "network"},
+    "classifier": {**_EXACT, "loss": "network"},
 }
+_HIDDEN = ("blocks_15/adapter_down", fine_tuning.ADAPTER)
 _LAYERS = (*(f"blocks_15/{x}" for x in ("expand", "depthwise", "project")), "head")
+_LAST_BLOCK = {"last_blocks": {"num_blocks": 1}}
+_OWN_RATES = {"learning_rates": (1e-4, 3e-4, 1e-3), "rate_factors": {}}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "directions_4": {"num_perturbations": 4},
     "directions_16": {"num_perturbations": 16},
@@ -77,14 +103,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **_low_rank(fine_tuning.SYNTHETIC, 14, 15),
         "num_perturbations": 4,
     },
-    "synthetic_last_block": {
-        **_LAST_BLOCK,
-        "sites": {
-            **dict.fromkeys(_LAYERS, fine_tuning.SYNTHETIC),
-            **fine_tuning.HEAD,
-        },
-        "num_perturbations": 4,
-    },
+    "synthetic_width_16": _predicted(*_HIDDEN, adapter={"width": 16}),
+    "synthetic_width_64": _predicted(*_HIDDEN, adapter={"width": 64}),
+    "synthetic_two_adapters": _predicted(*_ADAPTERS, adapter=_TWO_ADAPTERS),
+    "synthetic_greedy": {**_predicted(**_GREEDY), "sites": _GREEDY_SITES},
+    "synthetic_last_block": {**_predicted(*_LAYERS, **_LAST_BLOCK), **_OWN_RATES},
+}
+# The same leaves by backpropagation.
+BACKWARD: dict[str, dict[str, Any]] = {
+    "backprop_two_adapters": {"adaptation": {"adapter": _TWO_ADAPTERS}},
+    "backprop_greedy": {"adaptation": _GREEDY},
+    "backprop_last_block": {"adaptation": _LAST_BLOCK, **_OWN_RATES},
 }
 
 
@@ -93,14 +122,15 @@ def get_config(variant: str = "full") -> ConfigDict:
     config = fine_tuning.get_config(variant)
     smoke = variant == "smoke"
     base, backward = config.methods.adapter_activity, config.methods.adapter_backprop
-    config.methods = ConfigDict()
+    config.methods, rate = ConfigDict(), {"learning_rates": (3e-3,)}
     for name, changes in VARIANTS.items():
-        method = quickstart.changed(base, {"learning_rates": (3e-3,), **changes})
+        method = quickstart.changed(base, {**rate, **changes})
         if not smoke:
             method.steps = PASSES // optimizers.forward_passes(method)
         config.methods[name] = method
-    config.methods.backprop_last_block = quickstart.changed(backward, _LAST_BLOCK)
-    config.run = (*VARIANTS, "backprop_last_block")
+    for name, changes in BACKWARD.items():
+        config.methods[name] = quickstart.changed(backward, {**rate, **changes})
+    config.run = (*VARIANTS, *BACKWARD)
     if smoke:  # each compiles for some seconds
         config.run = ("directions_4", "two_blocks_after", "synthetic_two_sites")
     config.early_stopping = True
