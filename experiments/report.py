@@ -215,7 +215,7 @@ def _cosines(cosines: dict[str, tuple[float, float]]) -> str:
 
 def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
     """By forward passes, and by seconds."""
-    fig = figure.Figure(figsize=(10, 4.0), layout="constrained")
+    fig = figure.Figure(figsize=(11, 4.0), layout="constrained")
     panels = fig.subplots(1, 2, sharey=True)
     for axes, cost in zip(panels, ("forward_passes", "seconds"), strict=True):
         for name, result in results.items():
@@ -237,7 +237,7 @@ def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
         axes.set(xlabel=cost.replace("_", " "), xscale="log")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"test {metric} (%)")
-    panels[1].legend(loc="lower right")
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     fig.savefig(path, dpi=120)
 
 

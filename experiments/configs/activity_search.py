@@ -133,7 +133,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.run = (*VARIANTS, *BACKWARD)
     if smoke:  # each compiles for some seconds
         config.run = ("directions_4", "two_blocks_after", "synthetic_two_sites")
-    config.early_stopping = True
+    config.early_stopping, config.figure = True, "dots"
     if not smoke:
         config.seeds, config.tuning_seeds = (0, 1), (100,)
     return config

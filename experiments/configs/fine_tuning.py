@@ -23,9 +23,9 @@ The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
 
 Expect (AUC, 5 seeds): backpropagation through the adapter 89.1 ± 0.8, synthetic
 gradients 88.8 ± 0.7 in float32 and 88.5 ± 0.8 in 16w8a, activities alone 87.8 ± 0.7 in
-float32; heads alone 86.9 ± 0.4 (backpropagation), 86.2 ± 0.1 (exact), 85.8 ± 1.6
-(sign-m-SPSA). On one core a run with synthetic gradients takes some two minutes, with
-activities alone five.
+float32, weights 85.9 ± 0.8; heads alone 86.9 ± 0.4 (backpropagation), 86.2 ± 0.1
+(exact), 85.8 ± 1.6 (sign-m-SPSA). On one core a run with synthetic gradients takes some
+two minutes, with activities alone or weights four to five.
 
 A smoke run of three methods: ``--config=experiments/configs/fine_tuning.py:smoke``.
 """
