@@ -1,25 +1,18 @@
 """Files that others publish: folders or zips of them, and arrays in their pickles."""
 
+import contextlib
 import hashlib
 import io
 import pathlib
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
 
-# What a pickle of arrays asks for; numpy.core is the name in old ones. None of these
-# runs what the pickle says.
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-    ("__builtin__", "bytes"): bytes,
-    ("builtins", "bytes"): bytes,
-}
-_OF_ARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
+from experiments.data import array_pickles, pickles
+
+_LONGEST_HEADER = 10_000  # bytes of an npy file's; NumPy reads no longer one
 
 
 def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
@@ -76,17 +69,30 @@ def verify(path: pathlib.Path, checksums: Mapping[str, str]) -> None:
         )
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _OF_ARRAYS and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)  # type: ignore[attr-defined]
-        found = _ALLOWED.get((module, name))
-        if found is None:
-            raise ValueError(
-                f"the file's pickle asks for {module}.{name}, which no array needs, "
-                "and which was not run: get the file from where it was published."
-            )
-        return found
+@contextlib.contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Makes a ValueError that names the file of whatever its damage leads to.
+
+    Args:
+      name: of the file.
+
+    Raises:
+      ValueError: for any error within, but those of memory and of files that are
+        missing or may not be read.
+
+    Example:
+      >>> with naming("labels.csv"):
+      ...     int("three")
+      Traceback (most recent call last):
+      ...
+      ValueError: cannot read labels.csv: invalid literal for int() with base 10: ...
+    """
+    try:
+        yield
+    except (MemoryError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot read {name}: {error}") from error
 
 
 def load_pickle(file: IO[bytes]) -> Any:
@@ -96,21 +102,23 @@ def load_pickle(file: IO[bytes]) -> Any:
       file: of Python 2 or 3.
 
     Returns:
-      What it holds.
+      What it holds; arrays are read-only unless they hold objects.
 
     Raises:
-      ValueError: if the pickle asks for anything else.
+      ValueError: if the pickle asks for anything else, or is damaged.
 
     Example:
+      >>> import pickle
       >>> file = io.BytesIO(pickle.dumps({"labels": np.arange(3)}))
       >>> load_pickle(file)
       {'labels': array([0, 1, 2])}
       >>> load_pickle(io.BytesIO(pickle.dumps(print)))
       Traceback (most recent call last):
       ...
-      ValueError: the file's pickle asks for builtins.print, which no array needs, ...
+      ValueError: cannot read the file: its pickle asks for builtins.print, which no ...
     """
-    return _Unpickler(file, encoding="latin1").load()
+    with naming(_name(file)):
+        return _arrays(file)
 
 
 def load_objects(file: IO[bytes]) -> np.ndarray:
@@ -132,14 +140,51 @@ def load_objects(file: IO[bytes]) -> np.ndarray:
       >>> load_objects(file)
       array([list(['dog']), list(['cat', 'cow'])], dtype=object)
     """
-    start = io.BytesIO(file.read())
-    version = np.lib.format.read_magic(start)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, _, dtype = read[version](start)
-    if not dtype.hasobject:
-        start.seek(0)
-        return np.load(start, allow_pickle=False)
-    return np.asarray(load_pickle(start)).reshape(shape)
+    with naming(_name(file)):
+        shape, fortran, dtype = _header(file)
+        array_pickles.checked(dtype)
+        if dtype.hasobject:
+            array = _arrays(file)
+            if not isinstance(array, np.ndarray) or not array.dtype.hasobject:
+                raise ValueError("its pickle is of no array of objects.")
+        else:
+            source = pickles.Source(file)
+            words = array_pickles.Words(source)
+            content = source.take(array_pickles.size(shape, dtype))
+            array = words.array(shape, dtype, content, fortran)
+        if array.shape != shape:
+            raise ValueError(
+                f"its header says {shape}, and its array is {array.shape}."
+            )
+        if file.read(1):
+            raise ValueError("it has more bytes than its array.")
+        return array
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype of an npy file."""
+    source = pickles.Source(file)
+    major, minor = np.lib.format.read_magic(io.BytesIO(source.take(8)))
+    if minor or major not in (1, 2):
+        raise ValueError(f"it has the version {major}.{minor} of the npy format.")
+    length = source.take(2 * major)
+    if (count := int.from_bytes(length, "little")) > _LONGEST_HEADER:
+        raise ValueError(f"it has a header of {count} bytes.")
+    header = io.BytesIO(length + source.take(count))
+    if major == 1:
+        return np.lib.format.read_array_header_1_0(header)
+    return np.lib.format.read_array_header_2_0(header)
+
+
+def _arrays(file: IO[bytes]) -> Any:
+    source = pickles.Source(file)
+    return pickles.read(
+        source,
+        array_pickles.Words(source).vocabulary,
+        refusal="which no array needs, and which was not run: get the file from where "
+        "it was published.",
+    )
+
+
+def _name(file: IO[bytes]) -> str:
+    return str(getattr(file, "name", "the file"))
