@@ -1,8 +1,14 @@
-"""Files that others publish: folders or zips of them, and arrays in their pickles."""
+"""Files that others publish: folders or zips of them, and arrays in their pickles.
+
+Whatever is wrong with such a file ends in a ValueError that names it: no other error,
+no endless loop, and no more memory than a file of its size can honestly ask for.
+"""
 
 import contextlib
+import csv
 import hashlib
 import io
+import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +19,11 @@ import numpy as np
 from experiments.data import array_pickles, pickles
 
 _LONGEST_HEADER = 10_000  # bytes of an npy file's; NumPy reads no longer one
+# What is compressed may have so many bytes, or so many times those that it takes.
+# Nothing that is read here comes near: sounds and pictures do not compress well.
+_UNPACKED, _TIMES = 64 << 20, 20
+# Python's zipfile makes a name of every folder above a member.
+_LONGEST_NAME, _MOST_FOLDERS = 1000, 16
 
 
 def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
@@ -28,11 +39,23 @@ def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
 
     Raises:
       FileNotFoundError: if neither is there.
+      ValueError: if the zip is damaged, or has names that lead out of it.
     """
     if (folder / name).is_dir():
         return folder / name
-    if (folder / f"{name}.zip").is_file():
-        return zipfile.Path(folder / f"{name}.zip") / name
+    packed = folder / f"{name}.zip"
+    if packed.is_file():
+        with naming(packed):
+            archive = zipfile.ZipFile(packed)
+            for member in archive.namelist():
+                if (
+                    len(member) > _LONGEST_NAME
+                    or member.count("/") > _MOST_FOLDERS
+                    or "//" in member
+                ):
+                    raise ValueError(f"it has a member called {member[:60]!r}.")
+                check_inside(member)
+            return zipfile.Path(archive) / name
     raise FileNotFoundError(
         f"{folder} has neither {name}/ nor {name}.zip. {instructions}"
     )
@@ -69,6 +92,132 @@ def verify(path: pathlib.Path, checksums: Mapping[str, str]) -> None:
         )
 
 
+def unpacked_limit(packed: int) -> int:
+    """How many bytes may be made of so many compressed ones."""
+    return max(_UNPACKED, _TIMES * packed)
+
+
+def content(path: Any) -> bytes:
+    """The bytes of a file in a folder or in a zip.
+
+    Args:
+      path: a ``pathlib.Path`` or ``zipfile.Path``, as of `root`.
+
+    Raises:
+      ValueError: if there is no such file, or if the zip is damaged or would unpack to
+        much more than it is.
+
+    Example:
+      >>> content(pathlib.Path(__file__))[3:8]
+      b'Files'
+    """
+    with opened(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def opened(path: Any) -> Iterator[IO[bytes]]:
+    """A file in a folder or in a zip, to be read in parts; otherwise as `content`."""
+    with naming(path):
+        if not path.is_file():
+            raise ValueError("there is no such file; unpack or download it again.")
+        if isinstance(path, zipfile.Path):
+            archive = path.root
+            info = archive.getinfo(path.at)
+            packed = min(info.compress_size, os.path.getsize(str(archive.filename)))
+            if info.file_size > unpacked_limit(packed):
+                raise ValueError(
+                    f"{packed} bytes of the zip would unpack to {info.file_size}, more "
+                    "than sounds, pictures or tables do."
+                )
+        with path.open("rb") as file:
+            yield file
+
+
+def inside(folder: Any, name: str, source: object) -> Any:
+    """The file of a name that a file gives, if it is inside a folder.
+
+    Args:
+      folder: a ``pathlib.Path`` or ``zipfile.Path``.
+      name: of the file, relative to the folder.
+      source: what gives the name, for the message.
+
+    Returns:
+      Its path.
+
+    Raises:
+      ValueError: if the name leads out of the folder.
+
+    Example:
+      >>> inside(pathlib.PurePosixPath("images"), "cat/1.png", "labels.csv")
+      PurePosixPath('images/cat/1.png')
+      >>> inside(pathlib.PurePosixPath("images"), "../secret", "a.csv")
+      Traceback (most recent call last):
+      ...
+      ValueError: cannot read a.csv: the name '../secret' leads out of its folder.
+    """
+    with naming(source):
+        check_inside(name)
+    return folder.joinpath(*pathlib.PurePosixPath(name).parts)
+
+
+def check_inside(name: str) -> None:
+    """Makes sure that a relative name leads to no place above it.
+
+    Raises:
+      ValueError: if it does, or is none.
+    """
+    # Windows' paths know both slashes and the letters of drives.
+    path = pathlib.PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError(f"the name {name[:60]!r} leads out of its folder.")
+
+
+def table(path: Any, *columns: str) -> list[tuple[str, ...]]:
+    r"""Columns of a csv file whose first row names them.
+
+    Args:
+      path: a ``pathlib.Path`` or ``zipfile.Path``.
+      *columns: wanted. The first names a file, each in one row only.
+
+    Returns:
+      The fields of each row, in the order of the columns.
+
+    Raises:
+      ValueError: if the file is no such table, lacks a column or a field, or names a
+        file twice.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "table.csv"
+      >>> _ = path.write_text("file,size,label\n1.png,3,cat\n")
+      >>> table(path, "file", "label")
+      [('1.png', 'cat')]
+    """
+    text = content(path)
+    with naming(path):
+        reader = csv.DictReader(io.StringIO(text.decode(), newline=""))
+        if missing := [
+            name for name in columns if name not in (reader.fieldnames or ())
+        ]:
+            raise ValueError(f"it has no column called {missing[0]}.")
+        rows: list[tuple[str, ...]] = []
+        seen: set[str] = set()
+        for row in reader:
+            fields = tuple(row[name] for name in columns)
+            if not all(fields) or None in row:
+                raise ValueError(
+                    f"its line {reader.line_num} has not one field for each column."
+                )
+            if fields[0] in seen:
+                raise ValueError(f"it names {fields[0][:60]!r} twice.")
+            seen.add(fields[0])
+            rows.append(fields)
+        if not rows:
+            raise ValueError("it has no rows.")
+        return rows
+
+
 @contextlib.contextmanager
 def naming(name: object) -> Iterator[None]:
     """Makes a ValueError that names the file of whatever its damage leads to.
@@ -92,6 +241,8 @@ def naming(name: object) -> Iterator[None]:
     except (MemoryError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(name) in str(error):
+            raise
         raise ValueError(f"cannot read {name}: {error}") from error
 
 
@@ -115,7 +266,7 @@ def load_pickle(file: IO[bytes]) -> Any:
       >>> load_pickle(io.BytesIO(pickle.dumps(print)))
       Traceback (most recent call last):
       ...
-      ValueError: cannot read the file: its pickle asks for builtins.print, which no ...
+      ValueError: cannot read an unnamed file: its pickle asks for builtins.print, ...
     """
     with naming(_name(file)):
         return _arrays(file)
@@ -187,4 +338,4 @@ def _arrays(file: IO[bytes]) -> Any:
 
 
 def _name(file: IO[bytes]) -> str:
-    return str(getattr(file, "name", "the file"))
+    return str(getattr(file, "name", "an unnamed file"))
