@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from experiments.data import array_pickles, pickles
+from experiments.data import archives, array_pickles, pickles
 
 # What a legacy file begins with: a pickle of the number PyTorch chose for it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
-    with path.open("rb") as file:
+    with archives.BoundedFile(path) as file:
         start = file.read(len(_LEGACY_START))
         file.seek(0)
         if start.startswith(_ZIP_START):

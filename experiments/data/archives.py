@@ -26,6 +26,23 @@ _UNPACKED, _TIMES = 64 << 20, 20
 _LONGEST_NAME, _MOST_FOLDERS = 1000, 16
 
 
+class BoundedFile(io.BufferedReader):
+    """A file that takes no more memory than it has bytes.
+
+    Python's reserves what it is asked for, and zipfile asks for what a header says.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most so many of the next bytes; all of them by default."""
+        if size is not None and size >= 0:
+            size = min(size, max(0, self._size - self.tell()))
+        return super().read(size)
+
+
 def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
     """What an archive unpacks to: a folder, or the zip that holds it.
 
@@ -45,9 +62,8 @@ def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
         return folder / name
     packed = folder / f"{name}.zip"
     if packed.is_file():
-        with naming(packed):
-            archive = zipfile.ZipFile(packed)
-            for member in archive.namelist():
+        with naming(packed), BoundedFile(packed) as file:
+            for member in zipfile.ZipFile(file).namelist():
                 if (
                     len(member) > _LONGEST_NAME
                     or member.count("/") > _MOST_FOLDERS
@@ -55,7 +71,7 @@ def root(folder: pathlib.Path, name: str, instructions: str) -> Any:
                 ):
                     raise ValueError(f"it has a member called {member[:60]!r}.")
                 check_inside(member)
-            return zipfile.Path(archive) / name
+            return zipfile.Path(packed) / name
     raise FileNotFoundError(
         f"{folder} has neither {name}/ nor {name}.zip. {instructions}"
     )
@@ -124,7 +140,9 @@ def opened(path: Any) -> Iterator[IO[bytes]]:
         if isinstance(path, zipfile.Path):
             archive = path.root
             info = archive.getinfo(path.at)
-            packed = min(info.compress_size, os.path.getsize(str(archive.filename)))
+            packed = info.compress_size
+            if packed > os.path.getsize(str(archive.filename)):
+                raise ValueError(f"it has {packed} bytes, more than its zip.")
             if info.file_size > unpacked_limit(packed):
                 raise ValueError(
                     f"{packed} bytes of the zip would unpack to {info.file_size}, more "
