@@ -1,6 +1,7 @@
 """Fixed-point forward gradients: adapt networks where backpropagation cannot go."""
 
 from fgrad import (
+    _interchange,
     activity,
     analysis,
     enhancements,
@@ -26,6 +27,8 @@ from fgrad.transform import (
 )
 
 __version__ = "0.1.0"
+
+_interchange.register()
 
 __all__ = [
     "QTensor",
