@@ -3,7 +3,7 @@ r"""Few-shot learning of images: the paper's table 2, on data that needs no down
 A network is pre-trained on the classes of meta-train by backpropagation, then adapted
 to 5-way 5-shot tasks of classes that it has not seen (of digits: 3-way), by full
 fine-tuning ("ft") and by a linear probe ("lp"), each by backpropagation and by forward
-gradients in float32 and in 16w8a; see `experiments.fewshot_train`. ProtoNet's distances
+gradients in float32 and in 16w8a; see `experiments.drivers.few_shot`. ProtoNet's distances
 are the head. All methods have the same tasks, and the same three learning rates to
 choose from on ten tasks of the validation split (twenty of digits). Tasks of the
 embedded data are 60, and full fine-tuning has 200 forward passes (800 on digits): what
@@ -13,7 +13,7 @@ two processor cores manage.
         --config=experiments/configs/fewshot_vision.py --workdir=workdir/fewshot_vision
 
 runs all cells and writes one table. One cell, of any dataset and network in
-`experiments.tasks`, such as the paper's, whose data TFDS or you provide:
+`experiments.registry`, such as the paper's, whose data TFDS or you provide:
 
     --config=experiments/configs/fewshot_vision.py:characters,resnet12_small
     --config=experiments/configs/fewshot_vision.py:cub,resnet18
@@ -85,9 +85,9 @@ def common(
     """A cell of the table.
 
     Args:
-      dataset: key of `experiments.tasks.DATASETS`.
+      dataset: key of `experiments.registry.DATASETS`.
       domain: of it.
-      network: key of `experiments.tasks.NETWORKS`.
+      network: key of `experiments.registry.NETWORKS`.
       variant: "full", or "smoke" for a run of some seconds that shows no result.
       changes: fields of the configuration with other values.
     """

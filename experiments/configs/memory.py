@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Name: (key of experiments.tasks.NETWORKS, shape of an input, the paper's scratch in MB
+# Name: (key of experiments.registry.NETWORKS, shape of an input, the paper's scratch in MB
 # by method). MetaAudio's and AST's inputs are 500 and 1,024 frames of 128 mel bins.
 NETWORKS = {
     "ViT-tiny": (

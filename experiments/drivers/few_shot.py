@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 
 from experiments import adapt, features, fewshot, methods, report, runs, tasks, train
 from experiments.data import arrays
-from experiments.optimizers import forward_passes, make_optimizer
-from experiments.tasks import Splits
+from experiments.learners.optimizers import forward_passes, make_optimizer
+from experiments.registry import Splits
 
 
 class Start(NamedTuple):
@@ -215,7 +215,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       what it cost; of parts by their names.
 
     Raises:
-      RuntimeError, ValueError: as `experiments.runs.owned`; as `fewshot.episodes`.
+      RuntimeError, ValueError: as `experiments.workdir.runs.owned`; as `fewshot.episodes`.
     """
     directory = pathlib.Path(workdir)
     if "parts" in config:

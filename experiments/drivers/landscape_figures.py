@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from experiments import adapt, metrics, quality, report, runs
 from experiments.data.arrays import Split
-from experiments.methods import Learner, TrainState, make_learner
-from experiments.train import Task, prepare
+from experiments.learners.learner import Learner, TrainState, make_learner
+from experiments.drivers.training import Task, prepare
 from fgrad import analysis
 
 mpl.use("Agg")
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       and the rows of every run.
 
     Raises:
-      RuntimeError, ValueError: as `experiments.runs.owned`.
+      RuntimeError, ValueError: as `experiments.workdir.runs.owned`.
     """
     directory = pathlib.Path(workdir)
     with runs.owned(directory, config, resume), report.progress() as progress:

@@ -66,7 +66,7 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     """Prints the table; writes results.json, table.md and figure.png.
 
     Args:
-      results: as `experiments.train.run` returns them.
+      results: as `experiments.drivers.training.run` returns them.
       config: the configuration behind them.
       directory: the workdir.
     """

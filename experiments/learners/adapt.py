@@ -448,7 +448,7 @@ def _stages(network: Any) -> tuple[Path, ...]:
     if not hasattr(network, "stages"):
         raise TypeError(
             f"{type(network).__name__} has no stages, which this way needs; see the "
-            "module experiments.adapt, or use full()."
+            "module experiments.learners.adapt, or use full()."
         )
     return network.stages
 

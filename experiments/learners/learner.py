@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import fgrad
 from experiments import adapt, features
 from experiments.data.arrays import Split
-from experiments.optimizers import forward_passes, make_estimator, make_optimizer
+from experiments.learners.optimizers import forward_passes, make_estimator, make_optimizer
 from fgrad import layers
 
 

@@ -15,7 +15,7 @@ from sklearn import datasets
 from experiments import optimizers, tasks, train
 from experiments.configs import ablation, quickstart
 from experiments.data import arrays, digits, mnist
-from experiments.methods import _translate, make_learner
+from experiments.learners.learner import _translate, make_learner
 from experiments.models import cnn
 
 
@@ -92,7 +92,7 @@ def test_nothing_imports_tensorflow(tmp_path):
         "import sys; from experiments.data import arrays, digits;"
         "builder = digits.Digits(config='upright', data_dir=sys.argv[1],"
         " file_format='array_record'); arrays.load(builder);"
-        "import experiments.train; assert 'tensorflow' not in sys.modules"
+        "import experiments.drivers.training; assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 

@@ -14,9 +14,9 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import adapt, events, features, metrics, quality, report, runs, tasks
-from experiments.methods import Learner, TrainState, make_learner
+from experiments.learners.learner import Learner, TrainState, make_learner
 from experiments.models import cnn
-from experiments.tasks import Splits
+from experiments.registry import Splits
 from fgrad.analysis import Memory
 
 _CHUNK = 10  # steps between two looks at the clock
@@ -81,7 +81,7 @@ class Trainer:
           network: ``network(bits=...)`` gives the Flax module.
           params: float parameters, for their shapes.
           data: the splits to train on.
-          names: of metrics, keys of `experiments.metrics.METRICS`.
+          names: of metrics, keys of `experiments.learners.metrics.METRICS`.
         """
         self.config = config
         self._network = network
@@ -159,7 +159,7 @@ class Trainer:
 
         Returns:
           Mean and standard deviation by the names of layers; nothing for a method
-          that has no estimates to compare, see `experiments.quality.comparison`.
+          that has no estimates to compare, see `experiments.learners.gradient_quality.comparison`.
         """
         compare = quality.comparison(self.config, self._network, self.learner)
         if compare is None:
@@ -228,7 +228,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       parts by their names.
 
     Raises:
-      RuntimeError, ValueError: as `experiments.runs.owned`.
+      RuntimeError, ValueError: as `experiments.workdir.runs.owned`.
     """
     directory = pathlib.Path(workdir)
     if "parts" in config:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import fgrad
 from experiments.configs import quickstart
 from experiments.data.arrays import Split
-from experiments.methods import Learner, TrainState, make_learner
+from experiments.learners.learner import Learner, TrainState, make_learner
 from fgrad import analysis
 
 _LEAST_BITS = 16  # below, weights move by sparse steps on their grid
