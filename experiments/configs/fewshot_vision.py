@@ -3,11 +3,11 @@ r"""Few-shot learning of images: the paper's table 2, on data that needs no down
 A network is pre-trained on the classes of meta-train by backpropagation, then adapted
 to 5-way 5-shot tasks of classes that it has not seen (of digits: 3-way), by full
 fine-tuning ("ft") and by a linear probe ("lp"), each by backpropagation and by forward
-gradients in float32 and in 16w8a; see `experiments.drivers.few_shot`. ProtoNet's distances
-are the head. All methods have the same tasks, and the same three learning rates to
-choose from on ten tasks of the validation split (twenty of digits). Tasks of the
-embedded data are 60, and full fine-tuning has 200 forward passes (800 on digits): what
-two processor cores manage.
+gradients in float32 and in 16w8a; see `experiments.drivers.few_shot`. The head compares
+by ProtoNet's distances. All methods have the same tasks, and the same three learning
+rates to choose from on ten tasks of the validation split (twenty of digits). Tasks of
+the embedded data are 60, and full fine-tuning has 200 forward passes (800 on digits):
+what two processor cores manage.
 
     python -m experiments.main \
         --config=experiments/configs/fewshot_vision.py --workdir=workdir/fewshot_vision

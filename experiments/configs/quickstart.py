@@ -45,7 +45,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     # and deviation, for which no labels are needed; a network with stages can.
     config.realigned = False
     config.deviation_floor = 0.1  # of features, as a share of their mean deviation
-    config.metrics = ("accuracy",)  # of experiments.learners.metrics; the first one decides
+    # Names in experiments.learners.metrics; the first one decides.
+    config.metrics = ("accuracy",)
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
     config.tuning_seeds = (100,)  # runs of their own choose the learning rates
     config.tuning_fraction = 0.3  # its length, as a share of a run's steps
@@ -110,8 +111,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     forward.activation_headroom = 1.5  # and activations
     forward.calibration_images = 4096  # at most, the first of the train split
 
-    # Ways to adapt, names in experiments.learners.adapt, and their options; by default all
-    # weights train. What is frozen before them can run once for all steps.
+    # Ways to adapt, names in experiments.learners.adapt, and their options; by default
+    # all weights train. What is frozen before them can run once for all steps.
     for method in (backward, forward):
         method.adaptation = ConfigDict()
         method.rate_factors = ConfigDict()  # of the learning rate, by names of layers

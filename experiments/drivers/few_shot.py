@@ -1,13 +1,14 @@
 """The loop of few-shot learning: pre-train, then adapt to one task after another.
 
-A network is pre-trained on the classes of meta-train by backpropagation. Its head makes
-way for a linear layer that keeps the features as they are, but for their scale, and
-these are told apart by their distance to the centroids of a task's support. Every task
-begins from there: a method trains on augmented copies of the support, which are to be
-near the support of their class, and is tested on the query. Learning rates are chosen
-on tasks of the validation split; all methods have the same tasks.
+A network is pre-trained on the classes of meta-train by backpropagation. A linear layer
+then replaces its head, at first one that gives the features as they are, but for their
+scale. A task's images are classified by the distance of these features to the centroids
+of its support.
 
-Full fine-tuning trains everything, a linear probe that layer only.
+Every task begins from there. A method trains the network, so that augmented copies of
+the support come near the support of their class, and is tested on the query. Full
+fine-tuning trains all weights, a linear probe those of the linear layer. Learning rates
+are chosen on tasks of the validation split; all methods have the same tasks.
 """
 
 import functools
@@ -20,182 +21,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import adapt, features, fewshot, methods, report, runs, tasks, train
+from experiments import features, registry
 from experiments.data import arrays
-from experiments.learners.optimizers import forward_passes, make_optimizer
+from experiments.drivers import settings, training
+from experiments.drivers.progress import Progress, show_progress
+from experiments.learners import episodes, optimizers
+from experiments.learners.learner import make_learner
+from experiments.learners.nearest_centroid import NearestCentroid
 from experiments.registry import Splits
+from experiments.workdir import report, runs
 
-
-class Start(NamedTuple):
-    """Where a method begins in every task.
-
-    Attributes:
-      trained: weights that train, float or `fgrad.QTensor`.
-      frozen: those that do not.
-      scales: of activations; empty for float networks.
-      base_mean: [features], the mean of what the start makes of meta-train.
-    """
-
-    trained: Any
-    frozen: Any
-    scales: Any
-    base_mean: jax.Array
-
-
-class TaskState(NamedTuple):
-    """A method within a task.
-
-    Attributes:
-      params: weights that train.
-      opt_state: state of the optax chain.
-      frozen: weights that do not train.
-      scales: of activations.
-      base_mean: as in `Start`.
-      support: [ways, shots, ...]: images, or what the frozen stages make of them.
-      copies: [ways, shots * copies, ...], the augmented support.
-      query: [ways, queries, ...].
-      key: PRNG key of the perturbations.
-    """
-
-    params: Any
-    opt_state: Any
-    frozen: Any
-    scales: Any
-    base_mean: jax.Array
-    support: jax.Array
-    copies: jax.Array
-    query: jax.Array
-    key: jax.Array
-
-
-class TaskLearner(NamedTuple):
-    """A method as pure functions, none of them jitted.
-
-    They are not one program: on a CPU, XLA's gradient of a convolution takes twenty
-    times as long within a loop.
-
-    Attributes:
-      start: ``start(params, images, base_mean) -> Start`` from float params, with
-        images of meta-train to calibrate activations with.
-      begin: ``begin(start, support, query, key) -> TaskState``, of images [ways, shots
-        or queries, ...].
-      step: ``step(state, learning_rate) -> TaskState``.
-      accuracy: ``accuracy(state)`` of the query.
-    """
-
-    start: Callable[[Any, jax.Array, jax.Array], Start]
-    begin: Callable[[Start, jax.Array, jax.Array, jax.Array], TaskState]
-    step: Callable[[TaskState, Any], TaskState]
-    accuracy: Callable[[TaskState], jax.Array]
-
-
-def make_task_learner(
-    config: ConfigDict, method: ConfigDict, network: Callable[..., nn.Module]
-) -> TaskLearner:
-    """Builds the functions of a method.
-
-    Args:
-      config: the head and its transform, see ``configs/fewshot_vision.py``.
-      method: see there; with no steps nothing is trained.
-      network: ``network(bits=...)`` gives the Flax module, whose output is compared.
-
-    Raises:
-      ValueError: for another head.
-    """
-    if config.head not in ("protonet", "simpleshot"):
-        raise ValueError(
-            f'head must be "protonet" or "simpleshot", got {config.head!r}.'
-        )
-    bits = method.get("bits")
-    model = adapt.make(network(bits=tuple(bits) if bits else None), method.adaptation)
-
-    def transformed(x: jax.Array, base_mean: jax.Array) -> jax.Array:
-        if config.head == "protonet":
-            return x
-        mean = {"base_mean": base_mean} if config.transform == "CL2N" else {}
-        return fewshot.simpleshot_transform(x, config.transform, **mean)
-
-    def start(params: Any, images: jax.Array, base_mean: jax.Array) -> Start:
-        scales: dict[str, Any] = {}
-        if bits:
-            quantize = jax.jit(functools.partial(methods.quantized, method, model))
-            params, scales = quantize(params, images[: method.calibration_images])
-        return Start(*model.split(params), scales, base_mean)
-
-    def apply(params: Any, scales: Any, x: jax.Array, **stages: Any) -> jax.Array:
-        """What the network makes of [ways, examples, ...]."""
-        flat = x.reshape(-1, *x.shape[2:])
-        found = model.apply({"params": params, **scales}, flat, **stages)
-        return found.reshape(*x.shape[:2], *found.shape[1:])
-
-    def optimizer(learning_rate: Any, key: jax.Array) -> Any:
-        return make_optimizer(method, learning_rate, method.steps, key)
-
-    def begin(
-        start: Start, support: jax.Array, query: jax.Array, key: jax.Array
-    ) -> TaskState:
-        *keys, z_key = jax.random.split(key, 3)
-        copies = jnp.tile(support, (1, config.copies, *[1] * (support.ndim - 2)))
-        flat = copies.reshape(-1, *copies.shape[2:])
-        copies = methods.augmented(config, keys, flat).reshape(copies.shape)
-        examples = (support, copies, query)
-        if cut := model.cut(start.trained):
-            # What is frozen before the weights that train runs once.
-            sizes = np.cumsum([part.shape[1] for part in examples])[:-1]
-            joined = jnp.concatenate(examples, axis=1)
-            found = apply(start.frozen, start.scales, joined, stop=cut)
-            examples = tuple(jnp.split(found, sizes, axis=1))
-        opt_state = optimizer(0.0, z_key).init(start.trained) if method.steps else ()
-        support, copies, query = examples
-        return TaskState(
-            params=start.trained,
-            opt_state=opt_state,
-            frozen=start.frozen,
-            scales=start.scales,
-            base_mean=start.base_mean,
-            support=support,
-            copies=copies,
-            query=query,
-            key=z_key,
-        )
-
-    def logits_fn(params: Any, state: TaskState, query: jax.Array) -> jax.Array:
-        both = jnp.concatenate([state.support, query], axis=1)
-        cut = model.cut(params)
-        stages = {"start": cut} if cut else {}
-        merged = adapt.merge(params, state.frozen)
-        found = apply(merged, state.scales, both, **stages)
-        found = transformed(found, state.base_mean)
-        parts = jnp.split(found, [state.support.shape[1]], axis=1)
-        return fewshot.protonet_logits(*parts) / config.temperature
-
-    def loss_fn(params: Any, task: TaskState) -> jax.Array:
-        return fewshot.cross_entropy(logits_fn(params, task, task.copies))
-
-    def step(state: TaskState, learning_rate: Any) -> TaskState:
-        tx = optimizer(learning_rate, state.key)
-        if method.gradient == "backward":
-            gradient = jax.grad(loss_fn)(state.params, state)
-            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        else:
-            updates, opt_state = tx.update(
-                state.params,
-                state.opt_state,
-                state.params,
-                value_fn=loss_fn,
-                task=state._replace(params=(), opt_state=()),
-            )
-        params = optax.apply_updates(state.params, updates)
-        return state._replace(params=params, opt_state=opt_state)
-
-    def accuracy(state: TaskState) -> jax.Array:
-        return fewshot.accuracy(logits_fn(state.params, state, state.query))
-
-    return TaskLearner(start, begin, step, accuracy)
+_ZERO_SHOT = ConfigDict(
+    {"steps": 0, "gradient": "backward", "optimizer": "sgd", "adaptation": {}}
+)
 
 
 def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
@@ -215,8 +56,11 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       what it cost; of parts by their names.
 
     Raises:
-      RuntimeError, ValueError: as `experiments.workdir.runs.owned`; as `fewshot.episodes`.
+      UsageError: for a configuration that cannot be followed; before any work.
+      InUseError, UsageError: as `experiments.workdir.runs.owned`; UsageError for tasks
+        that the dataset has too few examples for.
     """
+    settings.check_few_shot(config)
     directory = pathlib.Path(workdir)
     if "parts" in config:
         results = {
@@ -233,33 +77,23 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    data = tasks.DATASETS[config.dataset](config.domain, data_dir)
-    fewshot.check_disjoint({name: split.labels for name, split in data.items()})
-    base = base_splits(data["train"])
-    num_classes = 1 + int(jnp.max(base["train"].labels))
-    network = functools.partial(tasks.NETWORKS[config.network], num_classes=num_classes)
+    data = registry.DATASETS[config.dataset](config.domain, data_dir)
+    episodes.check_disjoint({name: split.labels for name, split in data.items()})
+    samplers = _samplers(config, data)
     results: dict[str, Any] = {}
-    with report.progress() as progress:
+    with show_progress() as progress:
         progress.expect(config.pretrain.steps + _total_tasks(config))
-        params = train.pretrain(config, network, base, progress, directory / "runs")
-        images = data["train"].images
-        params, base_mean = with_identity(network(bits=None), params, images)
-        embedding = functools.partial(
-            tasks.NETWORKS[config.network], num_classes=len(base_mean)
-        )
-        begin = (params, images, base_mean)
-        samplers = _samplers(config, data)
-        for name, method in {"zero_shot": _ZERO_SHOT, **_chosen(config)}.items():
+        start = _pretrained(config, data, progress, directory)
+        for name, method in _all_methods(config).items():
             where = runs.RunDirectory(directory / "runs" / name, np.inf)
             found = where.result()
             if found is None:
-                learner = make_task_learner(config, method, embedding)
-                found = _adapt(
-                    config, method, learner, learner.start(*begin), samplers, progress
-                )
+                adaptation = _Adaptation(config, method, start, samplers, progress)
+                found = adaptation.result()
                 where.finish(found)
             else:
                 progress.advance(_tasks_of(config, method))
+            progress.say(f"{name}: finished, accuracy {100 * found['accuracy']:.1f}%")
             results[name] = found
             report.write_json(results, directory)
     for name, result in results.items():
@@ -269,11 +103,40 @@ def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-_ZERO_SHOT = ConfigDict({"steps": 0, "gradient": "backward", "adaptation": {}})
+class _Start(NamedTuple):
+    """Where every method begins.
+
+    Attributes:
+      network: ``network(bits=...)`` gives the Flax module, whose outputs are features.
+      params: float parameters.
+      images: of meta-train, to calibrate activations with.
+      base_mean: [features], the mean output over these images.
+    """
+
+    network: Callable[..., nn.Module]
+    params: Any
+    images: jax.Array
+    base_mean: jax.Array
 
 
-def _chosen(config: ConfigDict) -> dict[str, ConfigDict]:
-    return {name: config.methods[name] for name in config.run}
+def _pretrained(
+    config: ConfigDict, data: Splits, progress: Progress, directory: pathlib.Path
+) -> _Start:
+    """Pre-trains on the classes of meta-train; the new head gives the features."""
+    base = base_splits(data["train"])
+    num_classes = 1 + int(jnp.max(base["train"].labels))
+    make = registry.NETWORKS[config.network]
+    network = functools.partial(make, num_classes=num_classes)
+    params = training.pretrain(config, network, base, progress, directory / "runs")
+    images = data["train"].images
+    params, base_mean = with_identity(network(bits=None), params, images)
+    embedding = functools.partial(make, num_classes=len(base_mean))
+    return _Start(embedding, params, images, base_mean)
+
+
+def _all_methods(config: ConfigDict) -> dict[str, ConfigDict]:
+    chosen = {name: config.methods[name] for name in config.run}
+    return {"zero_shot": _ZERO_SHOT, **chosen}
 
 
 def base_splits(meta_train: arrays.Split) -> dict[str, arrays.Split]:
@@ -343,7 +206,7 @@ def _samplers(config: ConfigDict, data: Splits) -> dict[str, _Sampler]:
     """Those of the splits that tasks are of."""
 
     def sampler(split: arrays.Split) -> _Sampler:
-        sample = fewshot.episodes(
+        sample = episodes.sampler(
             split.labels,
             n_way=config.n_way,
             k_shot=config.k_shot,
@@ -360,57 +223,97 @@ def _samplers(config: ConfigDict, data: Splits) -> dict[str, _Sampler]:
     return {name: sampler(data[name]) for name in ("validation", "test")}
 
 
-def _adapt(
-    config: ConfigDict,
-    method: ConfigDict,
-    learner: TaskLearner,
-    start: Start,
-    samplers: Mapping[str, _Sampler],
-    progress: report.Progress,
-) -> dict[str, Any]:
-    """Chooses a learning rate on validation's tasks, then goes through test's."""
-    # Tasks of both splits have the same shapes: all is compiled once.
-    begin, step = jax.jit(learner.begin), jax.jit(learner.step)
-    score = jax.jit(learner.accuracy)
+class _Adaptation:
+    """One method on one task after another.
 
-    def accuracies(split: str, learning_rate: float, count: int) -> np.ndarray:
-        numbers = jnp.arange(count + -count % config.chunk)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+    Tasks of both splits have the same shapes, so all is compiled once. Beginning,
+    step and score are programs of their own, since on a CPU XLA's gradient of a
+    convolution takes twenty times as long within a loop.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        method: ConfigDict,
+        start: _Start,
+        samplers: Mapping[str, _Sampler],
+        progress: Progress,
+    ):
+        """Prepares the weights.
+
+        Args:
+          config: see ``configs/fewshot_vision.py``.
+          method: one of its methods.
+          start: where every task begins.
+          samplers: of the splits "validation" and "test".
+          progress: told of the tasks.
+        """
+        self._config, self._method = config, method
+        self._samplers, self._progress = samplers, progress
+        self._key = jax.random.key(config.seed)
+        objective = NearestCentroid(config)
+        learner = make_learner(method, start.network, objective, skips_frozen=True)
+        images = start.images[: method.get("calibration_images")]
+        weights = learner.weights(start.params, images, self._key)
+        begin = jax.jit(functools.partial(objective.begin, learner))
+        self._begin = functools.partial(begin, weights, start.base_mean)
+        self._step = jax.jit(
+            lambda state, rate, task: learner.step(state, rate, method.steps, task)
+        )
+        self._score = jax.jit(functools.partial(objective.accuracy, learner))
+
+    def result(self) -> dict[str, Any]:
+        """Chooses a learning rate on validation's tasks, then goes through test's."""
+        config, method = self._config, self._method
+        rates: Sequence[float] = method.get("learning_rates", ())
+        tuned = {
+            rate: float(self.accuracies("validation", rate, config.tuning_tasks).mean())
+            for rate in rates
+        }
+        best = max(tuned, key=lambda rate: tuned[rate]) if tuned else 0.0
+        began = time.perf_counter()
+        found = self.accuracies("test", best, config.tasks)
+        passes = optimizers.forward_passes(method) if method.steps else 0
+        return {
+            "accuracy": float(found.mean()),
+            "accuracy_interval": episodes.interval(found).half,
+            "accuracies": found.tolist(),
+            "learning_rate": best,
+            "tuning": {f"{rate:g}": value for rate, value in tuned.items()},
+            "steps": method.steps,
+            "forward_passes": method.steps * passes,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def accuracies(self, split: str, learning_rate: float, count: int) -> np.ndarray:
+        """Adapts to the first tasks of a split.
+
+        Args:
+          split: "validation" or "test".
+          learning_rate: at the first step of each task.
+          count: how many tasks.
+
+        Returns:
+          The accuracies of their queries [count].
+        """
+        chunk = self._config.chunk
+        numbers = jnp.arange(count + -count % chunk)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, self._key))(numbers)
         rate = jnp.float32(learning_rate)
         found = []
         for number in range(count):
-            first = number - number % config.chunk
+            first = number - number % chunk
             if first == number:  # draws the next tasks
-                part = keys[first : first + config.chunk]
+                part = keys[first : first + chunk]
                 task_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(part)
-                drawn = samplers[split](task_keys)
-            support, query = (x[number - first] for x in drawn)
-            state = begin(start, support, query, train_keys[number - first])
-            for _ in range(method.steps):
-                state = step(state, rate)
-            found.append(float(score(state)))
-            progress.advance(1)
+                drawn = self._samplers[split](task_keys)
+            images = tuple(x[number - first] for x in drawn)
+            state, task = self._begin(images, train_keys[number - first])
+            for _ in range(self._method.steps):
+                state = self._step(state, rate, task)
+            found.append(float(self._score(state, task)))
+            self._progress.advance(1)
         return np.array(found)
-
-    key = jax.random.key(config.seed)
-    rates: Sequence[float] = method.get("learning_rates", ())
-    tuned = {
-        rate: float(accuracies("validation", rate, config.tuning_tasks).mean())
-        for rate in rates
-    }
-    best = max(tuned, key=lambda rate: tuned[rate]) if tuned else 0.0
-    began = time.perf_counter()
-    found = accuracies("test", best, config.tasks)
-    return {
-        "accuracy": float(found.mean()),
-        "accuracy_interval": fewshot.interval(found).half,
-        "accuracies": found.tolist(),
-        "learning_rate": best,
-        "tuning": {f"{rate:g}": value for rate, value in tuned.items()},
-        "steps": method.steps,
-        "forward_passes": method.steps * forward_passes(method) if method.steps else 0,
-        "seconds": time.perf_counter() - began,
-    }
 
 
 def _tasks_of(config: ConfigDict, method: ConfigDict) -> int:
@@ -418,8 +321,8 @@ def _tasks_of(config: ConfigDict, method: ConfigDict) -> int:
 
 
 def _total_tasks(config: ConfigDict) -> int:
-    every = {"zero_shot": _ZERO_SHOT, **_chosen(config)}
-    return sum(_tasks_of(config, method) for method in every.values())
+    methods = _all_methods(config).values()
+    return sum(_tasks_of(config, method) for method in methods)
 
 
 def _add_gap(name: str, result: dict[str, Any], results: Mapping[str, Any]) -> None:
@@ -428,7 +331,7 @@ def _add_gap(name: str, result: dict[str, Any], results: Mapping[str, Any]) -> N
     if reference is None or reference is result:
         return
     difference = np.subtract(result["accuracies"], reference["accuracies"])
-    mean, half = fewshot.interval(difference)
+    mean, half = episodes.interval(difference)
     result["gap"], result["gap_interval"] = mean, half
 
 

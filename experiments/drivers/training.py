@@ -1,44 +1,28 @@
-"""The loop: pre-train on the source, tune and adapt on the target, report."""
+"""The loop of ordinary training: pre-train on the source, tune and adapt on the target.
+
+All methods start from one pre-trained network. Each chooses its learning rate on the
+validation split by short runs, then runs with every seed.
+"""
 
 import functools
 import pathlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from experiments import adapt, events, features, metrics, quality, report, runs, tasks
-from experiments.learners.learner import Learner, TrainState, make_learner
+from experiments import features, registry
+from experiments.drivers import settings
+from experiments.drivers.progress import Progress, show_progress
+from experiments.drivers.trainer import Run, Trainer
+from experiments.learners import adapt, metrics
 from experiments.models import cnn
 from experiments.registry import Splits
-from fgrad.analysis import Memory
-
-_CHUNK = 10  # steps between two looks at the clock
-# Steps that stand still, for synthetic gradients to learn before they are judged.
-_STANDING = 100
-
-
-class Run(NamedTuple):
-    """What came of one run of a method.
-
-    Attributes:
-      validation: the first of the metrics on the validation split at its end.
-      scores: all metrics on the test split at its end, by name.
-      curve: the first of them on the test and on the validation split, at the start
-        and after each part of the run.
-      seconds: wall time of the steps, without compilation and evaluation.
-    """
-
-    validation: float
-    scores: dict[str, float]
-    curve: list[list[float]]
-    seconds: float
+from experiments.workdir import report, runs
 
 
 class Task(NamedTuple):
@@ -55,160 +39,6 @@ class Task(NamedTuple):
     source: Splits
     target: Splits
     start: Any
-
-
-class Trainer:
-    """A learner with its step compiled once for data of given shapes.
-
-    Attributes:
-      learner: the method's functions.
-      config: the method.
-      temporaries: scratch memory of the compiled step in bytes, beside its arguments.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        network: Any,
-        params: Any,
-        data: Splits,
-        names: Sequence[str],
-    ):
-        """Compiles the step.
-
-        Args:
-          config: the method, see ``configs/quickstart.py``.
-          network: ``network(bits=...)`` gives the Flax module.
-          params: float parameters, for their shapes.
-          data: the splits to train on.
-          names: of metrics, keys of `experiments.learners.metrics.METRICS`.
-        """
-        self.config = config
-        self._network = network
-        self._names = names
-        self._tag = f"test/{names[0]}"
-        self.learner: Learner = make_learner(config, network)
-        self._images = data["train"].images[: config.get("calibration_images")]
-        state = self.learner.init(params, self._images, 0)
-        # What is frozen does not depend on the seed.
-        self._data = self.learner.cached(state, data)
-        step = jax.jit(self.learner.step, donate_argnums=0)
-        lowered = step.lower(state, jnp.float32(0), jnp.float32(1), self._data["train"])
-        self._step = lowered.compile()
-        self.temporaries = Memory.planned(self._step).temporaries
-
-    def train(
-        self,
-        params: Any,
-        seed: int,
-        learning_rate: float,
-        *,
-        steps: int,
-        num_evals: int,
-        progress: Callable[[int], None],
-        directory: runs.RunDirectory,
-    ) -> runs.Snapshot:
-        """Trains from float parameters, or from where the directory's run was.
-
-        Args:
-          params: where the run starts.
-          seed: of batches and perturbations.
-          learning_rate: at the start; it decays linearly to 0.
-          steps: length of the run.
-          num_evals: points of the curve after the start.
-          progress: called with the number of steps just taken.
-          directory: where the run leaves its snapshots.
-        """
-        state = self.learner.init(params, self._images, seed)
-        done, snapshot = directory.latest(like=state) or (0, self._start(state))
-        state, curve, seconds = snapshot.state, snapshot.curve, snapshot.seconds
-        points = list(snapshot.points)
-        progress(done)
-        evals = set(np.linspace(0, steps, num_evals + 1).astype(int).tolist())
-        rate, horizon = jnp.float32(learning_rate), jnp.float32(steps)
-        with directory.log(points) as log:
-            while done < steps:
-                end = min(done + _CHUNK, *(n for n in (*evals, steps) if n > done))
-                began = time.perf_counter()
-                for _ in range(done, end):
-                    state = self._step(state, rate, horizon, self._data["train"])
-                jax.block_until_ready(state)
-                seconds += time.perf_counter() - began
-                progress(end - done)
-                done = end
-                if done in evals:
-                    curve.append(self._point(state))
-                if log:
-                    scores = {self._tag: curve[-1][0]} if done in evals else {}
-                    passes = done * self.learner.passes_per_step
-                    points.append(events.point(done, passes, state.opt_state, scores))
-                    log(points[-1])
-                if directory.due():
-                    directory.save(done, runs.Snapshot(state, curve, seconds, points))
-        return runs.Snapshot(state, curve, seconds, points)
-
-    def cosines(
-        self, params: Any, seed: int, count: int
-    ) -> dict[str, tuple[float, float]]:
-        """Of estimates with the gradient where runs start, layer by layer.
-
-        Args:
-          params: where runs start.
-          seed: of the run and of the estimates.
-          count: how many estimates, all on the first examples.
-
-        Returns:
-          Mean and standard deviation by the names of layers; nothing for a method
-          that has no estimates to compare, see `experiments.learners.gradient_quality.comparison`.
-        """
-        compare = quality.comparison(self.config, self._network, self.learner)
-        if compare is None:
-            return {}
-        state = self.learner.init(params, self._images, seed)
-        if optax.tree.get(state.opt_state, "jacobians", {}):
-            steps = min(_STANDING, self.config.steps)
-            still, horizon = jnp.float32(0), jnp.float32(steps)
-            for _ in range(steps):
-                state = self._step(state, still, horizon, self._data["train"])
-        size = self.config.batch_size
-        batch = jax.tree.map(lambda x: x[:size], self._data["train"])
-        found = {
-            layer: compare(state, batch, jax.random.key(seed), count, layer)
-            for layer in state.params
-        }
-        return {layer: (q.cosine, q.cosine_deviation) for layer, q in found.items()}
-
-    def _start(self, state: TrainState) -> runs.Snapshot:
-        curve = [self._point(state)]
-        # The state's loss is of no step yet.
-        point = events.point(0, 0, (), {self._tag: curve[0][0]})
-        return runs.Snapshot(state, curve, 0.0, [point])
-
-    def run(
-        self,
-        *args: Any,
-        progress: Callable[[int], None],
-        directory: runs.RunDirectory,
-        **kwargs: Any,
-    ) -> Run:
-        """As `train`, but only the numbers; those of a finished run are read."""
-        if result := directory.result():
-            progress(kwargs["steps"])
-            return Run(**result)
-        end = self.train(*args, progress=progress, directory=directory, **kwargs)
-        validation = self._scores(end.state, "validation")[self._names[0]]
-        run = Run(validation, self._scores(end.state, "test"), end.curve, end.seconds)
-        directory.finish(run._asdict())
-        return run
-
-    def _scores(self, state: TrainState, split: str) -> dict[str, float]:
-        data = self._data[split]
-        logits = self.learner.logits(state, data.images)
-        return metrics.scores(self._names, logits, data.labels)
-
-    def _point(self, state: TrainState) -> list[float]:
-        """A point of the curve."""
-        return [self._scores(state, x)[self._names[0]] for x in ("test", "validation")]
 
 
 def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]:
@@ -228,8 +58,10 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       parts by their names.
 
     Raises:
-      RuntimeError, ValueError: as `experiments.workdir.runs.owned`.
+      UsageError: for a configuration that cannot be followed; before any work.
+      InUseError, UsageError: as `experiments.workdir.runs.owned`.
     """
+    settings.check_training(config)
     directory = pathlib.Path(workdir)
     if "parts" in config:
         parts = config.parts.items()
@@ -244,36 +76,46 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 
 def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    with report.progress() as progress:
+    with show_progress() as progress:
         progress.expect(_total_steps(config))
-        network, source, target, start = prepare(config, directory, progress)
-        apply = jax.jit(functools.partial(network(bits=None).apply, {"params": start}))
-        logits = jnp.asarray(features.batched(apply, target["test"].images))
-        before = metrics.scores(config.metrics, logits, target["test"].labels)
-        results["zero_shot"] = _summary([before] * len(config.seeds))
-        if config.realigned:
-            scores = _realigned(config, network(bits=None), start, source, target)
-            results["realigned"] = _summary([scores] * len(config.seeds))
-
-        def adapt(name: str) -> dict[str, Any]:
-            method = config.methods[name]
-            where = directory / "runs" / name
-            return _adapt(config, method, network, start, target, progress, where)
-
-        # Methods side by side, so that one compiles while another trains.
-        with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
-            for name, result in zip(
-                config.run, pool.map(adapt, config.run), strict=True
-            ):
-                results[name] = result
-                report.write_json(results, directory)
+        task = prepare(config, directory, progress)
+        results.update(_untrained(config, task))
+        for name, result in _side_by_side(config, task, progress, directory):
+            results[name] = result
+            report.write_json(results, directory)
     report.write(results, config, directory)
     return results
 
 
-def prepare(
-    config: ConfigDict, directory: pathlib.Path, progress: report.Progress
-) -> Task:
+def _untrained(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """Scores on the target of the network as the source left it."""
+    model, test = task.network(bits=None), task.target["test"]
+    apply = jax.jit(functools.partial(model.apply, {"params": task.start}))
+    logits = jnp.asarray(features.batched(apply, test.images))
+    scores = {"zero_shot": metrics.scores(config.metrics, logits, test.labels)}
+    if config.realigned:
+        scores["realigned"] = _realigned(config, task)
+    return {name: _summary([x] * len(config.seeds)) for name, x in scores.items()}
+
+
+def _side_by_side(
+    config: ConfigDict, task: Task, progress: Progress, directory: pathlib.Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the results of the methods; one compiles while another trains."""
+
+    def adapt(name: str) -> dict[str, Any]:
+        return _adapt(config, name, task, progress, directory)
+
+    with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
+        try:
+            yield from zip(config.run, pool.map(adapt, config.run), strict=True)
+        except BaseException:  # an interrupt as well: nobody waits for the other runs
+            progress.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def prepare(config: ConfigDict, directory: pathlib.Path, progress: Progress) -> Task:
     """Loads the data and pre-trains the network, or reads where it ended before.
 
     Args:
@@ -281,14 +123,16 @@ def prepare(
       directory: the workdir.
       progress: told of the steps; it expects ``config.pretrain.steps``.
     """
-    source = tasks.load(config, config.source, directory)
-    target = tasks.load(config, config.target, directory)
+    source = registry.load(config, config.source, directory)
+    target = registry.load(config, config.target, directory)
     num_classes = int(jnp.max(target["train"].labels)) + 1
-    network = functools.partial(tasks.NETWORKS[config.network], num_classes=num_classes)
+    network = functools.partial(
+        registry.NETWORKS[config.network], num_classes=num_classes
+    )
     start = pretrain(config, network, source, progress, directory / "runs")
     if config.layer_scales:
         start = cnn.rescaled(start, config.layer_scales)
-    start = tasks.with_statistics(
+    start = registry.with_statistics(
         network(bits=None), start, target, config.deviation_floor
     )
     return Task(network, source, target, start)
@@ -298,11 +142,19 @@ def pretrain(
     config: ConfigDict,
     network: Any,
     data: Splits,
-    progress: report.Progress,
+    progress: Progress,
     where: pathlib.Path,
 ) -> Any:
-    """The float parameters where all runs start."""
-    params = tasks.initial(config, network, data)
+    """Gives the float parameters where all runs start.
+
+    Args:
+      config: see ``configs/quickstart.py``.
+      network: ``network(bits=...)`` gives the Flax module.
+      data: splits of the domain of pre-training.
+      progress: told of the steps.
+      where: the directory of the runs.
+    """
+    params = registry.initial(config, network, data)
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
     directory = _run_directory(config, where / "pretrain")
     end = trainer.train(
@@ -314,82 +166,135 @@ def pretrain(
         progress=progress.advance,
         directory=directory,
     )
-    directory.save(config.pretrain.steps, end)  # where runs start after a kill as well
+    directory.save(config.pretrain.steps, end)  # read when the experiment goes on
+    progress.say("the pre-training is finished")
     return adapt.merge(end.state.params, end.state.frozen)
 
 
-def _realigned(
-    config: ConfigDict, model: Any, start: Any, source: Splits, target: Splits
-) -> dict[str, float]:
+def _realigned(config: ConfigDict, task: Task) -> dict[str, float]:
     """Scores of the head on features with the source's mean and deviation."""
-    apply = jax.jit(functools.partial(model.apply, {"params": start}, stop=-1))
+    model, variables = task.network(bits=None), {"params": task.start}
+    apply = jax.jit(functools.partial(model.apply, variables, stop=-1))
     test, domain, reference = (
         jnp.asarray(features.batched(apply, split.images))
-        for split in (target["test"], target["train"], source["train"])
+        for split in (task.target["test"], task.target["train"], task.source["train"])
     )
     aligned = features.aligned(test, domain, reference)
-    logits = model.apply({"params": start}, aligned, start=-1)
-    return metrics.scores(config.metrics, logits, target["test"].labels)
+    logits = model.apply(variables, aligned, start=-1)
+    return metrics.scores(config.metrics, logits, task.target["test"].labels)
+
+
+class _Method:
+    """The runs of one method."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        method: ConfigDict,
+        task: Task,
+        progress: Progress,
+        where: pathlib.Path,
+    ):
+        """Compiles the step of the method.
+
+        Args:
+          config: see ``configs/quickstart.py``.
+          method: one of its methods.
+          task: where the runs start.
+          progress: told of the steps.
+          where: directory of the runs.
+        """
+        self._config = config
+        self._method = method
+        self._start = task.start
+        self._progress = progress
+        self._where = where
+        self.trainer = Trainer(
+            method, task.network, task.start, task.target, config.metrics
+        )
+
+    @property
+    def _tuning_steps(self) -> int:
+        return _tuning_steps(self._config, self._method)
+
+    def tuned(self) -> dict[float, float]:
+        """Validation scores by learning rate; nothing if there is a single rate."""
+        rates = self._method.learning_rates
+        if len(rates) == 1:
+            return {}
+        tuned = {rate: self._tune(rate) for rate in rates}
+        for _ in range(self._config.wider_tuning):
+            if not (rate := _beyond(tuned)):
+                break
+            seeds = len(self._config.tuning_seeds)
+            self._progress.expect(seeds * self._tuning_steps)
+            tuned[rate] = self._tune(rate)
+        return tuned
+
+    def adapted(self, learning_rate: float) -> list[Run]:
+        """The runs of all seeds at a learning rate."""
+        return [
+            self._run(
+                f"seed_{seed}",
+                seed,
+                learning_rate,
+                self._method.steps,
+                self._config.num_evals,
+            )
+            for seed in self._config.seeds
+        ]
+
+    def cosines(self) -> dict[str, tuple[float, float]]:
+        """See `Trainer.cosines`; nothing if the configuration asks for none."""
+        if not (count := self._config.gradient_estimates):
+            return {}
+        return self.trainer.cosines(self._start, self._config.seeds[0], count)
+
+    def _tune(self, learning_rate: float) -> float:
+        """The mean validation score of short runs with seeds of their own."""
+        ran = [
+            self._run(
+                f"tune_{learning_rate:g}_{seed}",
+                seed,
+                learning_rate,
+                self._tuning_steps,
+                num_evals=1,
+            )
+            for seed in self._config.tuning_seeds
+        ]
+        return float(np.mean([run.validation for run in ran]))
+
+    def _run(
+        self, name: str, seed: int, learning_rate: float, steps: int, num_evals: int
+    ) -> Run:
+        return self.trainer.run(
+            self._start,
+            seed,
+            learning_rate,
+            steps=steps,
+            num_evals=num_evals,
+            progress=self._progress.advance,
+            directory=_run_directory(self._config, self._where / name),
+        )
 
 
 def _adapt(
     config: ConfigDict,
-    method: ConfigDict,
-    network: Any,
-    start: Any,
-    data: Splits,
-    progress: report.Progress,
-    where: pathlib.Path,
+    name: str,
+    task: Task,
+    progress: Progress,
+    directory: pathlib.Path,
 ) -> dict[str, Any]:
-    """Chooses a learning rate on the validation split, then runs every seed.
-
-    A single rate is taken as it is.
-    """
-    trainer = Trainer(method, network, start, data, config.metrics)
-
-    def directory(name: str) -> runs.RunDirectory:
-        return _run_directory(config, where / name)
-
-    def tune(learning_rate: float) -> float:
-        ran = [
-            trainer.run(
-                start,
-                seed,
-                learning_rate,
-                steps=_tuning_steps(config, method),
-                num_evals=1,
-                progress=progress.advance,
-                directory=directory(f"tune_{learning_rate:g}_{seed}"),
-            )
-            for seed in config.tuning_seeds
-        ]
-        return float(np.mean([run.validation for run in ran]))
-
-    def adapt(seed: int) -> Run:
-        return trainer.run(
-            start,
-            seed,
-            learning_rate,
-            steps=method.steps,
-            num_evals=config.num_evals,
-            progress=progress.advance,
-            directory=directory(f"seed_{seed}"),
-        )
-
-    if len(method.learning_rates) == 1:
-        tuned, (learning_rate,) = {}, method.learning_rates
-    else:
-        tuned = {rate: tune(rate) for rate in method.learning_rates}
-        for _ in range(config.wider_tuning):
-            if not (rate := _beyond(tuned)):
-                break
-            progress.expect(len(config.tuning_seeds) * _tuning_steps(config, method))
-            tuned[rate] = tune(rate)
-        learning_rate = _best(tuned)
-    adapted = [adapt(seed) for seed in config.seeds]
-    count = config.gradient_estimates
-    cosines = trainer.cosines(start, config.seeds[0], count) if count else {}
-    return {
+    """Chooses a learning rate on the validation split, then runs every seed."""
+    method, metric = config.methods[name], config.metrics[0]
+    runs_of = _Method(config, method, task, progress, directory / "runs" / name)
+    tuned = runs_of.tuned()
+    learning_rate = _best(tuned) if tuned else method.learning_rates[0]
+    progress.say(f"{name}: the learning rate is {learning_rate:g}")
+    adapted = runs_of.adapted(learning_rate)
+    cosines = runs_of.cosines()
+    trainer = runs_of.trainer
+    result = {
         **_summary([run.scores for run in adapted]),
         "validation": [run.validation for run in adapted],
         "learning_rate": learning_rate,
@@ -401,10 +306,12 @@ def _adapt(
         "curves": [[test for test, _ in run.curve] for run in adapted],
         "validation_curves": [[x for _, x in run.curve] for run in adapted],
         "early_stopping": _summary(
-            [{config.metrics[0]: _best_point(run.curve)} for run in adapted]
+            [{metric: _best_point(run.curve)} for run in adapted]
         ),
         **({"cosine": cosines} if cosines else {}),
     }
+    progress.say(f"{name}: finished, test {metric} {100 * result[metric]:.1f}%")
+    return result
 
 
 def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
@@ -431,12 +338,16 @@ def _beyond(tuned: Mapping[float, float]) -> float | None:
 
 
 def _summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean, standard deviation and list of each metric over the runs."""
+    """Mean, standard deviation and list of each metric over the runs.
+
+    A single run has no deviation: it is None.
+    """
     summary: dict[str, Any] = {"scores": {}}
     for name in scores[0]:
         values = [run[name] for run in scores]
         summary[name] = float(np.mean(values))
-        summary[f"{name}_std"] = float(np.std(values, ddof=1))
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        summary[f"{name}_std"] = deviation
         summary["scores"][name] = values
     return summary
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from experiments.usage import UsageError, check_names
 from fgrad import layers
 
 Path = tuple[str, ...]  # of a leaf, such as ("Block_0", "Dense_1", "kernel")
@@ -419,8 +420,24 @@ WAYS: dict[str, Callable[..., Adapted]] = {
 }
 
 
+def check_way(chosen: Mapping[str, Any]) -> None:
+    """Makes sure that a configuration names one way to adapt, or none.
+
+    Args:
+      chosen: the name of a way and its options, ``{"lora": {"rank": 2}}``.
+
+    Raises:
+      UsageError: for more than one name, or for one that is not in `WAYS`.
+    """
+    check_names("way to adapt", chosen, WAYS)
+    if len(chosen) > 1:
+        raise UsageError(
+            f"choose one way to adapt of {list(WAYS)}, got {list(chosen)}."
+        )
+
+
 def make(network: nn.Module, chosen: Mapping[str, Any]) -> Adapted:
-    """The way of a configuration.
+    """Adapts a network in the way of a configuration.
 
     Args:
       network: the module.
@@ -428,17 +445,14 @@ def make(network: nn.Module, chosen: Mapping[str, Any]) -> Adapted:
         there is none.
 
     Raises:
-      ValueError: for more than one name or one that is not in `WAYS`.
+      UsageError: as `check_way`.
 
     Example:
       >>> from experiments.models import vit
       >>> make(vit.ViT(), {"linear_probe": {}}).trains(("Dense_0", "bias"))
       True
     """
-    if len(chosen) > 1 or not set(chosen) <= set(WAYS):
-        raise ValueError(
-            f"choose one way to adapt of {list(WAYS)}, got {list(chosen)}."
-        )
+    check_way(chosen)
     for name, options in chosen.items():
         return WAYS[name](network, **options)
     return full(network)

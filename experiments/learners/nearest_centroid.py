@@ -1,149 +1,27 @@
-"""Few-shot learning: episodes, ProtoNet's and SimpleShot's heads, intervals.
+"""Nearest-centroid classifiers of few-shot learning: ProtoNet and SimpleShot.
 
-An episode, or task, has N classes (ways), each with K examples to learn from (shots,
-the support) and Q to be tested on (the query). Features of a task are arrays [ways,
-shots, features] and [ways, queries, features]: the row is the label.
+Features of a task (`experiments.learners.episodes`) are arrays [ways, shots, features]
+of the support and [ways, queries, features] of the query: the row is the label. Every
+example is told by its distances to the centroids of the support's classes.
+
+`NearestCentroid` trains a network to that end. It is the objective of few-shot
+learning: augmented copies of a task's support shall be near the support of their class.
 """
 
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-# Standard deviations to each side of the mean of a normal distribution, for 95%.
-_INTERVAL = 1.96
-TRANSFORMS = ("UN", "L2N", "CL2N")  # SimpleShot's
+from experiments.learners.augmentation import augmented
+from experiments.learners.learner import Learner, Outputs, TrainState, Weights
+from experiments.usage import UsageError, check_names
+
+HEADS = ("protonet", "simpleshot")
+TRANSFORMS = ("UN", "L2N", "CL2N")  # of SimpleShot's features
 _TINY = 1e-12  # the least squared norm that features are divided by
-
-
-class Episode(NamedTuple):
-    """Where the examples of a task are.
-
-    Attributes:
-      classes: int32 [ways], their labels in the split.
-      support: int32 [ways, shots], indices of examples of the split.
-      query: int32 [ways, queries], others.
-    """
-
-    classes: jax.Array
-    support: jax.Array
-    query: jax.Array
-
-
-def episodes(
-    labels: np.ndarray | jax.Array,
-    *,
-    n_way: int = 5,
-    k_shot: int = 5,
-    num_queries: int = 15,
-) -> Callable[[jax.Array], Episode]:
-    """Makes the sampler of tasks of a split.
-
-    Classes are drawn without replacement, then their examples.
-
-    Args:
-      labels: integers [examples], concrete; any numbers.
-      n_way: N, classes of a task.
-      k_shot: K, examples of each to learn from.
-      num_queries: Q, examples of each to be tested on.
-
-    Returns:
-      ``sample(key) -> Episode``, a pure function, jitted, for vmap and other
-      programs: the same key gives the same task.
-
-    Raises:
-      ValueError: if the split has too few classes, or a class too few examples.
-
-    Example:
-      >>> labels = np.repeat([3, 7, 9], 4)
-      >>> sample = episodes(labels, n_way=2, k_shot=1, num_queries=2)
-      >>> task = sample(jax.random.key(0))
-      >>> task.support.shape, task.query.shape
-      ((2, 1), (2, 2))
-      >>> tasks = jax.vmap(sample)(jax.random.split(jax.random.key(1), 100))
-      >>> bool(jnp.all(labels[tasks.query] == tasks.classes[..., None]))
-      True
-
-    Reference:
-      Vinyals et al., "Matching networks for one shot learning", NeurIPS 2016.
-    """
-    for name, value in (
-        ("n_way", n_way),
-        ("k_shot", k_shot),
-        ("num_queries", num_queries),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    classes, counts = np.unique(np.asarray(labels), return_counts=True)
-    if len(classes) < n_way:
-        raise ValueError(
-            f"the split has {len(classes)} classes, fewer than n_way={n_way}: choose "
-            "fewer ways or another split."
-        )
-    drawn = k_shot + num_queries
-    if counts.min() < drawn:
-        raise ValueError(
-            f"class {classes[counts.argmin()]} has {counts.min()} examples, fewer than "
-            f"k_shot + num_queries = {k_shot} + {num_queries}: choose fewer of them, "
-            "or leave the class out."
-        )
-    # The examples of each class; a table needs rows of one length.
-    order = np.argsort(labels, kind="stable").astype(np.int32)
-    table = np.zeros((len(classes), counts.max()), np.int32)
-    for row, part in zip(table, np.split(order, counts.cumsum()[:-1]), strict=True):
-        row[: len(part)] = part
-
-    @jax.jit
-    def sample(key: jax.Array) -> Episode:
-        class_key, *keys = jax.random.split(key, 1 + n_way)
-        rows = _draw(class_key, jnp.ones(len(classes), bool), n_way)
-
-        def choose(key: jax.Array, row: jax.Array) -> jax.Array:
-            real = jnp.arange(table.shape[1]) < jnp.asarray(counts)[row]
-            return jnp.asarray(table)[row, _draw(key, real, drawn)]
-
-        chosen = jax.vmap(choose)(jnp.stack(keys), rows)
-        return Episode(
-            jnp.asarray(classes, jnp.int32)[rows],
-            chosen[:, :k_shot],
-            chosen[:, k_shot:],
-        )
-
-    return sample
-
-
-def _draw(key: jax.Array, eligible: jax.Array, count: int) -> jax.Array:
-    """Distinct places where ``eligible``, in random order."""
-    numbers = jax.random.uniform(key, eligible.shape)
-    return jax.lax.top_k(jnp.where(eligible, numbers, -1), count)[1]
-
-
-def check_disjoint(labels: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Makes sure that no class is in two splits.
-
-    Args:
-      labels: of each split, integers [examples] of one numbering of classes.
-
-    Raises:
-      ValueError: if a class is.
-
-    Example:
-      >>> check_disjoint({"train": np.array([0, 1]), "test": np.array([1, 2])})
-      Traceback (most recent call last):
-      ...
-      ValueError: the splits train and test share the classes [1]: ...
-    """
-    sets = {name: set(np.unique(np.asarray(x)).tolist()) for name, x in labels.items()}
-    names = list(sets)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            if shared := sorted(sets[one] & sets[other]):
-                raise ValueError(
-                    f"the splits {one} and {other} share the classes {shared[:5]}: "
-                    "few-shot tasks are of classes that were not seen before."
-                )
 
 
 def prototypes(support: jax.Array) -> jax.Array:
@@ -225,19 +103,19 @@ def protonet_loss(support: jax.Array, query: jax.Array) -> jax.Array:
       Array(0.6931472, dtype=float32)
     """
     _check_ways(support, query)
-    return cross_entropy(protonet_logits(support, query))
+    return cross_entropies(protonet_logits(support, query)).mean()
 
 
-def cross_entropy(logits: jax.Array) -> jax.Array:
-    """Mean cross-entropy of a task's queries.
+def cross_entropies(logits: jax.Array) -> jax.Array:
+    """Cross-entropy of each of a task's queries.
 
     Args:
       logits: [ways, queries, ways]; the first index is the class.
 
     Returns:
-      Scalar.
+      [ways, queries].
     """
-    return -jnp.mean(jnp.einsum("nqn->nq", jax.nn.log_softmax(logits)))
+    return -jnp.einsum("nqn->nq", jax.nn.log_softmax(logits))
 
 
 def simpleshot_transform(
@@ -269,7 +147,7 @@ def simpleshot_transform(
       learning", arXiv 1911.04623, section 3.
     """
     if transform not in TRANSFORMS:
-        raise ValueError(
+        raise UsageError(
             f"transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}."
         )
     if (base_mean is not None) != (transform == "CL2N"):
@@ -334,46 +212,122 @@ def accuracy(logits: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == ways[:, None])
 
 
-class Interval(NamedTuple):
-    """A mean and how far its 95% interval reaches.
+class Task(NamedTuple):
+    """What a learner knows of a task.
 
     Attributes:
-      mean: of the tasks.
-      half: half of the interval's width.
+      support: [ways, shots, ...]: images, or what the frozen stages make of them.
+      copies: [ways, shots * copies, ...], the augmented support.
+      query: [ways, queries, ...].
+      base_mean: [features], the mean output of the network over meta-train, before
+        the first step.
     """
 
-    mean: float
-    half: float
+    support: jax.Array
+    copies: jax.Array
+    query: jax.Array
+    base_mean: jax.Array
 
 
-def interval(accuracies: np.ndarray | jax.Array) -> Interval:
-    r"""Mean accuracy and its 95% interval.
+class NearestCentroid:
+    """Distances to the centroids of a task's classes; an `Objective` of `Learner`."""
 
-    .. math:: \bar{a} \pm 1.96 \, s / \sqrt{T}, \quad
-      s^2 = \frac{1}{T - 1} \sum_t (a_t - \bar{a})^2
+    def __init__(self, config: ConfigDict):
+        """Reads the settings of the head.
+
+        Args:
+          config: ``head``, ``transform``, ``temperature``, ``copies`` and the
+            augmentation of the copies; see ``configs/fewshot_vision.py``.
+
+        Raises:
+          UsageError: for another head or transform.
+        """
+        check_settings(config)
+        self._config = config
+
+    def begin(
+        self,
+        learner: Learner,
+        weights: Weights,
+        base_mean: jax.Array,
+        images: tuple[jax.Array, jax.Array],
+        key: jax.Array,
+    ) -> tuple[TrainState, Task]:
+        """Begins a task at the same weights as every other one.
+
+        Args:
+          learner: of this objective.
+          weights: as the learner prepares them.
+          base_mean: see `Task`.
+          images: of the support and of the query, [ways, shots or queries, ...].
+          key: PRNG key of the augmentation and of the perturbations.
+        """
+        support, query = images
+        *keys, z_key = jax.random.split(key, 3)
+        tiles = (1, self._config.copies, *[1] * (support.ndim - 2))
+        copies = jnp.tile(support, tiles)
+        flat = copies.reshape(-1, *copies.shape[2:])
+        copies = augmented(self._config, keys, flat).reshape(copies.shape)
+        # The frozen stages run once in a task, on all of its images.
+        examples = (support, copies, query)
+        sizes = np.cumsum([part.shape[1] for part in examples])[:-1]
+        joined = jnp.concatenate(examples, axis=1)
+        found = learner.behind_frozen(*weights, joined.reshape(-1, *joined.shape[2:]))
+        found = found.reshape(*joined.shape[:2], *found.shape[1:])
+        task = Task(*jnp.split(found, sizes, axis=1), base_mean)
+        return learner.begin(weights, z_key, z_key), task
+
+    def batch(self, key: jax.Array, data: Task) -> Task:
+        """The batch of a step is the whole task."""
+        del key
+        return data
+
+    def losses(self, outputs: Outputs, batch: Task) -> jax.Array:
+        """Cross-entropies of the augmented copies of the support."""
+        return cross_entropies(self._logits(outputs, batch, batch.copies))
+
+    def accuracy(self, learner: Learner, state: TrainState, task: Task) -> jax.Array:
+        """The share of queries that are nearest to the centroid of their class.
+
+        Args:
+          learner: of this objective.
+          state: of any step.
+          task: that the state belongs to.
+        """
+        outputs = learner.outputs(state.params, state.frozen, state.scales)
+        return accuracy(self._logits(outputs, task, task.query))
+
+    def _logits(self, outputs: Outputs, task: Task, query: jax.Array) -> jax.Array:
+        """Logits [ways, queries, ways] of examples beside the support."""
+        both = jnp.concatenate([task.support, query], axis=1)
+        found, _ = outputs(both.reshape(-1, *both.shape[2:]))
+        found = found.reshape(*both.shape[:2], *found.shape[1:])
+        found = self._transformed(found, task.base_mean)
+        parts = jnp.split(found, [task.support.shape[1]], axis=1)
+        return protonet_logits(*parts) / self._config.temperature
+
+    def _transformed(self, x: jax.Array, base_mean: jax.Array) -> jax.Array:
+        """Features as the head compares them."""
+        if self._config.head == "protonet":
+            return x
+        mean = base_mean if self._config.transform == "CL2N" else None
+        return simpleshot_transform(x, self._config.transform, mean)
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Makes sure that there is the head of a configuration.
 
     Args:
-      accuracies: [tasks], of independent tasks.
-
-    Returns:
-      The mean and half of the interval.
+      config: see ``configs/fewshot_vision.py``.
 
     Raises:
-      ValueError: for fewer than two tasks.
-
-    Example:
-      >>> mean, half = interval(np.array([0.25, 0.75]))
-      >>> mean, round(half, 6)
-      (0.5, 0.49)
+      UsageError: for another head or transform.
     """
-    values = np.asarray(accuracies, np.float64)
-    if values.ndim != 1 or len(values) < 2:
-        raise ValueError(
-            "an interval needs the accuracies of two or more tasks, got an array of "
-            f"shape {values.shape}."
+    if config.head not in HEADS:
+        raise UsageError(
+            f'head must be "protonet" or "simpleshot", got {config.head!r}.'
         )
-    half = _INTERVAL * values.std(ddof=1) / np.sqrt(len(values))
-    return Interval(float(values.mean()), float(half))
+    check_names("transform", [config.transform], TRANSFORMS)
 
 
 def _check(support: jax.Array, query: jax.Array) -> None:
