@@ -29,12 +29,12 @@ def check_training(config: ConfigDict) -> None:
         check_names("backbone", _given(part.backbone), registry.BACKBONES)
         check_names("figure", [part.figure], report.FIGURES)
         registry.check_domains(part.dataset, [part.source, part.target])
-        _check_some("seeds", part.seeds)
+        _check_seeds("seeds", part.seeds)
         for name in part.run:
             rates = part.methods[name].learning_rates
             _check_some(f"methods.{name}.learning_rates", rates)
             if len(rates) > 1:
-                _check_some("tuning_seeds", part.tuning_seeds)
+                _check_seeds("tuning_seeds", part.tuning_seeds)
 
 
 def check_few_shot(config: ConfigDict) -> None:
@@ -106,6 +106,12 @@ def _check_common(config: ConfigDict) -> None:
 def _given(name: str | None) -> list[str]:
     """A name that may be left out, as a list."""
     return [name] if name else []
+
+
+def _check_seeds(name: str, seeds: Any) -> None:
+    _check_some(name, seeds)
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise UsageError(f"{name} must be whole numbers, got {seeds!r}.")
 
 
 def _check_some(name: str, values: Any) -> None:

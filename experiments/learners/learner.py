@@ -248,7 +248,7 @@ class Learner:
         """
         variables = {"params": adapt.merge(params, frozen), **scales}
         cut = self._cut(params)
-        stages = {"start": cut} if cut else {}
+        stages: dict[str, Any] = {"start": cut} if cut else {}
         return functools.partial(self.model.outputs, variables, **stages)
 
     def logits(self, state: TrainState, x: jax.Array) -> jax.Array:

@@ -274,7 +274,8 @@ class NearestCentroid:
         joined = jnp.concatenate(examples, axis=1)
         found = learner.behind_frozen(*weights, joined.reshape(-1, *joined.shape[2:]))
         found = found.reshape(*joined.shape[:2], *found.shape[1:])
-        task = Task(*jnp.split(found, sizes, axis=1), base_mean)
+        support, copies, query = jnp.split(found, sizes, axis=1)
+        task = Task(support, copies, query, base_mean)
         return learner.begin(weights, z_key, z_key), task
 
     def batch(self, key: jax.Array, data: Task) -> Task:

@@ -32,6 +32,7 @@ from experiments.usage import UsageError
 from experiments.workdir import events
 
 _KEPT = 2  # snapshots: one may be damaged
+_RUNS_OF = "runs.json"  # the configuration that the runs of a workdir belong to
 # Fields on which no run depends: where data lies, what runs beside it, when it saves.
 _FREE = frozenset({"data_dir", "parallel_runs", "run", "snapshot_seconds"})
 
@@ -46,8 +47,8 @@ def owned(directory: pathlib.Path, config: ConfigDict, resume: bool) -> Iterator
 
     Args:
       directory: the workdir; made if it is not there.
-      config: what runs in it. It is written to config.json, and to runs/config.json,
-        which says what the runs beside it belong to.
+      config: what runs in it. It is written to config.json for readers, and with a
+        digest to runs.json, which says to which configuration the runs belong.
       resume: whether to go on with what is there; otherwise its runs are removed.
 
     Raises:
@@ -64,9 +65,8 @@ def owned(directory: pathlib.Path, config: ConfigDict, resume: bool) -> Iterator
         text = _json(config)
         if runs.exists() and any(runs.iterdir()):
             _check_same(directory, json.loads(text))
-        runs.mkdir(exist_ok=True)
         write_text(directory / "config.json", text)
-        write_text(runs / "config.json", sealed(json.loads(text)))
+        write_text(directory / _RUNS_OF, sealed(json.loads(text)))
         yield
 
 
@@ -102,9 +102,9 @@ def _check_same(directory: pathlib.Path, config: Any) -> None:
     known = _known_config(directory)
     if known is None:
         raise UsageError(
-            f"{directory} holds runs, and neither config.json nor runs/config.json "
-            "tells of which configuration: they are missing or damaged. Put one back, "
-            "choose another --workdir, or --noresume to begin anew in this one."
+            f"{directory} holds runs, and neither {_RUNS_OF} nor config.json tells of "
+            "which configuration: they are missing or damaged. Put one back, choose "
+            "another --workdir, or --noresume to begin anew in this one."
         )
     if names := _differences(known, config):
         raise UsageError(
@@ -117,7 +117,7 @@ def _check_same(directory: pathlib.Path, config: Any) -> None:
 def _known_config(directory: pathlib.Path) -> Any:
     """The configuration of the runs in a workdir, or None if nothing tells it."""
     with contextlib.suppress(OSError, ValueError):
-        return unsealed((directory / "runs" / "config.json").read_text())
+        return unsealed((directory / _RUNS_OF).read_text())
     # Workdirs of earlier versions have no other.
     with contextlib.suppress(OSError, ValueError):
         return json.loads((directory / "config.json").read_text())
