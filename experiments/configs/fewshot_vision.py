@@ -125,28 +125,7 @@ def common(
     config.pretrain.batch_size = 64
     config.pretrain.input_noise = 0.1  # with 0.3 the ResNets stay at chance
 
-    backward, forward = quick.methods.backprop, quick.methods.forward_fp32
-    backward.optimizer = "sgd"
-    backward.steps = 2 if smoke else 50
-    forward.epsilon = 1e-2
-    forward.calibration_images = 256
-    config.methods = ConfigDict()
-    for way, adaptation in WAYS.items():
-        pairs, steps = (2, 2) if smoke else BUDGET[way]
-        budget = {"num_perturbations": pairs, "steps": steps}
-        for kind, method, more in (
-            ("backprop", backward, {}),
-            ("fp32", forward, budget),
-            ("16w8a", forward, {**budget, "bits": (16, 8)}),
-        ):
-            config.methods[f"{way}_{kind}"] = quickstart.changed(
-                method,
-                {
-                    "adaptation": adaptation,
-                    "learning_rates": RATES[:1] if smoke else RATES,
-                    **more,
-                },
-            )
+    config.methods = _methods(quick, smoke)
     # In the order of the table.
     ways, kinds = tuple(WAYS), ("backprop", "fp32", "16w8a")
     if smoke:
@@ -157,3 +136,30 @@ def common(
     if smoke:
         config.tasks, config.tuning_tasks = 4, 2
     return config
+
+
+def _methods(quick: ConfigDict, smoke: bool) -> ConfigDict:
+    """The three kinds of methods for each way to adapt, by "<way>_<kind>"."""
+    backward, forward = quick.methods.backprop, quick.methods.forward_fp32
+    backward.optimizer = "sgd"
+    backward.steps = 2 if smoke else 50
+    forward.epsilon = 1e-2
+    forward.calibration_images = 256
+    methods = ConfigDict()
+    for way, adaptation in WAYS.items():
+        pairs, steps = (2, 2) if smoke else BUDGET[way]
+        budget = {"num_perturbations": pairs, "steps": steps}
+        for kind, method, more in (
+            ("backprop", backward, {}),
+            ("fp32", forward, budget),
+            ("16w8a", forward, {**budget, "bits": (16, 8)}),
+        ):
+            methods[f"{way}_{kind}"] = quickstart.changed(
+                method,
+                {
+                    "adaptation": adaptation,
+                    "learning_rates": RATES[:1] if smoke else RATES,
+                    **more,
+                },
+            )
+    return methods

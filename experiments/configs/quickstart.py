@@ -64,52 +64,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     # it is; see `experiments.models.cnn.rescaled`.
     config.layer_scales = ()
 
-    # One pre-trained network, where all runs start. Shifts, noise and soft labels make
-    # its minimum wide, which forward gradients need more than backpropagation does.
-    config.pretrain = ConfigDict()
-    config.pretrain.seed = 0
-    config.pretrain.gradient = "backward"
-    config.pretrain.optimizer = "adam"
-    config.pretrain.learning_rate = 3e-3  # decays linearly to 0, like all here
-    config.pretrain.steps = 30 if smoke else 800
-    config.pretrain.batch_size = 128
-    config.pretrain.input_shift = 1  # pixels at most, each way
-    config.pretrain.input_noise = 0.3  # standard deviation; pixels lie in [0, 1]
-    config.pretrain.label_smoothing = 0.1
-
-    backward = ConfigDict()
-    backward.gradient = "backward"
-    backward.optimizer = "momentum"  # SGD with momentum 0.9
-    backward.bits = None  # float32
-    backward.steps = 20 if smoke else 300
-    backward.batch_size = 128
-    backward.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
-
-    forward = ConfigDict()
-    forward.gradient = "forward"
-    forward.optimizer = "sgd"
-    forward.bits = None
-    forward.steps = 20 if smoke else 700
-    forward.batch_size = 64
-    forward.learning_rates = (2e-2, 3e-2, 4e-2)
-    forward.num_perturbations = 2 if smoke else 16  # m; a step costs 2m forward passes
-    forward.vectorize = 1  # perturbations evaluated at once
-    forward.perturbation = "normal"  # or another name in fgrad.perturbations
-    forward.rank = 1  # of "low_rank" only
-    forward.estimator = "normalized_spsa"  # or another name in fgrad.estimators
-    forward.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
-    forward.epsilon = 3e-2
-    # Of gradient "activity": settings of each perturbed layer, and whether all other
-    # weights that train are perturbed as well; see fgrad.activity_forward_grad.
-    forward.sites = ConfigDict()
-    forward.others = False
-    forward.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
-    forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
-    forward.per_channel = False  # one weight scale per output channel
-    forward.headroom = 1.5  # weights may grow to this multiple of max|w|
-    forward.zero_bound = 0.05  # the max|w| that weights which are all zero count with
-    forward.activation_headroom = 1.5  # and activations
-    forward.calibration_images = 4096  # at most, the first of the train split
+    config.pretrain = _pretrain(smoke)
+    backward, forward = _backward(smoke), _forward(smoke)
 
     # Ways to adapt, names in experiments.learners.adapt, and their options; by default
     # all weights train. What is frozen before them can run once for all steps.
@@ -128,6 +84,68 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.methods.forward_8w8a = forward.copy_and_resolve_references()
     config.methods.forward_8w8a.bits = (8, 8)
     return config
+
+
+def _pretrain(smoke: bool) -> ConfigDict:
+    """The training of the network from which all runs start.
+
+    Shifts, noise and soft labels make its minimum wide, which forward gradients need
+    more than backpropagation does.
+    """
+    pretrain = ConfigDict()
+    pretrain.seed = 0
+    pretrain.gradient = "backward"
+    pretrain.optimizer = "adam"
+    pretrain.learning_rate = 3e-3  # decays linearly to 0, like all here
+    pretrain.steps = 30 if smoke else 800
+    pretrain.batch_size = 128
+    pretrain.input_shift = 1  # pixels at most, each way
+    pretrain.input_noise = 0.3  # standard deviation; pixels lie in [0, 1]
+    pretrain.label_smoothing = 0.1
+    return pretrain
+
+
+def _backward(smoke: bool) -> ConfigDict:
+    """The method of backpropagation in float32."""
+    method = ConfigDict()
+    method.gradient = "backward"
+    method.optimizer = "momentum"  # SGD with momentum 0.9
+    method.bits = None  # float32
+    method.steps = 20 if smoke else 300
+    method.batch_size = 128
+    method.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
+    return method
+
+
+def _forward(smoke: bool) -> ConfigDict:
+    """The method of forward gradients in float32."""
+    method = ConfigDict()
+    method.gradient = "forward"
+    method.optimizer = "sgd"
+    method.bits = None
+    method.steps = 20 if smoke else 700
+    method.batch_size = 64
+    method.learning_rates = (2e-2, 3e-2, 4e-2)
+    method.num_perturbations = 2 if smoke else 16  # m; a step costs 2m forward passes
+    method.vectorize = 1  # perturbations evaluated at once
+    # Other names are in experiments.learners.optimizers.
+    method.perturbation = "normal"
+    method.rank = 1  # of "low_rank" only
+    method.estimator = "normalized_spsa"
+    method.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
+    method.epsilon = 3e-2
+    # Of gradient "activity": settings of each perturbed layer, and whether all other
+    # weights that train are perturbed as well; see fgrad.activity_forward_grad.
+    method.sites = ConfigDict()
+    method.others = False
+    method.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
+    method.low_bit = True  # weights of less than 16 bits move by sparse grid steps
+    method.per_channel = False  # one weight scale per output channel
+    method.headroom = 1.5  # weights may grow to this multiple of max|w|
+    method.zero_bound = 0.05  # the max|w| that weights which are all zero count with
+    method.activation_headroom = 1.5  # and activations
+    method.calibration_images = 4096  # at most, the first of the train split
+    return method
 
 
 def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
