@@ -48,30 +48,36 @@ def get_config(variant: str = "full") -> ConfigDict:
     # Names in experiments.learners.metrics; the first one decides.
     config.metrics = ("accuracy",)
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
-    config.tuning_seeds = (100,)  # runs of their own choose the learning rates
-    config.tuning_fraction = 0.3  # its length, as a share of a run's steps
-    config.wider_tuning = 0  # further rates to try while the best is the last in order
-    config.parallel_runs = 2  # methods at a time, one run each
-    config.snapshot_seconds = 30.0  # of a run; a killed one goes on from the last
-    config.event_files = False  # TensorBoard's, of every run, under <workdir>/runs
-    config.num_evals = 2 if smoke else 10  # points of the curves
-    config.early_stopping = False  # tell scores where validation was best as well
-    # How many estimates of each method to compare with the gradient; 0: none.
+    # Short runs with these seeds choose the learning rates.
+    config.tuning_seeds = (100,)
+    config.tuning_fraction = 0.3  # their length, as a share of a run's steps
+    # How many further rates may be tried while the best one is the smallest or largest.
+    config.wider_tuning = 0
+    config.parallel_runs = 2  # methods that train at a time, each with one run
+    # Seconds between two snapshots of a run; a killed run goes on from the last one.
+    config.snapshot_seconds = 30.0
+    config.event_files = False  # for TensorBoard, of every run, in <workdir>/runs
+    config.num_evals = 2 if smoke else 10  # points of a curve after its start
+    # Whether to tell also the test scores where the validation score was best.
+    config.early_stopping = False
+    # How many estimates of each method to compare with the gradient; 0 for none.
     config.gradient_estimates = 0
     config.figure = "curves"  # or "dots", for many methods
 
-    # Factors of the layers of the network that is adapted, which leave its function as
-    # it is; see `experiments.models.cnn.rescaled`.
+    # Factors that the layers of the network are multiplied with before it is adapted;
+    # its function stays the same, see `experiments.models.cnn.rescaled`.
     config.layer_scales = ()
 
     config.pretrain = _pretrain(smoke)
     backward, forward = _backward(smoke), _forward(smoke)
 
     # Ways to adapt, names in experiments.learners.adapt, and their options; by default
-    # all weights train. What is frozen before them can run once for all steps.
+    # all weights train. With cache_frozen, the frozen stages before the weights that
+    # train run once for all steps.
     for method in (backward, forward):
         method.adaptation = ConfigDict()
-        method.rate_factors = ConfigDict()  # of the learning rate, by names of layers
+        # Factors of the learning rate, by the names of layers.
+        method.rate_factors = ConfigDict()
         method.cache_frozen = False
 
     # Methods to run, in the order of the table.
@@ -134,22 +140,24 @@ def _forward(smoke: bool) -> ConfigDict:
     method.estimator = "normalized_spsa"
     method.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
     method.epsilon = 3e-2
-    # Of gradient "activity": settings of each perturbed layer, and whether all other
-    # weights that train are perturbed as well; see fgrad.activity_forward_grad.
+    # For the gradient "activity": the settings of each layer whose output is perturbed,
+    # and whether all other weights that train are perturbed as well; see
+    # fgrad.activity_forward_grad.
     method.sites = ConfigDict()
     method.others = False
     method.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
     method.low_bit = True  # weights of less than 16 bits move by sparse grid steps
     method.per_channel = False  # one weight scale per output channel
     method.headroom = 1.5  # weights may grow to this multiple of max|w|
-    method.zero_bound = 0.05  # the max|w| that weights which are all zero count with
-    method.activation_headroom = 1.5  # and activations
-    method.calibration_images = 4096  # at most, the first of the train split
+    method.zero_bound = 0.05  # taken for max|w| where all weights are zero
+    method.activation_headroom = 1.5  # the same for activations
+    # At most so many images, the first of the train split, calibrate activations.
+    method.calibration_images = 4096
     return method
 
 
 def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of a method with some fields changed; theirs may change in type."""
+    """Copies a method with some fields changed, which may also change in type."""
     method = method.copy_and_resolve_references()
     with method.ignore_type():
         for field, value in changes.items():
@@ -158,6 +166,6 @@ def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def rates_around(middle: float) -> tuple[float, float, float]:
-    """Three learning rates to choose from, of five to a decade."""
+    """Three learning rates to choose from, each 1.6 times the one before."""
     low, high = (float(f"{middle * factor:.2g}") for factor in (1 / 1.6, 1.6))
     return low, float(f"{middle:.2g}"), high

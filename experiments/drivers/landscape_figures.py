@@ -35,7 +35,7 @@ _MARGIN = 0.3  # of the picture around the paths, as a share of their extent
 
 
 class Path(NamedTuple):
-    """A training run as seen from outside.
+    """What is kept of a training run to draw it.
 
     Attributes:
       learner: the method's functions.
@@ -117,7 +117,7 @@ def _picture(
     path: Path,
     progress: Callable[[int], None],
 ) -> tuple[analysis.Landscape, list[np.ndarray]]:
-    """The losses around two runs, and where the runs go."""
+    """Computes the losses around two runs, and the coordinates of both runs."""
     ends = backprop.points[-1], path.points[-1]
     plane = analysis.plane_through(task.start, *ends)
     places = [
@@ -145,7 +145,7 @@ def _follow(
     task: Task,
     progress: Callable[[int], None],
 ) -> Path:
-    """Trains, and keeps the parameters on the way."""
+    """Trains, and keeps the parameters at points on the way."""
     learner = make_learner(method, task.network, Classification(method))
     measure = _measure(config, learner, task)
     data = task.target["train"]
@@ -168,7 +168,11 @@ def _follow(
 def _measure(
     config: ConfigDict, learner: Learner, task: Task
 ) -> Callable[[TrainState, int], dict[str, float]]:
-    """A function that tells what is known of a run at a state and a step."""
+    """Makes a function of a state and a step that gives a row of numbers.
+
+    The row holds the score on the test split, the share of weights that moved in the
+    last step, and the quality of the gradient estimates, where there are any.
+    """
     name, test = config.metrics[0], task.target["test"]
     batch = _batch(config, task)
     compare = gradient_quality.comparison(task.network, learner)
@@ -193,12 +197,12 @@ def _measure(
 
 
 def _batch(config: ConfigDict, task: Task) -> Split:
-    """The images that losses and gradients are means over."""
+    """The examples over which losses and gradients are averaged."""
     return jax.tree.map(lambda x: x[: config.batch], task.target["train"])
 
 
 def _sides(places: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of a grid around points [n, 2]."""
+    """Chooses the coordinates of a grid that has points [n, 2] inside."""
     low, high = places.min(axis=0), places.max(axis=0)
     room = _MARGIN * (high - low)
     first, second = np.linspace(low - room, high + room, resolution, axis=1)

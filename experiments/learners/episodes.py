@@ -18,12 +18,12 @@ _INTERVAL = 1.96
 
 
 class Episode(NamedTuple):
-    """Where the examples of a task are.
+    """The indices of a task's examples in a split.
 
     Attributes:
-      classes: int32 [ways], their labels in the split.
-      support: int32 [ways, shots], indices of examples of the split.
-      query: int32 [ways, queries], others.
+      classes: int32 [ways], the labels that the classes have in the split.
+      support: int32 [ways, shots], indices of the support.
+      query: int32 [ways, queries], indices of the query, which are different ones.
     """
 
     classes: jax.Array
@@ -38,9 +38,9 @@ def sampler(
     k_shot: int = 5,
     num_queries: int = 15,
 ) -> Callable[[jax.Array], Episode]:
-    """Makes the sampler of tasks of a split.
+    """Makes the function that samples tasks of a split.
 
-    Classes are drawn without replacement, then their examples.
+    It draws classes without replacement, then examples of each without replacement.
 
     Args:
       labels: integers [examples], concrete; any numbers.
@@ -88,7 +88,7 @@ def sampler(
             f"k_shot + num_queries = {k_shot} + {num_queries}: choose fewer of them, "
             "or leave the class out."
         )
-    # The examples of each class; a table needs rows of one length.
+    # Row by row the examples of each class, with zeros after those of small classes.
     order = np.argsort(labels, kind="stable").astype(np.int32)
     table = np.zeros((len(classes), counts.max()), np.int32)
     for row, part in zip(table, np.split(order, counts.cumsum()[:-1]), strict=True):
@@ -114,7 +114,7 @@ def sampler(
 
 
 def _draw(key: jax.Array, eligible: jax.Array, count: int) -> jax.Array:
-    """Distinct places where ``eligible``, in random order."""
+    """Draws distinct indices at which ``eligible`` is true, in random order."""
     numbers = jax.random.uniform(key, eligible.shape)
     return jax.lax.top_k(jnp.where(eligible, numbers, -1), count)[1]
 
@@ -123,7 +123,8 @@ def check_disjoint(labels: Mapping[str, np.ndarray | jax.Array]) -> None:
     """Makes sure that no class is in two splits.
 
     Args:
-      labels: of each split, integers [examples] of one numbering of classes.
+      labels: integers [examples] by the names of the splits, which number the classes
+        in the same way.
 
     Raises:
       UsageError: if a class is.

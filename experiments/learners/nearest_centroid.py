@@ -39,7 +39,7 @@ def prototypes(support: jax.Array) -> jax.Array:
 
 
 def squared_distances(query: jax.Array, centroids: jax.Array) -> jax.Array:
-    """Squared Euclidean distances.
+    """Computes squared Euclidean distances.
 
     Args:
       query: float [..., features].
@@ -132,7 +132,7 @@ def simpleshot_transform(
         meta-train; for "CL2N" only.
 
     Returns:
-      As the features; those of no length stay zero.
+      Features of the same shape; those of length zero stay zero.
 
     Raises:
       ValueError: for another transform; if the mean is missing, or is given to a
@@ -169,7 +169,7 @@ def simpleshot_logits(
     transform: str = "CL2N",
     base_mean: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Nearest centroid of transformed features.
+    r"""Logits of SimpleShot: ProtoNet's, of transformed features.
 
     .. math:: logits_n(x) = -\|t(x) - \frac{1}{K} \sum_k t(x_{nk})\|^2
 
