@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -64,6 +65,18 @@ def test_a_snapshot_comes_back_bit_by_bit(tmp_path):
     assert bits(snapshot.state) == bits(state(11))
     assert jax.tree.structure(snapshot.state) == jax.tree.structure(state(11))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["11", "7"]
+
+
+def test_runs_in_threads_may_save_at_the_same_time(tmp_path):
+    def work(number):
+        directory = runs.RunDirectory(tmp_path / str(number), every_seconds=0)
+        for step in range(1, 6):
+            directory.save(step, runs.Snapshot(state(number), [], 0.0))
+        return directory.latest(like=state(0))
+
+    with futures.ThreadPoolExecutor(3) as pool:
+        for number, (step, snapshot) in enumerate(pool.map(work, range(3))):
+            assert (step, bits(snapshot.state)) == (5, bits(state(number)))
 
 
 def test_an_empty_directory_has_nothing(tmp_path):

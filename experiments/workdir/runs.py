@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,11 @@ _KEPT = 2  # snapshots: one may be damaged
 _RUNS_OF = "runs.json"  # the configuration that the runs of a workdir belong to
 # Fields on which no run depends: where data lies, what runs beside it, when it saves.
 _FREE = frozenset({"data_dir", "parallel_runs", "run", "snapshot_seconds"})
+
+
+# Methods train side by side in threads. Orbax counts its operations in one place, and two
+# that overlap make each other's directories: a save then fails with FileExistsError.
+_one_checkpointer = threading.Lock()
 
 
 class InUseError(RuntimeError):
@@ -197,7 +203,7 @@ class RunDirectory:
                 "begins the run anew."
             )
         path = self._path / str(step)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _one_checkpointer, ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path / "state", snapshot.state, force=True)
         rest = snapshot._replace(state=_digest(snapshot.state))
         write_text(path / "rest.json", sealed(rest._asdict()))
@@ -268,7 +274,7 @@ def _read(path: pathlib.Path, target: Any) -> Snapshot:
       target: shapes and dtypes of the state.
     """
     rest = Snapshot(**unsealed((path / "rest.json").read_text()))
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _one_checkpointer, ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path / "state", target)
     if _digest(state) != rest.state:
         raise ValueError("the numbers are not those that were written")
