@@ -13,9 +13,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.image_classification import caltech_birds
 from test_catalogue import prepared
-from test_fewshot_train import Tiny
+from test_few_shot import Tiny
 
-from experiments import fewshot, fewshot_train, tasks
+from experiments import registry
 from experiments.configs import fewshot_audio, fewshot_vision
 from experiments.data import (
     archives,
@@ -25,6 +25,8 @@ from experiments.data import (
     sound_events,
     sounds,
 )
+from experiments.drivers import few_shot
+from experiments.learners import episodes
 
 
 def grey(level, size=8, mode="RGB"):
@@ -54,7 +56,7 @@ class Pooled(Tiny):
 
 @pytest.fixture(autouse=True)
 def pooled_network(monkeypatch):
-    monkeypatch.setitem(tasks.NETWORKS, "tiny", Pooled)
+    monkeypatch.setitem(registry.NETWORKS, "tiny", Pooled)
 
 
 def smoke(kind, dataset, data_dir, **changes):
@@ -67,7 +69,7 @@ def smoke(kind, dataset, data_dir, **changes):
     for name, value in changes.items():
         config[name] = value
     with tempfile.TemporaryDirectory() as workdir:
-        results = fewshot_train.run(config, workdir)
+        results = few_shot.run(config, workdir)
     assert list(results) == ["zero_shot", "lp_backprop", "lp_16w8a"]
     assert all(len(result["accuracies"]) == 4 for result in results.values())
 
@@ -102,7 +104,7 @@ def cifar_dir(tmp_path_factory):
 def test_cifar_fs_has_its_published_classes(cifar_dir):
     data_dir, names = cifar_dir
     splits = few_shot_images.load("cifar_fs", data_dir)
-    fewshot.check_disjoint({name: split.labels for name, split in splits.items()})
+    episodes.check_disjoint({name: split.labels for name, split in splits.items()})
     sizes = {name: len(set(s.labels.tolist())) for name, s in splits.items()}
     assert sizes == {"train": 64, "validation": 16, "test": 20}
     found = [pair for split in splits.values() for pair in levels(split)]

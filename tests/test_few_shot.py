@@ -1,3 +1,4 @@
+import functools
 import json
 from typing import Any
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import fewshot_train, tasks
+from experiments import registry
 from experiments.configs import fewshot, fewshot_audio, fewshot_vision, quickstart
 from experiments.data.arrays import Split
+from experiments.drivers import few_shot
+from experiments.learners.learner import make_learner
+from experiments.learners.nearest_centroid import NearestCentroid
 from fgrad import layers
 
 SIDE, HIDDEN = 4, 16
@@ -77,7 +81,12 @@ def started():
     layer = {"kernel": jnp.eye(HIDDEN), "bias": jnp.full(HIDDEN, 10.0)}
     params = {"Dense_0": layer}
     images = data()["train"].images
-    return fewshot_train.with_identity(Tiny(), params, images)
+    return few_shot.with_identity(Tiny(), params, images)
+
+
+def learner_of(settings, objective):
+    network = functools.partial(Tiny, HIDDEN)
+    return make_learner(settings, network, objective, skips_frozen=True)
 
 
 def numpy_features(params, images):
@@ -102,15 +111,15 @@ def test_without_steps_it_is_the_nearest_centroid(head, started):
     params, mean = started
     config = configured(head=head)
     still = method(config, "lp_backprop", steps=0)
-    learner = fewshot_train.make_task_learner(
-        config, still, lambda bits: Tiny(HIDDEN, bits)
-    )
+    objective = NearestCentroid(config)
+    learner = learner_of(still, objective)
     split = data()["test"]
     images = split.images.reshape(4, 25, SIDE, SIDE, 1)[:3]
     support, query = images[:, :5], images[:, 5:]
-    start = learner.start(params, data()["train"].images, mean)
-    begin = jax.jit(learner.begin)
-    accuracy = learner.accuracy(begin(start, support, query, jax.random.key(0)))
+    key = jax.random.key(0)
+    weights = learner.weights(params, data()["train"].images, key)
+    begin = jax.jit(functools.partial(objective.begin, learner))
+    accuracy = objective.accuracy(learner, *begin(weights, mean, (support, query), key))
 
     def transformed(images):
         x = numpy_features(params, images)
@@ -130,25 +139,29 @@ def test_without_steps_it_is_the_nearest_centroid(head, started):
 def test_training_helps(name, started):
     params, mean = started
     config = configured(temperature=0.2, k_shot=10, num_queries=10)
-    sampler = fewshot_train._samplers(config, data())["test"]
+    sampler = few_shot._samplers(config, data())["test"]
     support, query = sampler(jax.random.split(jax.random.key(0), 16))
     keys = jax.random.split(jax.random.key(1), 16)
     found = {}
     forward = {} if "backprop" in name else {"num_perturbations": 4}
     trained = method(config, name, steps=25, **forward)
-    learner = fewshot_train.make_task_learner(
-        config, trained, lambda bits: Tiny(HIDDEN, bits)
-    )
-    start = learner.start(params, data()["train"].images, mean)
+    objective = NearestCentroid(config)
+    learner = learner_of(trained, objective)
+    images = data()["train"].images[:256]
+    weights = learner.weights(params, images, jax.random.key(0))
 
     @jax.jit
     def accuracies(rate):
-        def one(task):
-            state = learner.begin(start, *task)
+        def one(given):
+            *images, key = given
+            state, task = objective.begin(learner, weights, mean, images, key)
             state = jax.lax.fori_loop(
-                0, trained.steps, lambda _, state: learner.step(state, rate), state
+                0,
+                trained.steps,
+                lambda _, state: learner.step(state, rate, trained.steps, task),
+                state,
             )
-            return learner.accuracy(state)
+            return objective.accuracy(learner, state, task)
 
         return jax.lax.map(one, (support, query, keys))
 
@@ -160,7 +173,7 @@ def test_training_helps(name, started):
 
 def test_pre_training_has_nine_of_ten_images_of_each_class():
     split = examples(0, [5, 0, 2], 20)
-    found = fewshot_train.base_splits(split)
+    found = few_shot.base_splits(split)
     names = {5: 2, 2: 1, 0: 0}
     for name, count in (("train", 18), ("validation", 2), ("test", 2)):
         np.testing.assert_array_equal(np.bincount(found[name].labels), [count] * 3)
@@ -176,23 +189,23 @@ def test_pre_training_has_nine_of_ten_images_of_each_class():
 def test_small_classes_keep_one_image_to_test_with():
     split = examples(0, [3], 4)
     two = jax.tree.map(lambda *x: jnp.concatenate(x), split, examples(1, [8], 1))
-    found = fewshot_train.base_splits(two)
+    found = few_shot.base_splits(two)
     assert found["train"].labels.tolist() == [0, 0, 0, 1]
     np.testing.assert_array_equal(found["test"].images, split.images[3:])
     with pytest.raises(ValueError, match="one image of each class"):
-        fewshot_train.base_splits(examples(1, [8, 9], 1))
+        few_shot.base_splits(examples(1, [8, 9], 1))
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(tasks.DATASETS, "tiny", data)
-    monkeypatch.setitem(tasks.NETWORKS, "tiny", Tiny)
+    monkeypatch.setitem(registry.DATASETS, "tiny", data)
+    monkeypatch.setitem(registry.NETWORKS, "tiny", Tiny)
 
 
 def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
     config = ConfigDict({"driver": "few_shot", "parts": {"one": configured()}})
     config.parts.one.tasks = 5
-    results = fewshot_train.run(config, str(tmp_path))
+    results = few_shot.run(config, str(tmp_path))
     part = results["one"]
     assert list(part) == ["zero_shot", "lp_backprop", "lp_16w8a"]
     for result in part.values():
@@ -219,8 +232,8 @@ def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
     def not_again(*args):
         raise AssertionError("a finished method runs again")
 
-    monkeypatch.setattr(fewshot_train, "_adapt", not_again)
-    assert fewshot_train.run(config, str(tmp_path)) == results
+    monkeypatch.setattr(few_shot, "_Adaptation", not_again)
+    assert few_shot.run(config, str(tmp_path)) == results
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
@@ -243,7 +256,7 @@ def test_the_grid_counts_gaps(tmp_path):
             "ft_16w8a": result(0.74, -0.06),
         },
     }
-    fewshot_train._write_parts(grid, tmp_path)
+    few_shot._write_parts(grid, tmp_path)
     header, _, one, two, *_, note = (tmp_path / "table.md").read_text().splitlines()
     assert header == "|  | zero_shot | ft_backprop | ft_fp32 | ft_16w8a |"
     assert one.startswith("| one | 50.0 ± 2.0 | 80.0 ± 2.0 | 79.0 ± 2.0 (-1.0) |")
@@ -254,15 +267,15 @@ def test_the_grid_counts_gaps(tmp_path):
 
 def test_splits_that_share_classes_are_refused(registered, tmp_path, monkeypatch):
     shared = {**data(), "test": data()["train"]}
-    monkeypatch.setitem(tasks.DATASETS, "tiny", lambda *_: shared)
+    monkeypatch.setitem(registry.DATASETS, "tiny", lambda *_: shared)
     with pytest.raises(ValueError, match="train and test share the classes"):
-        fewshot_train.run(configured(), str(tmp_path))
+        few_shot.run(configured(), str(tmp_path))
 
 
 def test_another_head_is_refused():
     config = configured(head="matching")
     with pytest.raises(ValueError, match=r"head must be .* got 'matching'"):
-        fewshot_train.make_task_learner(config, config.methods.lp_backprop, Tiny)
+        NearestCentroid(config)
 
 
 def test_the_grid_has_every_cell_and_equal_tuning():
@@ -273,8 +286,8 @@ def test_the_grid_has_every_cell_and_equal_tuning():
     assert fewshot.get_config().parts.to_dict() == ConfigDict(both).to_dict()
     for config in (*vision.parts.values(), *audio.parts.values()):
         assert config.driver == "few_shot"
-        assert config.dataset in tasks.DATASETS
-        assert config.network in tasks.NETWORKS
+        assert config.dataset in registry.DATASETS
+        assert config.network in registry.NETWORKS
         assert config.run == tuple(
             f"{way}_{kind}"
             for way in ("ft", "lp")
@@ -297,6 +310,6 @@ def test_the_grid_has_every_cell_and_equal_tuning():
 def test_every_dataset_has_its_loader(file):
     for name, (dataset, _, _) in file.DATASETS.items():
         assert file.get_config(f"{name},resnet18").dataset == dataset
-        assert dataset in tasks.DATASETS
+        assert dataset in registry.DATASETS
     with pytest.raises(ValueError, match=r"dataset must be one of .* got 'mnist'"):
         file.get_config("mnist,resnet18")

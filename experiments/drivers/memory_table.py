@@ -1,4 +1,7 @@
-"""What networks need on a device, by the way they are trained; nothing runs."""
+"""A table of the memory that networks need on a device, by the way they are trained.
+
+It is counted and not measured, so nothing runs.
+"""
 
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +14,10 @@ import rich
 from matplotlib import figure
 from ml_collections import ConfigDict
 
-from experiments import adapt, report, runs, tasks
+from experiments import registry
+from experiments.drivers import settings
+from experiments.learners import adapt
+from experiments.workdir import report, runs
 from fgrad import analysis
 
 mpl.use("Agg")
@@ -32,8 +38,10 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       `fgrad.analysis.DeviceBudget`.
 
     Raises:
-      RuntimeError: if another process owns the workdir.
+      UsageError: for a configuration that cannot be followed.
+      InUseError, UsageError: as `experiments.workdir.runs.owned`.
     """
+    settings.check_memory(config)
     directory = pathlib.Path(workdir)
     with runs.owned(directory, config, resume):
         results = {
@@ -51,7 +59,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 
 
 def _budget(network: ConfigDict, method: ConfigDict) -> analysis.DeviceBudget:
-    made = tasks.NETWORKS[network.name](num_classes=network.num_classes)
+    made = registry.NETWORKS[network.name](num_classes=network.num_classes)
     model = adapt.make(made, method.adaptation)
     x = jax.ShapeDtypeStruct((1, *network.input_shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]

@@ -1,72 +1,51 @@
-"""What a run shows and leaves behind: progress bar, table, figure, JSON."""
+"""What an experiment shows and leaves behind: table, figure, JSON."""
 
-import contextlib
 import json
+import math
 import pathlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import rich
-import rich.progress
 import rich.table
 from matplotlib import figure
 from ml_collections import ConfigDict
 
-from experiments import runs
+from experiments.workdir import runs
 
 mpl.use("Agg")
 
 _COLUMNS = ("forward passes", "learning rate", "seconds", "temporaries MiB")
 
 
-class Progress:
-    """A progress bar of training steps; yielded by `progress`."""
-
-    def __init__(self, bar: rich.progress.Progress):
-        """Adds itself to rich's bar."""
-        self._bar = bar
-        self._task = bar.add_task("training steps", total=0)
-        self._lock = threading.Lock()
-        self._total = 0
-
-    def expect(self, steps: int) -> None:
-        """Announces further steps."""
-        with self._lock:
-            self._total += steps
-            self._bar.update(self._task, total=self._total)
-
-    def advance(self, steps: int) -> None:
-        """Counts steps as taken."""
-        self._bar.advance(self._task, steps)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Progress]:
-    """Shows a progress bar."""
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(*columns) as bar:
-        yield Progress(bar)
-
-
 def write_json(results: dict[str, Any], directory: pathlib.Path) -> None:
-    """Writes results.json, also of an unfinished experiment."""
-    runs.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    """Writes results.json, also of an unfinished experiment.
+
+    JSON has no word for numbers that are not finite, such as the loss of a run that
+    diverged: they become null.
+    """
+    text = json.dumps(_finite(results), indent=2, allow_nan=False)
+    runs.write_text(directory / "results.json", text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in the place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) -> None:
     """Prints the table; writes results.json, table.md and figure.png.
 
     Args:
-      results: as `experiments.train.run` returns them.
+      results: as `experiments.drivers.training.run` returns them.
       config: the configuration behind them.
       directory: the workdir.
     """
@@ -84,7 +63,7 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
             row.append(_score(stopped, metric) if stopped else "")
     note = (
         f"{config.source} to {config.target}, test {' and '.join(config.metrics)} in % "
-        f"as mean ± standard deviation over {len(config.seeds)} seeds; a backward pass "
+        f"{_spread(str(len(config.seeds)))}; a backward pass "
         "counts as two forward passes; seconds per run with "
         f"{config.parallel_runs} runs at a time; temporaries of the compiled step."
     )
@@ -99,7 +78,7 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     _print_table(columns, rows, note, wide=1 + len(config.metrics))
     write_json(results, directory)
     (directory / "table.md").write_text(_markdown(columns, rows, note))
-    draw = _FIGURES[config.figure]
+    draw = FIGURES[config.figure]
     draw(results, config.metrics[0], directory / "figure.png")
     rich.print(
         f"Written to {directory}: results.json, config.json, table.md, figure.png"
@@ -152,11 +131,9 @@ def write_parts(
         f"at most {passes[name]:,} forward passes"
         for name, part in parts.items()
     )
-    seeds = {len(part.seeds) for part in parts.values()}
-    note = (
-        f"Test {metric} in % as mean ± standard deviation over "
-        f"{' or '.join(map(str, sorted(seeds)))} seeds. {tasks}."
-    )
+    seeds = sorted({len(part.seeds) for part in parts.values()})
+    spread = _spread(" or ".join(map(str, seeds)))
+    note = f"Test {metric} in % {spread}. {tasks}."
     columns = ("method", *results)
     _print_table(columns, rows, note, wide=len(columns))
     (directory / "table.md").write_text(_markdown(columns, rows, note))
@@ -174,7 +151,7 @@ def write_parts(
 def _print_table(
     columns: Sequence[str], rows: list[list[str]], note: str, wide: int
 ) -> None:
-    """On the terminal; the first ``wide`` columns are not folded."""
+    """Prints a table on the terminal; its first ``wide`` columns are not folded."""
     table = rich.table.Table(*columns, caption=note, caption_justify="left")
     for column in table.columns[:wide]:
         column.no_wrap = True
@@ -190,7 +167,18 @@ def _markdown(columns: Sequence[str], rows: list[list[str]], note: str) -> str:
 
 
 def _score(result: dict[str, Any], metric: str) -> str:
-    return f"{100 * result[metric]:.1f} ± {100 * result[f'{metric}_std']:.1f}"
+    """Mean and deviation in percent; the mean alone if one run has no deviation."""
+    mean, deviation = result[metric], result[f"{metric}_std"]
+    if deviation is None:
+        return f"{100 * mean:.1f}"
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+
+
+def _spread(num_seeds: str) -> str:
+    """What a mean and the number after it are."""
+    if num_seeds == "1":
+        return "of one seed"
+    return f"as mean ± standard deviation over {num_seeds} seeds"
 
 
 def _row(name: str, result: dict[str, Any], metrics: Sequence[str]) -> list[str]:
@@ -214,7 +202,7 @@ def _cosines(cosines: dict[str, tuple[float, float]]) -> str:
 
 
 def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
-    """By forward passes, and by seconds."""
+    """Draws the curves of all methods by forward passes, and by seconds."""
     fig = figure.Figure(figsize=(11, 4.0), layout="constrained")
     panels = fig.subplots(1, 2, sharey=True)
     for axes, cost in zip(panels, ("forward_passes", "seconds"), strict=True):
@@ -223,7 +211,8 @@ def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
                 continue
             curves = 100 * np.array(result["curves"])
             points = np.linspace(0, result[cost], curves.shape[1])
-            mean, std = curves.mean(0), curves.std(0, ddof=1)
+            mean = curves.mean(0)
+            std = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(mean)
             (line,) = axes.plot(points[1:], mean[1:], label=name)
             axes.fill_between(
                 points[1:],
@@ -242,7 +231,7 @@ def _curves(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
 
 
 def _dots(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
-    """One line for each method, for experiments with many."""
+    """Draws one line for each method, for experiments with many methods."""
     fig = figure.Figure(figsize=(6.4, 1 + 0.22 * len(results)), layout="constrained")
     axes = fig.subplots()
     _draw_dots(axes, results, metric)
@@ -251,10 +240,11 @@ def _dots(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
 
 
 def _draw_dots(axes: Any, results: dict[str, Any], metric: str) -> None:
-    """Mean and standard deviation of each method, and a line at the best mean."""
+    """Draws mean and deviation of each method, and a line at the best mean."""
     names = [name for name in results if name != "zero_shot"]
     mean = np.array([100 * results[name][metric] for name in names])
-    std = np.array([100 * results[name][f"{metric}_std"] for name in names])
+    # A single run has no deviation.
+    std = np.array([100 * (results[name][f"{metric}_std"] or 0) for name in names])
     rows = np.arange(len(names))
     axes.errorbar(mean, rows, xerr=std, fmt="o", capsize=3)
     axes.axvline(mean.max(), color="grey", linestyle=":")
@@ -263,4 +253,4 @@ def _draw_dots(axes: Any, results: dict[str, Any], metric: str) -> None:
     axes.grid(alpha=0.3)
 
 
-_FIGURES = {"curves": _curves, "dots": _dots}
+FIGURES = {"curves": _curves, "dots": _dots}

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import landscape, main
+from experiments import main
 from experiments.configs import landscape as landscape_config
+from experiments.drivers import landscape_figures
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +13,7 @@ def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("landscape")
     config = landscape_config.get_config("smoke")
     config.run = ("backprop", "forward_16w8a")
-    found = landscape.run(config, str(directory))
+    found = landscape_figures.run(config, str(directory))
     assert json.loads((directory / "results.json").read_text()) == json.loads(
         json.dumps(found)
     )
@@ -54,4 +55,4 @@ def test_the_rows_tell_of_the_gradient(results):
 
 
 def test_the_launcher_finds_it():
-    assert main._DRIVERS[landscape_config.get_config().driver] is landscape.run
+    assert main._DRIVERS[landscape_config.get_config().driver] is landscape_figures.run

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, one for each run; neither it nor TensorFlow is needed.
+"""Event files for TensorBoard, one for each run, written without TensorFlow.
 
     tensorboard --logdir workdir/quickstart/runs
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import optax
 import tensorboardX
 
-# What a method's state tells of its last step, if it does.
+# What the state of a method may tell of its last step.
 _IN_STATE = ("loss", "moved_fraction")
 
 
@@ -36,7 +36,7 @@ class Point(NamedTuple):
 def point(
     step: int, forward_passes: int, opt_state: Any, values: Mapping[str, float]
 ) -> Point:
-    """What a training loop knows after a step.
+    """Collects what a training loop knows after a step.
 
     Args:
       step: steps taken.

@@ -1,12 +1,13 @@
 import pytest
 
-from experiments import main, memory
+from experiments import main
 from experiments.configs import memory as memory_config
+from experiments.drivers import memory_table
 
 
 def test_it_writes_every_method_of_a_network(tmp_path):
     config = memory_config.get_config("smoke")
-    results = memory.run(config, str(tmp_path))
+    results = memory_table.run(config, str(tmp_path))
     (methods,) = results.values()
     assert set(methods) == set(config.methods)
     full, probe = methods["FT, BP"], methods["LP, BP"]
@@ -24,7 +25,7 @@ def test_it_writes_every_method_of_a_network(tmp_path):
 def test_the_least_device_that_holds_it_is_named(tmp_path):
     config = memory_config.get_config("smoke")
     config.devices = (10**6, 10**8, 10**9)
-    memory.run(config, str(tmp_path))
+    memory_table.run(config, str(tmp_path))
     rows = [
         line
         for line in (tmp_path / "table.md").read_text().splitlines()
@@ -34,6 +35,6 @@ def test_the_least_device_that_holds_it_is_named(tmp_path):
 
 
 def test_the_launcher_finds_it():
-    assert main._DRIVERS[memory_config.get_config().driver] is memory.run
+    assert main._DRIVERS[memory_config.get_config().driver] is memory_table.run
     with pytest.raises(ValueError, match="'tiny'"):
         memory_config.get_config("tiny")

@@ -4,41 +4,40 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 import fgrad
-from experiments.configs import quickstart
 from experiments.data.arrays import Split
-from experiments.methods import Learner, TrainState, make_learner
+from experiments.learners.learner import Learner, TrainState, make_learner
 from fgrad import analysis
 
-_LEAST_BITS = 16  # below, weights move by sparse steps on their grid
+_LEAST_BITS = 16  # weights of fewer bits move by sparse steps on their grid
 
 # compare(state, batch, key, num_estimates, layer) -> GradientQuality
 Comparison = Callable[..., analysis.GradientQuality]
 
 
-def comparison(
-    method: ConfigDict, network: Callable[..., Any], learner: Learner
-) -> Comparison | None:
+def comparison(network: Callable[..., Any], learner: Learner) -> Comparison | None:
     """Compares a method's estimates with the gradient of the float network.
 
     Args:
-      method: see ``configs/quickstart.py``.
       network: ``network(bits=...)`` gives the Flax module.
       learner: the method's functions.
 
     Returns:
       ``compare(state, batch, key, num_estimates, layer=None)``, which gives a
       `fgrad.analysis.GradientQuality` of all weights that train, or of the part of
-      that name at the top of their tree; None for backpropagation, whose gradient is
-      exact, and for weights of less than 16 bits, which steps move that no gradient
-      stands behind.
+      that name at the top of their tree. None for backpropagation, whose gradient is
+      exact, and for weights of less than 16 bits, whose sparse steps are no estimates
+      of a gradient.
     """
+    method = learner.method
     bits = method.get("bits")
     if method.gradient == "backward" or (bits and bits[0] < _LEAST_BITS):
         return None
-    exact = make_learner(quickstart.changed(method, {"bits": None}), network)
+    in_floats = method.copy_and_resolve_references()
+    with in_floats.ignore_type():
+        in_floats.bits = None
+    exact = make_learner(in_floats, network, learner.objective)
     gradient_fn = jax.jit(jax.grad(exact.loss_fn))
     estimate_fn = jax.jit(learner.estimate)
 

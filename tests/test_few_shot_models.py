@@ -10,7 +10,7 @@ import pytest
 from light_keys import light_key
 
 import fgrad
-from experiments import adapt
+from experiments.learners import adapt
 from experiments.models import ast, crnn, lstm, resnet, resnet12
 from fgrad import layers
 

@@ -10,7 +10,23 @@ import optax
 from ml_collections import ConfigDict
 
 import fgrad
+from experiments.usage import UsageError, check_names
 from fgrad import activity, enhancements, estimators, perturbations
+
+GRADIENTS = ("backward", "forward", "activity")
+
+ESTIMATORS: dict[str, Callable[..., Any]] = {
+    "sign_m_spsa": estimators.sign_m_spsa,
+    "spsa": estimators.spsa,
+    "normalized_spsa": estimators.normalized_spsa,
+}
+
+PERTURBATIONS: dict[str, Callable[..., perturbations.Perturbation]] = {
+    "normal": perturbations.normal,
+    "rademacher": perturbations.rademacher,
+    "binomial": perturbations.binomial,
+    "low_rank": perturbations.low_rank,
+}
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -25,6 +41,29 @@ EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
 }
 
 
+def check_method(method: ConfigDict) -> None:
+    """Makes sure that the chain of a method can be built.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+
+    Raises:
+      UsageError: for names that there are not.
+    """
+    if method.gradient not in GRADIENTS:
+        raise UsageError(
+            'gradient must be "backward", "forward" or "activity", got '
+            f"{method.gradient!r}."
+        )
+    check_names("optimizer", [method.optimizer], OPTIMIZERS)
+    if method.gradient == "backward":
+        return
+    check_names("estimator", [method.estimator], ESTIMATORS)
+    check_names("perturbation", [method.perturbation], PERTURBATIONS)
+    check_names("unit of epsilon", [method.epsilon_unit], EPSILON_UNITS)
+    check_names("enhancement", method.enhancements, enhancements.__all__)
+
+
 def make_optimizer(
     method: ConfigDict, learning_rate: Any, steps: Any, key: jax.Array
 ) -> optax.GradientTransformationExtraArgs:
@@ -35,7 +74,11 @@ def make_optimizer(
       learning_rate: at the start; it decays linearly to 0. May be traced.
       steps: length of the run. May be traced.
       key: of all random choices: perturbations, ascents and sparse weights.
+
+    Raises:
+      UsageError: for names that there are not.
     """
+    check_method(method)
     schedule = _linear_decay(learning_rate, steps)
     optimizer = optax.chain(
         OPTIMIZERS[method.optimizer](schedule), _scaled(method.get("rate_factors", {}))
@@ -44,11 +87,6 @@ def make_optimizer(
         return optax.with_extra_args_support(optimizer)
     ascent_key, choice_key = (jax.random.fold_in(key, i) for i in (1, 2))
     chosen: Mapping[str, Any] = method.enhancements
-    if unknown := set(chosen) - set(enhancements.__all__):
-        raise ValueError(
-            f"there are no enhancements {sorted(unknown)}; choose from "
-            f"{enhancements.__all__}."
-        )
 
     def links(name: str) -> list[Any]:
         return [getattr(enhancements, name)(**chosen[name])] if name in chosen else []
@@ -73,7 +111,7 @@ def make_optimizer(
 def make_estimator(
     method: ConfigDict, key: jax.Array, schedule: optax.Schedule, guide: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The first link of a forward method's chain, which estimates the gradient.
+    """Builds the first link of a forward method's chain: it estimates the gradient.
 
     Args:
       method: see ``configs/quickstart.py``.
@@ -90,7 +128,7 @@ def make_estimator(
             num_perturbations=method.num_perturbations,
             vectorize=method.vectorize,
             perturbation=_perturbation(method),
-            estimator=getattr(estimators, method.estimator),
+            estimator=ESTIMATORS[method.estimator],
             low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
             guide=guide,
         )
@@ -110,13 +148,15 @@ def make_estimator(
 def forward_passes(method: ConfigDict) -> int:
     """Forward passes of a step; a backward pass counts as two.
 
-    What is evaluated again after a perturbed activation counts as a whole pass.
+    Behind a perturbed activation only the rest of the network is evaluated again. That
+    counts as a whole pass as well.
     """
     if method.gradient == "backward":
         return 3
     pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
     if method.gradient == "activity":
-        # One to the end; an exact site runs no more than the loss function again.
+        # One pass reaches the loss without perturbations. An exact site evaluates
+        # nothing but the loss function again, which counts for nothing here.
         random = sum(not site.get("exact") for site in method.sites.values())
         return 1 + 2 * pairs * (random + bool(method.others))
     return 2 * pairs
@@ -125,7 +165,13 @@ def forward_passes(method: ConfigDict) -> int:
 def _site(
     name: str, synthetic: Mapping[str, Any] | None = None, **settings: Any
 ) -> activity.Site:
-    """A site of a configuration, ``{"synthetic": {"site": "classifier"}}``."""
+    """Makes the site of a configuration's settings.
+
+    Args:
+      name: of the perturbed layer.
+      synthetic: settings of its synthetic gradient, such as ``{"site": "classifier"}``.
+      **settings: other arguments of `fgrad.activity.Site`.
+    """
     if synthetic is not None:
         settings["synthetic"] = activity.SyntheticGradient(**synthetic)
     return activity.Site(name, **settings)
@@ -133,11 +179,11 @@ def _site(
 
 def _perturbation(method: ConfigDict) -> perturbations.Perturbation:
     arguments = {"rank": method.rank} if method.perturbation == "low_rank" else {}
-    return getattr(perturbations, method.perturbation)(**arguments)
+    return PERTURBATIONS[method.perturbation](**arguments)
 
 
 def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of layers, by the beginnings of their names."""
+    """Multiplies the updates of layers, which are named by the start of their paths."""
 
     def scaled(updates: Any) -> Any:
         for name, factor in factors.items():
@@ -154,5 +200,5 @@ def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:
-    """From the learning rate to 0; unlike optax's, ``steps`` may be traced."""
+    """A schedule down to 0; unlike those of optax it takes traced ``steps``."""
     return lambda count: learning_rate * jnp.maximum(1 - count / steps, 0)

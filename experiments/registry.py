@@ -1,8 +1,11 @@
-"""What experiments name: networks, published weights, datasets and their domains."""
+"""The names that configurations use: of networks, published weights and datasets.
+
+A network or a dataset is added by its line in `NETWORKS` or `DATASETS`.
+"""
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -37,27 +40,40 @@ from experiments.models import (
     resnet12,
     vit,
 )
+from experiments.usage import check_names
 
 Splits = Mapping[str, arrays.Split]
 
 
-def _built(builder: Callable[..., tfds.core.DatasetBuilder]) -> Callable[..., Splits]:
-    """``load(domain, data_dir)`` by a builder of ours."""
+class _Built:
+    """Loads a dataset that a builder of ours makes."""
 
-    def load(domain: str, data_dir: str) -> Splits:
+    def __init__(self, builder: type[tfds.core.DatasetBuilder]):
+        """Takes a builder from `experiments.data`."""
+        self._builder = builder
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains; one empty name if there is a single domain."""
+        return tuple(self._builder.builder_configs) or ("",)
+
+    def __call__(self, domain: str, data_dir: str) -> Splits:
+        """Makes the dataset in a directory if it is not there, and reads it."""
         config = {"config": domain} if domain else {}
         # array_record is read without TensorFlow.
         return arrays.load(
-            builder(**config, data_dir=data_dir, file_format="array_record")
+            self._builder(**config, data_dir=data_dir, file_format="array_record")
         )
-
-    return load
 
 
 def _sounds(
     builder: Callable[..., tfds.core.DatasetBuilder], **settings: Any
 ) -> Callable[..., Splits]:
-    """Of a configuration, or of one and the number of mel bins, such as "1s_32"."""
+    """``load(domain, data_dir)`` of recordings, as spectrograms.
+
+    A domain is the name of a configuration of the builder, which the number of mel bins
+    may follow, as in "1s_32".
+    """
 
     def load(domain: str, data_dir: str) -> Splits:
         config, _, mels = domain.partition("_")
@@ -97,21 +113,21 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         ast.AST, patch=8, strides=(6, 6), width=32, depth=3, num_heads=4, mlp_width=64
     ),
 }
-# load(domain, data_dir) gives the splits "train", "validation" and "test": of the same
-# classes,
+# load(domain, data_dir) gives the splits "train", "validation" and "test". In the first
+# datasets all splits have the same classes.
 DATASETS: dict[str, Callable[[str, str], Splits]] = {
     "cifar10": cifar.load,
-    "digits": _built(digits.Digits),
-    "mnist_5k": _built(mnist.Mnist5k),
-    "mnist_5k_c": _built(mnist_c.Mnist5kC),
-    "solar_cells": _built(solar.SolarCells),
+    "digits": _Built(digits.Digits),
+    "mnist_5k": _Built(mnist.Mnist5k),
+    "mnist_5k_c": _Built(mnist_c.Mnist5kC),
+    "solar_cells": _Built(solar.SolarCells),
     "visual_wake_words": wake_words.load,
-    # and of classes that no other split has, for few-shot learning.
-    "characters": _built(characters.Characters),
-    "digit_classes": _built(digits.DigitClasses),
+    # In these, for few-shot learning, no class is in two splits.
+    "characters": _Built(characters.Characters),
+    "digit_classes": _Built(digits.DigitClasses),
     "few_shot_images": few_shot_images.load,
-    "mini_imagenet": _built(imagenet_subsets.MiniImageNet),
-    "tiered_imagenet": _built(imagenet_subsets.TieredImageNet),
+    "mini_imagenet": _Built(imagenet_subsets.MiniImageNet),
+    "tiered_imagenet": _Built(imagenet_subsets.TieredImageNet),
     "voices": _sounds(voices.Voices, frame_seconds=0.04, hop_seconds=0.02),
     "esc50": _sounds(sound_events.Esc50),
     "fsdkaggle2018": _sounds(sound_events.FsdKaggle2018),
@@ -121,8 +137,29 @@ BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
 WEIGHTS = {"imagenet": (efficientnet.load_imagenet, efficientnet.normalized)}
 
 
+def check_domains(dataset: str, domains: Iterable[str]) -> None:
+    """Makes sure that a dataset has some domains, if its loader knows their names.
+
+    Args:
+      dataset: a key of `DATASETS`.
+      domains: names of domains; the empty name is that of the default.
+
+    Raises:
+      UsageError: for a domain that there is not.
+    """
+    known: Sequence[str] | None = getattr(DATASETS[dataset], "domains", None)
+    if known is not None:
+        check_names(f"domain of {dataset}", filter(None, domains), known)
+
+
 def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
-    """The splits of one domain of the dataset, as the network takes them."""
+    """Loads the splits of one domain of the dataset, as the network takes them.
+
+    Args:
+      config: see ``configs/quickstart.py``.
+      domain: one of the dataset's.
+      directory: the workdir.
+    """
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
     splits = DATASETS[config.dataset](domain, data_dir)
@@ -141,7 +178,13 @@ def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
 
 
 def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> Any:
-    """Float parameters to pre-train: drawn, or published ones with a new head."""
+    """Gives float parameters to pre-train: drawn, or published ones with a new head.
+
+    Args:
+      config: see ``configs/quickstart.py``.
+      network: ``network(bits=...)`` gives the Flax module.
+      data: splits of the domain of pre-training.
+    """
     published = WEIGHTS[config.weights][0]() if config.weights else {}
     published.pop("classifier", None)
 
@@ -158,7 +201,14 @@ def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> An
 
 
 def with_statistics(model: Any, params: Any, data: Splits, floor: float) -> Any:
-    """Parameters with a domain's statistics of the features, if the network has any."""
+    """Puts a domain's statistics of the features into the parameters of a network.
+
+    Args:
+      model: the network; one without such statistics keeps its parameters.
+      params: float parameters.
+      data: splits of the domain.
+      floor: the least deviation of a feature, as a share of the mean deviation.
+    """
     if not getattr(model, "standardized", False):
         return params
     raw = functools.partial(model.clone(standardized=False).apply, stop=-1)

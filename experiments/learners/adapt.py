@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from experiments.usage import UsageError, check_names
 from fgrad import layers
 
 Path = tuple[str, ...]  # of a leaf, such as ("Block_0", "Dense_1", "kernel")
 Params = dict[str, Any]
 
-_LOCAL = "local_logits"  # Flax's collection of what local heads say
+_LOCAL = "local_logits"  # the Flax collection that local heads write into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Adapted:
     Attributes:
       module: the network.
       trains: whether the leaf of a path trains.
-      interceptor: adds leaves, as ``flax.linen.intercept_methods`` takes it; None if
-        the way adds none.
+      interceptor: adds leaves to the layers that it intercepts, in the form that
+        ``flax.linen.intercept_methods`` takes; None if the way adds none.
 
     Example:
       >>> from experiments.models import vit
@@ -64,19 +65,19 @@ class Adapted:
     interceptor: Callable[..., Any] | None = None
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``module.init``, with the leaves that the way adds."""
+        """Calls ``module.init`` with the leaves that the way adds."""
         with self._intercepted():
             return self.module.init(*args, **kwargs)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``module.apply``, with the leaves that the way adds."""
+        """Calls ``module.apply`` with the leaves that the way adds."""
         with self._intercepted():
             return self.module.apply(*args, **kwargs)
 
     def outputs(
         self, variables: Any, x: jax.Array, **kwargs: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The logits, and those of local heads by the names of their blocks."""
+        """Gives the logits, and those of local heads by the names of their blocks."""
         logits, sown = self.apply(variables, x, mutable=_LOCAL, **kwargs)
         local = traverse_util.flatten_dict(sown.get(_LOCAL, {}))
         return logits, {"/".join(path[:-1]): x for path, (x,) in local.items()}
@@ -84,13 +85,13 @@ class Adapted:
     def begin(
         self, pretrained: Mapping[str, Any], key: jax.Array, images: jax.Array
     ) -> Params:
-        """Where training starts.
+        """Gives the parameters where training starts.
 
         Args:
           pretrained: float parameters of the module. Leaves that train may be missing,
             such as a head for other classes.
           key: PRNG key of the leaves that are new or missing.
-          images: an input of the module; its shape counts.
+          images: an input of the module, of which only the shape counts.
 
         Returns:
           The pre-trained leaves and the new ones.
@@ -125,7 +126,10 @@ class Adapted:
         return traverse_util.unflatten_dict({**given, **drawn})
 
     def split(self, params: Mapping[str, Any]) -> tuple[Params, Params]:
-        """The leaves that train and those that do not, each nested as they were."""
+        """Splits parameters into the leaves that train and those that do not.
+
+        Both are nested as the parameters are.
+        """
         trained: dict[tuple[str, ...], Any] = {}
         frozen: dict[tuple[str, ...], Any] = {}
         for path, leaf in traverse_util.flatten_dict(params).items():
@@ -134,7 +138,10 @@ class Adapted:
         return unflatten(trained), unflatten(frozen)
 
     def cut(self, trained: Mapping[str, Any]) -> int:
-        """The first stage with one of these leaves; those before it are frozen."""
+        """Finds the first stage that has one of these leaves.
+
+        All stages before it are frozen.
+        """
         for index, names in enumerate(getattr(self.module, "stages", ())):
             if not trained.keys().isdisjoint(names):
                 return index
@@ -161,7 +168,7 @@ def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
 def _drawn(
     model: Adapted, key: jax.Array, images: jax.Array, paths: tuple[Path, ...]
 ) -> dict[Path, jax.Array]:
-    """Some initial leaves of a model; the others are not made."""
+    """Draws some initial leaves of a model; the others are not computed."""
     leaves = traverse_util.flatten_dict(model.init(key, images)["params"])
     return {path: leaves[path] for path in paths}
 
@@ -176,7 +183,7 @@ def full(network: nn.Module) -> Adapted:
 
 
 def linear_probe(network: nn.Module, *, num_layers: int = 1) -> Adapted:
-    r"""Trains the head, which may get hidden layers.
+    r"""Trains the head, before which hidden layers may be added.
 
     .. math:: x_{i+1} = x_i + ReLU(x_i) W_i + b_i, \quad logits = x_n W + b
 
@@ -239,11 +246,12 @@ def last_blocks(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
 def deep_prompts(
     network: nn.Module, *, num_prompts: int = 8, stddev: float = 0.3
 ) -> Adapted:
-    r"""Deep visual prompts: learned tokens at the input of every block, and the head.
+    r"""Trains deep visual prompts, which are tokens at the input of every block.
 
     .. math:: [T_{i+1}, \_] = Block_i([T_i, P_i])
 
-    What a block makes of its prompts P is dropped; the next block has its own.
+    The outputs of a block at its prompts P are dropped, since the next block has its
+    own prompts. The head trains as well.
 
     Args:
       network: a vision transformer: a module with stages whose blocks take tokens
@@ -284,13 +292,13 @@ def deep_prompts(
 def lora(
     network: nn.Module, *, rank: int = 4, kernels: str = ".*/(query|value)"
 ) -> Adapted:
-    r"""Low-rank adaptation of chosen kernels, and the head.
+    r"""Trains a low-rank change of chosen kernels, and the head.
 
     .. math:: y = x W + (x U) V + b, \quad V = 0 \text{ at first}
 
     Args:
       network: a module with stages.
-      rank: of U V.
+      rank: of the change U V.
       kernels: a regular expression that matches the whole path of a layer, such as
         "Block_0/Dense_0": dense layers, and 1x1 convolutions of stride 1. By default
         the queries and values of attention.
@@ -346,21 +354,23 @@ def adapter(
     width: int | None = None,
     local_heads: bool = False,
 ) -> Adapted:
-    r"""Residual adapters before some of the last blocks, and the head.
+    r"""Trains residual adapters before some of the last blocks, and the head.
 
     .. math:: x \leftarrow x + x A + b, \quad A = 0 \text{ and } b = 0 \text{ at first}
 
-    It has a row and a column for each channel there: one narrow place through which
-    everything passes, as perturbed activations want it (`fgrad.activity`).
+    A has a row and a column for each channel of x. All information passes through this
+    narrow place, which suits perturbed activations (`fgrad.activity_forward_grad`).
 
     Args:
       network: a module with stages.
       num_blocks: how many blocks come after the first adapter.
-      num_adapters: adapters, each before a block, one behind the other.
+      num_adapters: how many of these blocks, from the first, have an adapter before
+        them.
       width: of a hidden layer, :math:`x + ReLU(x D + d) A + b`; none by default.
-      local_heads: whether all blocks with an adapter but the last get a head of their
-        own, on the mean over the positions of their output, for a local loss
-        (`Adapted.outputs`). No gradient comes from the blocks after them then.
+      local_heads: whether each block with an adapter, but for the last of them, gets a
+        head of its own for a local loss (`Adapted.outputs`). The head sees the mean
+        over the positions of the block's output. No gradient then passes from later
+        blocks to earlier ones.
 
     Raises:
       TypeError, ValueError: as `last_blocks`; for more adapters than blocks, no width,
@@ -419,8 +429,24 @@ WAYS: dict[str, Callable[..., Adapted]] = {
 }
 
 
+def check_way(chosen: Mapping[str, Any]) -> None:
+    """Makes sure that a configuration names one way to adapt, or none.
+
+    Args:
+      chosen: the name of a way and its options, ``{"lora": {"rank": 2}}``.
+
+    Raises:
+      UsageError: for more than one name, or for one that is not in `WAYS`.
+    """
+    check_names("way to adapt", chosen, WAYS)
+    if len(chosen) > 1:
+        raise UsageError(
+            f"choose one way to adapt of {list(WAYS)}, got {list(chosen)}."
+        )
+
+
 def make(network: nn.Module, chosen: Mapping[str, Any]) -> Adapted:
-    """The way of a configuration.
+    """Adapts a network in the way of a configuration.
 
     Args:
       network: the module.
@@ -428,17 +454,14 @@ def make(network: nn.Module, chosen: Mapping[str, Any]) -> Adapted:
         there is none.
 
     Raises:
-      ValueError: for more than one name or one that is not in `WAYS`.
+      UsageError: as `check_way`.
 
     Example:
       >>> from experiments.models import vit
       >>> make(vit.ViT(), {"linear_probe": {}}).trains(("Dense_0", "bias"))
       True
     """
-    if len(chosen) > 1 or not set(chosen) <= set(WAYS):
-        raise ValueError(
-            f"choose one way to adapt of {list(WAYS)}, got {list(chosen)}."
-        )
+    check_way(chosen)
     for name, options in chosen.items():
         return WAYS[name](network, **options)
     return full(network)
@@ -448,7 +471,7 @@ def _stages(network: Any) -> tuple[Path, ...]:
     if not hasattr(network, "stages"):
         raise TypeError(
             f"{type(network).__name__} has no stages, which this way needs; see the "
-            "module experiments.adapt, or use full()."
+            "module experiments.learners.adapt, or use full()."
         )
     return network.stages
 
@@ -462,7 +485,7 @@ def _check_blocks(stages: tuple[Path, ...], num_blocks: int) -> None:
 
 
 def _settings(layer: Any) -> dict[str, Any]:
-    """The arithmetic of a layer, for those beside it."""
+    """The arithmetic of a layer, as settings for the layers that are added to it."""
     return {
         "bits": layer.bits,
         "activation_scale": layer.activation_scale,
@@ -479,7 +502,10 @@ def _is_dense(layer: Any) -> bool:
 def _around(
     chosen: Callable[[Any], bool], change: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """An interceptor: ``change(layer, layer_fn, x)`` where a chosen layer is called."""
+    """Makes an interceptor that calls ``change(layer, layer_fn, x)`` for chosen layers.
+
+    All other layers are called as they are.
+    """
 
     def interceptor(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name != "__call__" or not chosen(context.module):

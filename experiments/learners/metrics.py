@@ -1,4 +1,4 @@
-"""Metrics of predictions, by name; scikit-learn's."""
+"""Metrics of a network's predictions, by name, as scikit-learn computes them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 from sklearn import metrics
+
+from experiments.usage import check_names
 
 
 def scores(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
@@ -17,17 +19,15 @@ def scores(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
       labels: integers [examples].
 
     Raises:
-      ValueError: for an unknown name; for "auc" unless every class has an example.
+      UsageError: for an unknown name.
+      ValueError: for "auc" unless every class has an example.
 
     Example:
       >>> logits, labels = [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1]
       >>> {name: round(x, 3) for name, x in scores(METRICS, logits, labels).items()}
       {'accuracy': 0.667, 'balanced_accuracy': 0.75, 'auc': 1.0}
     """
-    if unknown := set(names) - set(METRICS):
-        raise ValueError(
-            f"there are no metrics {sorted(unknown)}; choose from {list(METRICS)}."
-        )
+    check_names("metric", names, METRICS)
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     return {name: float(METRICS[name](logits, labels)) for name in names}
 

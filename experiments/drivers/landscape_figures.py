@@ -1,4 +1,4 @@
-"""Where training runs go in the loss landscape, and how good their gradients are."""
+"""Pictures of the loss landscape around training runs, and of their gradients."""
 
 import pathlib
 from collections.abc import Callable, Mapping
@@ -13,10 +13,14 @@ import rich
 from matplotlib import figure
 from ml_collections import ConfigDict
 
-from experiments import adapt, metrics, quality, report, runs
 from experiments.data.arrays import Split
-from experiments.methods import Learner, TrainState, make_learner
-from experiments.train import Task, prepare
+from experiments.drivers import settings
+from experiments.drivers.progress import show_progress
+from experiments.drivers.training import Task, prepare
+from experiments.learners import adapt, gradient_quality, metrics
+from experiments.learners.classification import Classification
+from experiments.learners.learner import Learner, TrainState, make_learner
+from experiments.workdir import report, runs
 from fgrad import analysis
 
 mpl.use("Agg")
@@ -31,7 +35,7 @@ _MARGIN = 0.3  # of the picture around the paths, as a share of their extent
 
 
 class Path(NamedTuple):
-    """A training run as seen from outside.
+    """What is kept of a training run to draw it.
 
     Attributes:
       learner: the method's functions.
@@ -64,10 +68,12 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       and the rows of every run.
 
     Raises:
-      RuntimeError, ValueError: as `experiments.runs.owned`.
+      UsageError: for a configuration that cannot be followed; before any work.
+      InUseError, UsageError: as `experiments.workdir.runs.owned`.
     """
+    settings.check_training(config)
     directory = pathlib.Path(workdir)
-    with runs.owned(directory, config, resume), report.progress() as progress:
+    with runs.owned(directory, config, resume), show_progress() as progress:
         first, *others = config.run
         steps = sum(config.methods[name].steps for name in config.run)
         points = config.resolution**2 * len(others)
@@ -111,7 +117,7 @@ def _picture(
     path: Path,
     progress: Callable[[int], None],
 ) -> tuple[analysis.Landscape, list[np.ndarray]]:
-    """The losses around two runs, and where the runs go."""
+    """Computes the losses around two runs, and the coordinates of both runs."""
     ends = backprop.points[-1], path.points[-1]
     plane = analysis.plane_through(task.start, *ends)
     places = [
@@ -139,9 +145,9 @@ def _follow(
     task: Task,
     progress: Callable[[int], None],
 ) -> Path:
-    """Trains, and keeps the parameters on the way."""
-    learner = make_learner(method, task.network)
-    measure = _measure(config, method, learner, task)
+    """Trains, and keeps the parameters at points on the way."""
+    learner = make_learner(method, task.network, Classification(method))
+    measure = _measure(config, learner, task)
     data = task.target["train"]
     images = data.images[: method.get("calibration_images")]
     start = learner.init(task.start, images, config.seeds[0])
@@ -160,15 +166,20 @@ def _follow(
 
 
 def _measure(
-    config: ConfigDict, method: ConfigDict, learner: Learner, task: Task
+    config: ConfigDict, learner: Learner, task: Task
 ) -> Callable[[TrainState, int], dict[str, float]]:
-    """A function that tells what is known of a run at a state and a step."""
+    """Makes a function of a state and a step that gives a row of numbers.
+
+    The row holds the score on the test split, the share of weights that moved in the
+    last step, and the quality of the gradient estimates, where there are any.
+    """
     name, test = config.metrics[0], task.target["test"]
     batch = _batch(config, task)
-    compare = quality.comparison(method, task.network, learner)
+    compare = gradient_quality.comparison(task.network, learner)
+    logits_fn = jax.jit(learner.logits)
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        logits = learner.logits(state, test.images)
+        logits = logits_fn(state, test.images)
         row = {
             "step": float(step),
             "forward_passes": float(step * learner.passes_per_step),
@@ -186,12 +197,12 @@ def _measure(
 
 
 def _batch(config: ConfigDict, task: Task) -> Split:
-    """The images that losses and gradients are means over."""
+    """The examples over which losses and gradients are averaged."""
     return jax.tree.map(lambda x: x[: config.batch], task.target["train"])
 
 
 def _sides(places: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of a grid around points [n, 2]."""
+    """Chooses the coordinates of a grid that has points [n, 2] inside."""
     low, high = places.min(axis=0), places.max(axis=0)
     room = _MARGIN * (high - low)
     first, second = np.linspace(low - room, high + room, resolution, axis=1)
