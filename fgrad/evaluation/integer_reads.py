@@ -41,8 +41,8 @@ _PASS_ON = {
     *("device_put", "dynamic_slice", "dynamic_update_slice", "expand_dims", "gather"),
     *("mesh_cast", "optimization_barrier", "pad", "pbroadcast", "ppermute", "pvary"),
     *("reduce_precision", "reshape", "reshard", "rev", "scatter", "select_n"),
-    *("sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "tile"),
-    "transpose",
+    *("sharding_constraint", "slice", "split", "squeeze", "stack", "stop_gradient"),
+    *("tile", "transpose", "unstack"),
 }
 # The operands of some of them that hold numbers; the others are places.
 _NUMBERS = {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2}

@@ -12,7 +12,7 @@ import numpy as np
 # Methods and attributes of `jax.Array` that are about the values in it.
 _OF_THE_VALUE = """
 T all any argmax argmin argpartition argsort astype at byteswap choose clip compress
-conj conjugate copy cumprod cumsum diagonal dot flat flatten imag item mT max mean min
+conj conjugate copy cumprod cumsum diagonal dot flatten imag item mT max mean min
 nonzero prod ptp ravel real repeat reshape round searchsorted sort squeeze std sum
 swapaxes take tobytes tolist trace transpose var view
 """

@@ -116,7 +116,7 @@ def calibrate_scale(
         # A percentile of a sparse tensor can be 0 where the tensor is not.
         bound = jnp.where(bound == 0, abs_max(x, axes, bits), bound)
     else:
-        bound = jnp.zeros([1 if a in axes else n for a, n in enumerate(x.shape)])
+        bound = jnp.zeros([1 if a in axes else n or 1 for a, n in enumerate(x.shape)])
     bound = jnp.where(bound == 0, zero_bound, bound)
     if channel_axis is None:
         bound = bound.reshape(())

@@ -230,14 +230,13 @@ def test_links_train_on_values_and_refuse_integers(name, tx):
 
 
 def test_activities_refuse_integers_as_well():
-    tx = activity.activity_forward_grad(jax.random.key(0), ["w"])
     params = make_params()
 
-    def losses(p):
-        return jnp.sum((X @ p["w"]) ** 2, axis=1)
+    def losses(p, x):
+        return jnp.sum((x @ p["w"] + p["b"]) ** 2, axis=1)
 
-    def wrong(p):
-        return losses(p) + sum(jnp.sum(x**2) for x in jax.tree.leaves(p["b"]))
+    def wrong(p, x):
+        return losses(p, x) + sum(jnp.sum(x**2) for x in jax.tree.leaves(p["b"]))
 
     tx = activity.activity_forward_grad(
         jax.random.key(0),
@@ -246,9 +245,9 @@ def test_activities_refuse_integers_as_well():
             jax.random.key(1), epsilon=0.1, mask={"w": False, "b": True}
         ),
     )
-    tx.update(params, tx.init(params), params, value_fn=losses)
+    tx.update(params, tx.init(params), params, value_fn=losses, x=X)
     with pytest.raises(TypeError, match="of leaf 'b'"):
-        tx.update(params, tx.init(params), params, value_fn=wrong)
+        tx.update(params, tx.init(params), params, value_fn=wrong, x=X)
 
 
 def test_integer_products_and_lookups_pass():
