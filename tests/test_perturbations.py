@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fgrad import evaluation, fixed_point, perturbations, rules
+from fgrad import evaluation, fixed_point, perturbations
+from fgrad.leaves import Plan, Policy
+from fgrad.leaves import plan as plans
 
 SIZE = 2**20
 SIGMAS = 5  # one false alarm in two million; the seeds are fixed besides
@@ -597,18 +599,21 @@ def test_a_weighted_sum_adds_up_the_samples(name, m, dtype):
     expected = sum(
         int(c[i]) * np.asarray(z.sample(keys[i], shape), np.int64) for i in range(m)
     )
-    rule = rules.Policy(z, 1.0).rule(jnp.zeros(shape))
-    total = jax.jit(rule.weighted_sum)(keys, c)
+    plan = Plan(jnp.zeros(shape), Policy(1.0, m, z))
+    total = jax.jit(plan.arithmetic[""].weighted_sum)(keys, c)
     assert total.dtype == dtype
     np.testing.assert_array_equal(total, expected)
     # The same for small leaves, all at once.
-    leaf_rules = {"a": rule, "b": rules.Policy(z, 1.0).rule(jnp.zeros((3, 4, 5)))}
-    sums = rules.weighted_sums_together(leaf_rules, {"a": keys, "b": keys}, c)
-    np.testing.assert_array_equal(sums["a"], expected)
+    params = {"a": jnp.zeros(shape), "b": jnp.zeros((3, 4, 5))}
+    names = ("['a']", "['b']")
+    leaf_keys = perturbations.LeafKeys(jnp.stack([keys, keys], axis=1), names)
+    arithmetic = Plan(params, Policy(1.0, m, z)).arithmetic
+    sums = plans._sums_together(arithmetic, leaf_keys, c)
+    np.testing.assert_array_equal(sums[names[0]], expected)
     other = sum(
         int(c[i]) * np.asarray(z.sample(keys[i], (3, 4, 5)), np.int64) for i in range(m)
     )
-    np.testing.assert_array_equal(sums["b"], other)
+    np.testing.assert_array_equal(sums[names[1]], other)
 
 
 # -------------------------------------------------------------------------- low rank

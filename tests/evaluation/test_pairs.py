@@ -15,8 +15,10 @@ from light_keys import light_key
 from loss_cases import CASES, LINEAR, X, affine, integers, size, weights
 
 import fgrad
-from fgrad import QTensor, estimators, evaluation, perturbations, point_of_use
+from fgrad import QTensor, estimators, evaluation, perturbations
+from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import is_qtensor
+from fgrad.leaves import trained_leaves
 
 M = 3
 Z = perturbations.normal()
@@ -81,6 +83,11 @@ _sample = fast_jit(
 )
 
 
+def tree_of_bools(mask: Any, params: Any) -> Any:
+    treedef = jax.tree.structure(params, is_leaf=is_qtensor)
+    return treedef.unflatten(trained_leaves(mask, params))
+
+
 def explicit(
     params: Any,
     index: int,
@@ -90,7 +97,7 @@ def explicit(
     perturbation: perturbations.Perturbation = Z,
 ) -> Any:
     """``w + sign * εz`` in numpy: float32, or equation (6) in 64-bit integers."""
-    mask = evaluation.resolve_mask(mask, params)
+    mask = tree_of_bools(mask, params)
     step = perturbation.step
 
     def leaf_fn(path, leaf, trained):
@@ -158,7 +165,7 @@ class Problem(NamedTuple):
 def problem(name: str, form: str, z: perturbations.Perturbation = Z) -> Problem:
     widths, epsilon = FORMS[form]
     case, in_floats = CASES[name](widths[0]), CASES[name](0)
-    mask = evaluation.resolve_mask(case.mask, case.params)
+    mask = tree_of_bools(case.mask, case.params)
     params, value_fn = case.params, case.value_fn
     if widths[0]:
         turn = itertools.cycle(widths[:1] if case.same_bits else widths)
