@@ -110,28 +110,70 @@ def apart(plus, minus):
     return int(np.sign(plus - minus))
 
 
+def shifted(loss, leaves, key, step):
+    """The loss one ascent step away."""
+    z = draw(key, step, 2**32 - 1, leaves)
+
+    def at(leaves, sign):
+        return loss({n: moved(v, sign * z[n], RHO) for n, v in leaves.items()})
+
+    side = apart(at(leaves, 1), at(leaves, -1))
+    return lambda leaves: at(leaves, side)
+
+
+def sign_gradient(loss, leaves, step):
+    """The gradient of sign-m-SPSA."""
+    gradient = dict.fromkeys(leaves, 0)
+    for i in range(M):
+        z = draw(KEY, step, i, leaves)
+        plus, minus = (
+            loss({n: moved(v, s * z[n], EPSILON) for n, v in leaves.items()})
+            for s in (1, -1)
+        )
+        side = apart(plus, minus)
+        gradient = {n: g + side * z[n] / 32 / M for n, g in gradient.items()}
+    return gradient
+
+
+class Optimizer:
+    """SGD, momentum or Adam of one leaf."""
+
+    def __init__(self, name, size):
+        self.name, self.steps = name, 0
+        self.first, self.second = np.zeros(size), np.zeros(size)
+
+    def direction(self, g):
+        """What the learning rate multiplies."""
+        self.steps += 1
+        if self.name == "momentum":
+            self.first = 0.9 * self.first + g
+            return self.first
+        if self.name == "adam":
+            self.first = 0.9 * self.first + 0.1 * g
+            self.second = 0.999 * self.second + 0.001 * g**2
+            mean = self.first / (1 - 0.9**self.steps)
+            return mean / (np.sqrt(self.second / (1 - 0.999**self.steps)) + 1e-8)
+        return g
+
+
+def stepped(leaf, direction):
+    """The leaf after a step, on its grid if it has one."""
+    g = direction.reshape(np.shape(value(leaf)))
+    if not isinstance(leaf, Grid):
+        return leaf - LR * g
+    q = leaf.q + np.rint(-LR * g / leaf.scale).astype(np.int64)
+    return leaf._replace(q=np.clip(q, -leaf.limit, leaf.limit))
+
+
 def reference(params, x, indices, *, sam, normalised, optimizer):
     """The params after a few steps, in float64 and Python's rounding."""
     x = np.asarray(x, np.float64)
     leaves = {name: to_numpy(leaf) for name, leaf in params.items()}
-    indices = {
-        name: np.arange(np.size(value(leaf))) if indices is None else indices[name]
+    sparse = indices is not None
+    optimizers = {
+        name: Optimizer(optimizer, len(indices[name]) if sparse else value(leaf).size)
         for name, leaf in leaves.items()
     }
-    first = {name: np.zeros(len(index)) for name, index in indices.items()}
-    second = {name: np.zeros(len(index)) for name, index in indices.items()}
-    sparse = any(len(i) < np.size(value(leaves[n])) for n, i in indices.items())
-
-    def shifted(loss, leaves, key, step):
-        """The loss one ascent step away."""
-        z = draw(key, step, 2**32 - 1, leaves)
-
-        def at(leaves, sign):
-            return loss({n: moved(v, sign * z[n], RHO) for n, v in leaves.items()})
-
-        side = apart(at(leaves, 1), at(leaves, -1))
-        return lambda leaves: at(leaves, side)
-
     for step in range(STEPS):
 
         def loss(leaves):
@@ -139,8 +181,7 @@ def reference(params, x, indices, *, sam, normalised, optimizer):
 
         if sam == "outside":
             loss = shifted(loss, leaves, SAM_KEY, step)
-        parts = leaves
-        part_loss = loss
+        parts, part_loss = leaves, loss
         if sparse:
             parts = {n: taken(leaf, indices[n]) for n, leaf in leaves.items()}
 
@@ -151,34 +192,15 @@ def reference(params, x, indices, *, sam, normalised, optimizer):
 
         if sam == "inside":
             part_loss = shifted(part_loss, parts, SAM_KEY, step)
-        gradient = dict.fromkeys(parts, 0)
-        for i in range(M):
-            z = draw(KEY, step, i, parts)
-            plus, minus = (
-                part_loss({n: moved(v, s * z[n], EPSILON) for n, v in parts.items()})
-                for s in (1, -1)
-            )
-            side = apart(plus, minus)
-            gradient = {n: g + side * z[n] / 32 / M for n, g in gradient.items()}
+        gradient = sign_gradient(part_loss, parts, step)
         for name, part in parts.items():
             g = gradient[name].reshape(-1)
             if normalised:
-                w = np.linalg.norm(value(part))
-                g = g / np.linalg.norm(g) * w
-            if optimizer == "adam":
-                first[name] = 0.9 * first[name] + 0.1 * g
-                second[name] = 0.999 * second[name] + 0.001 * g**2
-                g = first[name] / (1 - 0.9 ** (step + 1))
-                g = g / (np.sqrt(second[name] / (1 - 0.999 ** (step + 1))) + 1e-8)
-            if optimizer == "momentum":
-                g = first[name] = 0.9 * first[name] + g
-            g = g.reshape(np.shape(value(part)))
-            if isinstance(part, Grid):
-                q = part.q + np.rint(-LR * g / part.scale).astype(np.int64)
-                new = part._replace(q=np.clip(q, -part.limit, part.limit))
-            else:
-                new = part - LR * g
-            leaves[name] = put_back(leaves[name], indices[name], new) if sparse else new
+                g = g / np.linalg.norm(g) * np.linalg.norm(value(part))
+            new = stepped(part, optimizers[name].direction(g))
+            leaves = leaves | {
+                name: put_back(leaves[name], indices[name], new) if sparse else new
+            }
     return leaves
 
 
