@@ -470,7 +470,7 @@ DEEP = {f"layer_{i}": normal(i, 16, 16) / 4 for i in range(8)}
 
 def test_only_what_comes_after_the_site_is_evaluated_again():
     (line,) = activity.explain(deep, DEEP, ["layer_5"], x=normal(9, 4, 16))
-    assert line == activity.Explanation(
+    assert line == activity.PerturbedActivation(
         ("layer_5",), ("dot_general",), (4, 16), 4 * 16 * 4, 2 / 8
     )
     calls = []

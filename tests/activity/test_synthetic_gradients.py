@@ -202,7 +202,7 @@ def directions_of(shape, count, directions):
     for index in range(directions):
         key = perturbations.sample_key(jax.random.key(5), count, index)
         # Of the layer's first leaf.
-        (key,) = perturbations.leaf_keys(key, ["inner/bias"]).values()
+        key = perturbations.leaf_keys(key, ["inner/bias"])["inner/bias"]
         found.append(u.step * np.asarray(u.sample(key, shape)))
     return np.stack(found)
 
