@@ -58,7 +58,7 @@ def test_the_loss_is_value_fn_or_its_alias():
     assert _arguments.loss("link", params, jnp.sum, None) is jnp.sum
     assert _arguments.loss("link", params, None, jnp.sum) is jnp.sum
     for value_fn, obj_fn in ((None, None), (jnp.sum, jnp.max)):
-        with pytest.raises(ValueError, match="link needs the loss.*not both"):
+        with pytest.raises(ValueError, match=r"link needs the loss.*not both"):
             _arguments.loss("link", params, value_fn, obj_fn)
     with pytest.raises(ValueError, match="link needs the parameters"):
         _arguments.loss("link", None, jnp.sum, None)
@@ -84,7 +84,7 @@ def test_keys_of_both_kinds_and_nothing_else():
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "3", jnp.int32(3), None])
 def test_a_count_is_a_positive_python_integer(value):
-    with pytest.raises(ValueError, match="m must be a positive integer.*static_args"):
+    with pytest.raises(ValueError, match=r"m must be a positive integer.*static_args"):
         _arguments.count("m", value)
     _arguments.count("m", 1)
 
