@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from lanes import every
 
 import fgrad
 from fgrad import evaluation, perturbations
@@ -53,7 +54,7 @@ DOTS = {
     "vector_of_inputs": ((6,), (6, 5), (((0,), (0,)), ((), ())), False),
     "one_output": ((4, 6), (6, 1), (((1,), (0,)), ((), ())), False),
 }
-every_dot = pytest.mark.parametrize("case", DOTS)
+every_dot = pytest.mark.parametrize("case", every(3, DOTS))
 
 
 def swapped(numbers):
@@ -110,7 +111,7 @@ CONVS = {
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
-@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("case", every(3, CONVS))
 @pytest.mark.parametrize("bits", [None, 8, 16])
 def test_conv_general_dilated(case, bits):
     x_shape, w_shape, strides, padding, dilation = CONVS[case]

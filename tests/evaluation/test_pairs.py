@@ -11,6 +11,7 @@ import pytest
 from compiling import fast_jit
 from jax import lax
 from jax.experimental import io_callback
+from lanes import every, every_row
 from light_keys import light_key
 from loss_cases import CASES, LINEAR, X, affine, integers, size, weights
 
@@ -289,7 +290,10 @@ def test_float_leaves(name):
 # Networks are made of the other cases, and would bring time rather than news.
 @pytest.mark.parametrize("way", ["mixed"], indirect=True)
 @pytest.mark.parametrize(
-    "name", [n for n in CASES if not n.startswith(("linen", "nnx")) and "lstm" not in n]
+    "name",
+    every(
+        4, [n for n in CASES if not n.startswith(("linen", "nnx")) and "lstm" not in n]
+    ),
 )
 def test_fixed_point_leaves_some_of_them_frozen(name):
     task = problem(name, "int16")
@@ -298,7 +302,7 @@ def test_fixed_point_leaves_some_of_them_frozen(name):
     assert_losses(losses, task.pairs(mask)[:, 0], task)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every(4, CASES))
 def test_fixed_point_leaves_in_several_directions_at_once(name):
     task = problem(name, "int8")
     vectorize = M if task.vmap else 1
@@ -347,7 +351,7 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), list(zip(PRODUCTS, itertools.cycle(["int16", "float32"])))
+    ("name", "form"), every_row(5, zip(PRODUCTS, itertools.cycle(["int16", "float32"])))
 )
 def test_products_with_low_rank_perturbations(name, form):
     """They are taken apart: x (W + ε u vᵀ) = x W + ε (x u) vᵀ."""
