@@ -144,6 +144,7 @@ def multiply_adds(equations: Iterable[core.JaxprEqn]) -> float:
     Of a branch the longest counts, and a ``while`` loop as one round.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> closed = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5)))
       >>> multiply_adds(closed.jaxpr.eqns)

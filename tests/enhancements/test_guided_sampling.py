@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import fgrad
-from fgrad import evaluation, perturbations, rules
+from fgrad import evaluation, perturbations
 from fgrad.enhancements import momentum_guided_sampling
 from fgrad.fixed_point import is_qtensor
+from fgrad.leaves import Guidance, Plan, Policy
 
 KEY = jax.random.key(0)
 
@@ -46,22 +47,21 @@ def test_the_shares_are_those_of_the_definition(alpha, beta):
 @pytest.mark.parametrize("base", [perturbations.normal(), perturbations.rademacher()])
 def test_guided_z_is_an_integer_mix_of_unit_variance_around_the_direction(base):
     shape = (40, 50)
-    guidance = rules.Guidance(
-        {"w": direction(shape)}, jnp.float32(0.8), jnp.float32(0.6)
-    )
-    rule = rules.Policy(base, 1.0, guidance=guidance).rule(jnp.zeros(shape), "w")
+    guidance = Guidance({"['w']": direction(shape)}, jnp.float32(0.8), jnp.float32(0.6))
+    plan = Plan({"w": jnp.zeros(shape)}, Policy(1.0, perturbation=base))
+    one = plan.guided(guidance).arithmetic["['w']"]
     keys = jax.random.split(KEY, 400)
-    z = np.asarray(jax.vmap(lambda k: rule.sample(k, shape))(keys), np.int64)
-    assert rule.step == 2**-5
+    z = np.asarray(jax.vmap(lambda k: one.sample(k, shape))(keys), np.int64)
+    assert one.step == 2**-5
     noise = round(1024 * np.float32(0.8) * base.step * 32)
     pull = round(1024 * np.float32(0.6))
     n = np.asarray(base.sample(keys[0], shape), int).ravel().tolist()
-    d = np.asarray(guidance.directions["w"], int).ravel().tolist()
+    d = np.asarray(guidance.directions["['w']"], int).ravel().tolist()
     for got, a, b in zip(z[0].ravel().tolist(), n, d, strict=True):
         assert got == max(-127, min(127, (noise * a + pull * b + 512) >> 10))
-    values = z * rule.step
+    values = z * one.step
     assert np.mean(values**2) == pytest.approx(1.0, abs=0.02)
-    expected = 0.6 * np.asarray(guidance.directions["w"]) * rule.step
+    expected = 0.6 * np.asarray(guidance.directions["['w']"]) * one.step
     assert np.abs(values.mean(0) - expected).max() < 0.8 * 5 / math.sqrt(400) + 1 / 32
 
 
@@ -184,12 +184,13 @@ def test_a_stacked_leaf_is_guided_in_blocks_inside_a_scan():
         h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])
         return jnp.sum(h**2)
 
-    guidance = rules.Guidance(
+    guidance = Guidance(
         {"['w']": direction(stacked.shape)}, jnp.float32(0.6), jnp.float32(0.8)
     )
-    policy = rules.policy_at(0, 0.1, guidance=guidance)
-    plus, _ = evaluation.evaluate_pairs(value_fn, {"w": stacked}, KEY[None], policy)
-    there = evaluation.perturb_by(policy, {"w": stacked}, KEY)
+    plan = Plan({"w": stacked}, Policy(0.1)).guided(guidance)
+    keys = jax.vmap(plan.leaf_keys)(KEY[None])
+    plus, _ = evaluation.evaluate_pairs(value_fn, plan, keys)
+    there = plan.perturbed(KEY)
     np.testing.assert_allclose(plus[0], value_fn(there), rtol=1e-5)
 
 

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from lanes import every
 
 import fgrad
-from fgrad import evaluation, low_rank, perturbations, products, rules
-from fgrad.fixed_point import QTensor
+from fgrad import evaluation, perturbations
+from fgrad.evaluation import factored_products
+from fgrad.fixed_point import QTensor, products
+from fgrad.leaves import Plan, Policy
 
 KEY = jax.random.key(0)
 EPSILON = 0.25  # large against the weights, so that an error in z shows
@@ -51,7 +54,7 @@ DOTS = {
     "vector_of_inputs": ((6,), (6, 5), (((0,), (0,)), ((), ())), False),
     "one_output": ((4, 6), (6, 1), (((1,), (0,)), ((), ())), False),
 }
-every_dot = pytest.mark.parametrize("case", DOTS)
+every_dot = pytest.mark.parametrize("case", every(3, DOTS))
 
 
 def swapped(numbers):
@@ -108,7 +111,7 @@ CONVS = {
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
-@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("case", every(3, CONVS))
 @pytest.mark.parametrize("bits", [None, 8, 16])
 def test_conv_general_dilated(case, bits):
     x_shape, w_shape, strides, padding, dilation = CONVS[case]
@@ -233,8 +236,8 @@ def test_weights_at_the_end_of_the_grid_leave_room_for_z():
     for sign in (1, -1):
         perturbed = evaluation.perturb(params, KEY, EPSILON, z, sign=sign)["w"].qvalue
         base = np.clip(params["w"].qvalue, -32767 + 2 * step, 32767 - 2 * step)
-        keys = evaluation.trained_keys(KEY, params, {"w": True})
-        z_q = np.asarray(z.sample(keys["['w']"], (2, 2)), np.int64)
+        key = perturbations.leaf_keys(KEY, ["['w']"])["['w']"]
+        z_q = np.asarray(z.sample(key, (2, 2)), np.int64)
         np.testing.assert_array_equal(perturbed, base + sign * step * z_q)
     assert_equals_dense(value_fn, params, rank=2)
 
@@ -254,15 +257,17 @@ def test_directions_at_once_share_one_base_product(bits):
 
     if bits:
         params = fgrad.quantize(params, bits=bits)
-    policy = rules.Policy(perturbations.low_rank(1), EPSILON)
+    policy = Policy(EPSILON, perturbation=perturbations.low_rank(1))
     keys = jax.random.split(KEY, 8)
 
-    def losses(p):
-        return evaluation.evaluate_pairs(value_fn, p, keys, policy, vectorize=8)
+    def losses(p, vectorize=8):
+        plan = Plan(p, policy)
+        leaf_keys = jax.vmap(plan.leaf_keys)(keys)
+        return evaluation.evaluate_pairs(value_fn, plan, leaf_keys, vectorize=vectorize)
 
     def operands(jaxpr):
         for equation in jaxpr.eqns:
-            if equation.primitive.name in low_rank.RULES:
+            if equation.primitive.name in factored_products.PRODUCTS:
                 yield [v.aval.shape for v in equation.invars]
             for p in equation.params.values():
                 if hasattr(p, "jaxpr"):
@@ -273,5 +278,5 @@ def test_directions_at_once_share_one_base_product(bits):
     ]
     assert 48 * 40 in sizes
     assert 16 * 48 * 40 not in sizes
-    one_by_one = evaluation.evaluate_pairs(value_fn, params, keys, policy)
+    one_by_one = losses(params, vectorize=1)
     np.testing.assert_allclose(losses(params), one_by_one, rtol=1e-4)
