@@ -25,7 +25,7 @@ from fgrad.transform import (
     qzo_ff,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "QTensor",
