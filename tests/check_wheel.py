@@ -1,6 +1,6 @@
 """Checks an installed wheel; `.ci/wheel` runs it where there is no checkout.
 
-Usage: python check_wheel.py WHEEL PAGE, where PAGE is a page of docs/ whose Python runs.
+Usage: python check_wheel.py WHEEL PAGE; the Python of PAGE, a page of docs/, is run.
 """
 
 import doctest
