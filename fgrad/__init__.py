@@ -26,7 +26,7 @@ from fgrad.transform import (
     qzo_ff,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _interchange.register()
 
