@@ -483,7 +483,9 @@ def _spread(params: Any, indices: Any, changes: Any) -> Any:
         array = latest = _placed(jnp.full(jnp.shape(leaf), zero), index, array)
         if not is_qtensor(leaf):
             return array
-        return dataclasses.replace(leaf, qvalue=array, scale=jnp.zeros_like(leaf.scale))
+        return dataclasses.replace(
+            value, qvalue=array, scale=jnp.zeros_like(leaf.scale)
+        )
 
     return _unflatten(params, [leaf_fn(*pair) for pair in _pairs(params, indices)])
 
