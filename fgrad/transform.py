@@ -35,7 +35,8 @@ class ForwardGradState(NamedTuple):
       loss_differences: float32 [m], ``L₊ - L₋`` of the last step's pairs.
       nonfinite_pairs: int32 scalar, pairs that the last step left out.
       frozen_fraction: float32 scalar, share of the trained weights that the last
-        step's epsilon could not move (``ε_q = 0``).
+        step's epsilon could not move: on a grid ``ε_q = 0``, of floats those to which
+        the largest εz is too little to be added.
       guide: state of the ``guide``, or empty.
     """
 
@@ -173,13 +174,16 @@ def fixed_point_forward_grad(
         _arguments.visible(params)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
         plan = Plan(params, policy, mask=mask, step=state.count)
+        frozen = plan.frozen_fraction()
         names = plan.guidable
         if guide:
             plan = plan.guided(guide.at(state.guide, state.count, names))
         estimate = estimators.estimate(
             functools.partial(loss_fn, **kwargs),
             plan,
-            state.key,
+            # The weights are counted before anything else reads them. A count after
+            # the update would make a donated buffer be copied.
+            execution_order.delayed_key(state.key, frozen),
             estimator=estimator,
             vectorize=vectorize,
             on_nonfinite=on_nonfinite,
@@ -191,7 +195,7 @@ def fixed_point_forward_grad(
             loss=estimate.loss,
             loss_differences=estimate.loss_differences,
             nonfinite_pairs=estimate.nonfinite_pairs,
-            frozen_fraction=plan.frozen_fraction(),
+            frozen_fraction=frozen,
             guide=guide.advance(state.guide, gradient, names) if guide else (),
         )
 

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments import features, methods, optimizers, tasks, train
+from experiments import features, registry
 from experiments.configs import activity_search, fine_tuning, quickstart
 from experiments.data.arrays import Split
+from experiments.drivers import training
+from experiments.drivers.trainer import Trainer
+from experiments.learners import optimizers
+from experiments.learners.classification import Classification
+from experiments.learners.learner import make_learner
 from experiments.models import efficientnet, vit
 
 NETWORK = functools.partial(
@@ -36,7 +41,7 @@ def method(**changes):
 
 def run(config, steps, rate):
     """The state and the loss on all data before and after some steps."""
-    learner, data = methods.make_learner(config, NETWORK), splits()
+    learner, data = make_learner(config, NETWORK, Classification(config)), splits()
     state = learner.init(pretrained(), data["train"].images, 0)
     data = learner.cached(state, data)
     step = jax.jit(learner.step)
@@ -56,7 +61,7 @@ def run(config, steps, rate):
 def test_the_cosine_of_each_layer_is_told():
     changes = {"adaptation": {"adapter": {}}, "cache_frozen": True, "batch_size": 16}
     sites = {"Block_1/adapter": {"epsilon": 0.03}, **EXACT}
-    trainer = train.Trainer(
+    trainer = Trainer(
         method(**changes, sites=sites), NETWORK, pretrained(), splits(), ["accuracy"]
     )
     cosines = trainer.cosines(pretrained(), 0, 4)
@@ -66,12 +71,10 @@ def test_the_cosine_of_each_layer_is_told():
     assert cosines["Block_1"][1] > 0
     sites["Block_1/adapter"]["synthetic"] = {"site": "Dense_0", "memory": 100}
     config = method(**changes, sites=sites, steps=100)
-    trainer = train.Trainer(config, NETWORK, pretrained(), splits(), ["accuracy"])
+    trainer = Trainer(config, NETWORK, pretrained(), splits(), ["accuracy"])
     assert trainer.cosines(pretrained(), 0, 4)["Block_1"][0] > cosines["Block_1"][0]
     backward = {"gradient": "backward", **changes}
-    trainer = train.Trainer(
-        method(**backward), NETWORK, pretrained(), splits(), ["accuracy"]
-    )
+    trainer = Trainer(method(**backward), NETWORK, pretrained(), splits(), ["accuracy"])
     assert trainer.cosines(pretrained(), 0, 4) == {}
 
 
@@ -139,7 +142,7 @@ def test_two_adapters_are_trained_greedily(changes):
     if changes:
         return
     # Heads are exact, each for its own loss.
-    learner = methods.make_learner(config, NETWORK)
+    learner = make_learner(config, NETWORK, Classification(config))
     data = learner.cached(start, splits())["train"]
     gradient = jax.grad(learner.loss_fn)(start.params, start.frozen, {}, data)
     estimate = learner.estimate(start, jax.random.key(0), data)
@@ -190,14 +193,14 @@ def test_a_standardized_network_sees_a_domains_statistics():
         efficientnet.EfficientNetLite0, num_classes=3, standardized=True
     )
     data = {"train": Split(images, jnp.zeros(6, int))}
-    found = tasks.with_statistics(network(), params, data, 0.1)
+    found = registry.with_statistics(network(), params, data, 0.1)
     apply = jax.jit(functools.partial(network().apply, stop=-1))
     seen = apply({"params": found}, images)
     expected = features.standardize({"train": Split(raw, None)})["train"].images
     np.testing.assert_allclose(seen, expected, atol=1e-4)
-    again = tasks.with_statistics(network(), found, data, 0.1)
+    again = registry.with_statistics(network(), found, data, 0.1)
     jax.tree.map(np.testing.assert_array_equal, again, found)
-    assert tasks.with_statistics(plain, params, data, 0.1) is params
+    assert registry.with_statistics(plain, params, data, 0.1) is params
 
 
 # ------------------------------------------------------------- the experiment itself
@@ -233,7 +236,7 @@ def test_the_configuration_compares_at_equal_passes():
 def test_smoke(tmp_path):
     config = fine_tuning.get_config("smoke")
     config.run = ("adapter_activity", "adapter_synthetic")
-    results = train.run(config, str(tmp_path))
+    results = training.run(config, str(tmp_path))
     for name in config.run:
         scores = results[name]["scores"]["auc"]
         assert len(scores) == 2

@@ -18,6 +18,7 @@ from fgrad import estimators, perturbations
 from fgrad.activity import layer_gradients, synthetic_gradients
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.sites import Site, site_leaves
+from fgrad.evaluation import integer_reads
 from fgrad.fixed_point import is_qtensor, path_str
 from fgrad.tracing import graph
 from fgrad.tracing.graph import Graph
@@ -66,6 +67,7 @@ class Tapped:
         self._leaves = site_leaves(sites, params)
         names: list[str] = []
 
+        @integer_reads.checked
         def function(params: Any, kwargs: Any) -> list[jax.Array]:
             losses = named_losses(value_fn(params, **kwargs))
             names.extend(losses)

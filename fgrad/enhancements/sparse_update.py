@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from fgrad import _arguments, estimators, fixed_point, perturbations
-from fgrad.evaluation import evaluate_pairs
+from fgrad.evaluation import evaluate_pairs, integer_reads
 from fgrad.fixed_point import is_qtensor
 from fgrad.leaves import Epsilon, Mask, Plan
 from fgrad.leaves.arithmetic import Arithmetic
@@ -273,7 +273,8 @@ def sparse_update(
         # With the signature of the loss, which says what extra arguments it is given.
         @functools.wraps(loss_fn, updated=())
         def sparse_fn(values: Any, **kwargs: Any) -> jax.Array:
-            return loss_fn(_put_back(params, indices, values), **kwargs)
+            checked_fn = integer_reads.checked(lambda p: loss_fn(p, **kwargs))
+            return checked_fn(_put_back(params, indices, values))
 
         changes, inner_state = inner.update(
             jax.tree.map(jnp.zeros_like, chosen),
