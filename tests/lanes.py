@@ -20,7 +20,6 @@ def some(cases: Iterable[Any], core: Iterable[Any]) -> list[Any]:
 
 def every(number: int, cases: Iterable[Any]) -> list[Any]:
     """The values of one argument, slow but for the first of each ``number``."""
-    cases = list(cases)
     return [_slow(x) if i % number else x for i, x in enumerate(cases)]
 
 

@@ -105,6 +105,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings(site):
     index = (site / "index.html").read_text()
     for title in ("Getting started", "Theory", "Read an error", "Tutorials"):
@@ -112,6 +113,7 @@ def test_the_site_builds_without_warnings(site):
     assert 'id="fgrad.quantized_update"' in (site / "api/fgrad.html").read_text()
 
 
+@pytest.mark.slow
 def test_equations_are_in_the_page_and_need_no_script(site):
     theory = (site / "theory.html").read_text()
     equations = re.findall(r"<math .*?</math>", theory, re.DOTALL)
@@ -131,6 +133,7 @@ def test_an_equation_that_has_no_mathml_is_an_error():
         mathml.to_mathml(r"\nosuchcommand x", "inline")
 
 
+@pytest.mark.slow
 def test_names_of_other_projects_have_links(site):
     page = (site / "api/fgrad.html").read_text()
     assert "_autosummary/jax.Array.html#jax.Array" in page
@@ -189,6 +192,7 @@ def public(module):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -214,6 +218,7 @@ def test_the_reference_has_every_public_name(site, name):
     assert missing == PLUMBING.get(name, set())
 
 
+@pytest.mark.slow
 def test_the_reference_has_the_top_of_the_package_under_its_short_names(site):
     names = {
         name for name in fgrad.__all__ if not inspect.ismodule(getattr(fgrad, name))
@@ -221,6 +226,7 @@ def test_the_reference_has_the_top_of_the_package_under_its_short_names(site):
     assert {f"fgrad.{name}" for name in names} <= set(documented(site))
 
 
+@pytest.mark.slow
 def test_the_reference_has_nothing_private(site):
     for name, value in documented(site).items():
         assert value is not None, name

@@ -202,6 +202,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(registry.NETWORKS, "tiny", Tiny)
 
 
+@pytest.mark.slow
 def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
     config = ConfigDict({"driver": "few_shot", "parts": {"one": configured()}})
     config.parts.one.tasks = 5

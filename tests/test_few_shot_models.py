@@ -122,6 +122,7 @@ def test_integers_are_evaluated_and_seeds_may_run_at_once(name, parameters):
     np.testing.assert_allclose(both, one, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("bits", [None, (16, 8)])
 def test_recurrence_costs_what_inference_costs(bits):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from lanes import every
 
 from experiments import features, registry
 from experiments.configs import activity_search, fine_tuning, quickstart
@@ -58,6 +59,7 @@ def run(config, steps, rate):
     return first, state, start, loss(state)
 
 
+@pytest.mark.slow
 def test_the_cosine_of_each_layer_is_told():
     changes = {"adaptation": {"adapter": {}}, "cache_frozen": True, "batch_size": 16}
     sites = {"Block_1/adapter": {"epsilon": 0.03}, **EXACT}
@@ -98,7 +100,9 @@ def test_an_exact_head_is_trained_like_by_backpropagation():
 
 
 @pytest.mark.parametrize("synthetic", [{}, {"synthetic": {"site": "Dense_0"}}])
-@pytest.mark.parametrize("changes", [{}, {"bits": (16, 8)}], ids=["float", "16w8a"])
+@pytest.mark.parametrize(
+    "changes", every(2, [{}, {"bits": (16, 8)}]), ids=["float", "16w8a"]
+)
 def test_an_adapter_is_trained_by_its_activation(changes, synthetic):
     sites = {"Block_1/adapter": {"epsilon": 0.05, **synthetic}, **EXACT}
     config = method(**ADAPTER, sites=sites, num_perturbations=8, **changes)
@@ -113,6 +117,7 @@ def test_an_adapter_is_trained_by_its_activation(changes, synthetic):
     jax.tree.map(np.testing.assert_array_equal, first.frozen, state.frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"bits": (16, 8)}], ids=["float", "16w8a"])
 def test_two_adapters_are_trained_greedily(changes):
     head = EXACT["Dense_0"]
@@ -184,6 +189,7 @@ def test_forward_passes_of_a_step():
 # ------------------------------------------------------------ a domain's statistics
 
 
+@pytest.mark.slow
 def test_a_standardized_network_sees_a_domains_statistics():
     images = jax.random.normal(jax.random.key(0), (6, 32, 32, 3))
     plain = efficientnet.EfficientNetLite0(num_classes=3)
@@ -226,6 +232,7 @@ def test_the_configuration_compares_at_equal_passes():
         assert 0.99 * activity_search.PASSES < spent <= activity_search.PASSES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(
         importlib.util.find_spec(package) is None

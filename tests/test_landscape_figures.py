@@ -23,6 +23,7 @@ def results(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_losses_of_its_arithmetic(results):
     (found,) = results["landscapes"].values()
     losses = np.array(found["losses"])

@@ -52,6 +52,7 @@ def test_clean_images_are_mlxtends(tmp_path):
         np.testing.assert_array_equal(np.bincount(split.labels), len(found) // 10)
 
 
+@pytest.mark.slow
 def test_corrupted_splits_hold_each_image_in_each_kind(tmp_path, inverted):
     images, labels = padded()
     indices = {}
@@ -127,6 +128,7 @@ def test_every_cell_is_run_with_rates_to_choose_from():
         assert part.methods.lp_3_fp32.adaptation.linear_probe.num_layers == 3
 
 
+@pytest.mark.slow
 def test_it_runs_and_resumes(tmp_path):
     config = ood.get_config("smoke")
     del config.parts["severity_1"], config.parts["severity_3"]

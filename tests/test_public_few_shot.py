@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from lanes import some
 from PIL import Image
 from tensorflow_datasets.image_classification import caltech_birds
 from test_catalogue import prepared
@@ -101,6 +102,7 @@ def cifar_dir(tmp_path_factory):
     return str(data_dir), names
 
 
+@pytest.mark.slow
 def test_cifar_fs_has_its_published_classes(cifar_dir):
     data_dir, names = cifar_dir
     splits = few_shot_images.load("cifar_fs", data_dir)
@@ -142,6 +144,7 @@ def test_cub_is_split_by_number(tmp_path):
     smoke("vision", "cub", tmp_path, domain="cub_8")
 
 
+@pytest.mark.slow
 def test_omniglot_is_split_by_alphabets(tmp_path):
     # Two letters of each alphabet.
     alphabets = [f"alphabet_{i:02d}" for i in range(12)]
@@ -217,7 +220,7 @@ def zipped(folder):
     folder.rmdir()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", some([False, True], [True]))
 def test_mini_imagenet_is_split_by_its_files(packed, tmp_path):
     folder = manual(tmp_path) / "miniImageNet"
     write_mini(folder)
@@ -237,6 +240,7 @@ def test_mini_imagenet_is_split_by_its_files(packed, tmp_path):
         smoke("vision", "mini_imagenet", tmp_path, n_way=2)
 
 
+@pytest.mark.slow
 def test_tiered_imagenet_is_split_by_its_files(tmp_path):
     folder = manual(tmp_path) / "tiered-imagenet"
     folder.mkdir()
@@ -328,6 +332,7 @@ def heard(builder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_esc50_is_read(packed, tmp_path):
     root = manual(tmp_path) / "ESC-50-master"
@@ -352,6 +357,7 @@ def test_esc50_is_read(packed, tmp_path):
         smoke("audio", "esc50", tmp_path, n_way=2)
 
 
+@pytest.mark.slow
 def test_fsdkaggle2018_is_read(tmp_path):
     folder, number = manual(tmp_path), 0
     expected = {"train": [], "validation": [], "test": []}

@@ -128,6 +128,7 @@ def test_the_learning_rate_decays_to_zero_within_the_run(data_dir):
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(momentum_only))
 
 
+@pytest.mark.slow
 def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
     config = quickstart.get_config("smoke")
     config.data_dir = data_dir
@@ -277,6 +278,7 @@ def test_every_ablation_spends_the_same_budget():
             assert 0 <= ablation.BUDGETS[task] - passes < per_step
 
 
+@pytest.mark.slow
 def test_ablations_run(tmp_path, data_dir):
     config = ablation.get_config("smoke")
     part = config.parts.digits
