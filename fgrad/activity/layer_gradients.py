@@ -21,7 +21,8 @@ import numpy as np
 from jax import lax
 
 from fgrad import fixed_point
-from fgrad.fixed_point import products
+from fgrad.fixed_point import products, windows
+from fgrad.fixed_point.windows import Window
 from fgrad.tracing import graph
 from fgrad.tracing.graph import Graph, Node
 
@@ -294,40 +295,39 @@ def integer_conv_gradient(
     del bits
     numbers, groups = dimension_numbers, feature_group_count
     out_feature, in_feature, *spatial = numbers.rhs_spec
-    window = [shape[axis] for axis in spatial]
-    batch, feature, *image = numbers.lhs_spec
-    x = x.transpose((batch, *image, feature))
-    edges = [(*p, d - 1) for p, d in zip(padding, lhs_dilation, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    size = [shape[axis] for axis in spatial]
+    window = Window(size, window_strides, padding, rhs_dilation, lhs_dilation)
+    image = window.padded(windows.features_last(x, numbers.lhs_spec))
     dy_q = _to_8_bits(dy)
-    batch, feature, *image = numbers.out_spec
-    out = dy_q.qvalue.transpose((batch, *image, feature))
+    out = windows.features_last(dy_q.qvalue, numbers.out_spec)
     _check_terms(math.prod(out.shape[:-1]))
-    out = out.reshape(-1, groups, out.shape[-1] // groups)
-
-    def tap(position: Sequence[int]) -> jax.Array:
-        """[inputs of a group, outputs]."""
-        start = [p * d for p, d in zip(position, rhs_dilation, strict=True)]
-        size = [dy.shape[axis] for axis in image]
-        stop = [
-            s + (n - 1) * stride + 1
-            for s, n, stride in zip(start, size, window_strides, strict=True)
+    out = _by_group(out, groups)
+    taps = jnp.stack(
+        [
+            _tap_gradient(_by_group(window.seen_by(tap, image), groups), out)
+            for tap in window.taps()
         ]
-        seen = lax.slice(
-            x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *window_strides, 1)
-        ).reshape(-1, groups, x.shape[-1] // groups)
-        if seen.shape[-1] == 1:  # depthwise: no product, but a sum for each channel
-            wide = seen.astype(jnp.int32) * out.astype(jnp.int32)
-            return wide.sum(0).reshape(1, -1)
-        sums = lax.dot_general(
-            seen, out, (((0,), (0,)), ((1,), (1,))), preferred_element_type=jnp.int32
-        )
-        return sums.transpose(1, 0, 2).reshape(seen.shape[-1], -1)
+    )
+    sums = taps.reshape(*size, *taps.shape[1:])
+    order = np.argsort([*spatial, in_feature, out_feature])
+    gradient: jax.Array = sums.transpose(order).astype(jnp.float32) * dy_q.scale
+    return gradient
 
-    taps = jnp.stack([tap(position) for position in np.ndindex(*window)])
-    sums = taps.reshape(*window, *taps.shape[1:])
-    axes = [*spatial, in_feature, out_feature]
-    return sums.transpose(np.argsort(axes)).astype(jnp.float32) * dy_q.scale
+
+def _by_group(array: jax.Array, groups: int) -> jax.Array:
+    """[N, *image, features] as [N * image, groups, features of a group]."""
+    return array.reshape(-1, groups, array.shape[-1] // groups)
+
+
+def _tap_gradient(seen: jax.Array, out: jax.Array) -> jax.Array:
+    """The gradient of one tap of a kernel: [inputs of a group, outputs]."""
+    if seen.shape[-1] == 1:  # depthwise: no product, but a sum for each channel
+        wide = seen.astype(jnp.int32) * out.astype(jnp.int32)
+        return wide.sum(0).reshape(1, -1)
+    sums = lax.dot_general(
+        seen, out, (((0,), (0,)), ((1,), (1,))), preferred_element_type=jnp.int32
+    )
+    return sums.transpose(1, 0, 2).reshape(seen.shape[-1], -1)
 
 
 _INTEGER_GRADIENTS: dict[str, Callable[..., jax.Array]] = {

@@ -309,8 +309,7 @@ def explain(
                         primitives=max((x.path for x in layers.values()), key=len),
                         shape=aval.shape,
                         bytes=aval.size * aval.dtype.itemsize,
-                        evaluated_again=again
-                        / max(total, 1),
+                        evaluated_again=again / max(total, 1),
                     )
                 )
 
