@@ -14,7 +14,8 @@ import optax
 
 from experiments.benchmarks import block, measure, programs, subjects
 from experiments.benchmarks.measure import Effort, Program
-from experiments.benchmarks.subjects import Problem, Subject
+from experiments.benchmarks.problem import Problem
+from experiments.benchmarks.subjects import Subject
 from experiments.benchmarks.table import NOTHING, Table, mib
 
 _INSTALL = {

@@ -13,7 +13,7 @@ import optax
 
 import fgrad
 from experiments.benchmarks.measure import Program
-from experiments.benchmarks.subjects import Problem
+from experiments.benchmarks.problem import Problem
 from fgrad import fixed_point, perturbations
 
 LEARNING_RATE = 1e-4
