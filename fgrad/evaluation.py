@@ -388,11 +388,13 @@ def frozen_fraction(params: Any, policy: rules.Policy, mask: Mask = None) -> jax
     """
     mask = resolve_mask(mask, params)
     leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
-    frozen, total = jnp.float32(0), 0
+    # Floats, since an int32 ends at 2**31 weights.
+    frozen, total = jnp.float32(0), 0.0
     for leaf, trained in zip(leaves, jax.tree.leaves(mask), strict=True):
         if trained:
-            total += jnp.size(leaf)
-            frozen += (1 - policy.rule(leaf).moves()) * jnp.size(leaf)
+            size = float(jnp.size(leaf))
+            total += size
+            frozen += (1 - policy.rule(leaf).moves()) * size
     return frozen / max(total, 1)
 
 

@@ -308,7 +308,7 @@ def quantized_update(
                 "quantized_update needs the parameters: call "
                 "tx.update(updates, state, params, ...)."
             )
-        moved, total = jnp.float32(0), 0
+        moved, total = jnp.float32(0), 0.0  # an int32 ends at 2**31 weights
 
         # The update waits for the count. If the count compared with the new weights
         # instead, a donated buffer would be copied to keep the old ones.
@@ -322,7 +322,7 @@ def quantized_update(
                     if is_qtensor(leaf)
                     else zeros
                 )
-            total += jnp.size(leaf)
+            total += float(jnp.size(leaf))
             if not is_qtensor(leaf):
                 changed = (leaf + update).astype(jnp.result_type(leaf)) != leaf
                 count = jnp.sum(changed, dtype=jnp.float32)

@@ -5,6 +5,7 @@ for one. They are random, made on the device, and of any arithmetic: floats of 3
 bits, or integers on a grid with integer products.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ ARITHMETIC: dict[str, tuple[Any, Any]] = {
 _UNIT = round(1 / perturbations.normal().step)
 # The grid of an activation: 127 steps reach 8 standard deviations of a normalised one.
 _ACTIVATION_STEP = 1 / 16
-# A leaf is counted by 32 bits, so that a larger one is stored as several.
-_MAX_LEAF = 2**32
+# XLA counts what is in an array by 32 bits here and there: a larger one is stored as
+# several.
+_MAX_LEAF = 2**31
 
 
 class Transformer(NamedTuple):
@@ -43,6 +45,9 @@ class Transformer(NamedTuple):
       outputs: the vocabulary of a decoder, or the classes of an encoder.
       inputs: values of a patch, for an encoder; 0 for a decoder, which reads tokens.
       stages: parts that the blocks are stacked in, each a scan of its own.
+      outputs_first: whether a block's matrices are stored as [out, in], rather than as
+        [in, out]. Integer products on a GPU want the former: of the latter XLA makes
+        a copy, and ahead of the scan, which is a second copy of the model.
       checkpointed: whether backpropagation computes a block again rather than store
         what is inside it.
     """
@@ -54,6 +59,7 @@ class Transformer(NamedTuple):
     outputs: int
     inputs: int = 0
     stages: int = 1
+    outputs_first: bool = False
     checkpointed: bool = False
 
     def staged(self) -> "Transformer":
@@ -78,7 +84,10 @@ def abstract_params(network: Transformer, arithmetic: str) -> Any:
       A pytree; matrices of integers are `fgrad.QTensor`, with one scale for each.
     """
     matrix, other = ARITHMETIC[arithmetic]
-    width, counts = network.width, np.full(network.stages, network.depth // network.stages)
+    width, counts = (
+        network.width,
+        np.full(network.stages, network.depth // network.stages),
+    )
     counts[: network.depth % network.stages] += 1
 
     def vector(*shape: int) -> Any:
@@ -88,18 +97,21 @@ def abstract_params(network: Transformer, arithmetic: str) -> Any:
         array = jax.ShapeDtypeStruct(shape, matrix)
         if jnp.issubdtype(matrix, jnp.floating):
             return array
-        scales = shape[:-2] + (1, 1) if len(shape) > 2 else ()
+        scales = (*shape[:-2], 1, 1) if len(shape) > 2 else ()
         return fgrad.QTensor(array, jax.ShapeDtypeStruct(scales, jnp.float32))
 
     def dense(*shape: int) -> Any:
-        return {"kernel": kernel(*shape), "bias": vector(*shape[:-2], shape[-1])}
+        *stacked, inputs, outputs = shape
+        sides = (outputs, inputs) if network.outputs_first else (inputs, outputs)
+        return {"kernel": kernel(*stacked, *sides), "bias": vector(*stacked, outputs)}
 
     def norm(*stacked: int) -> Any:
         return {"scale": vector(*stacked, width), "bias": vector(*stacked, width)}
 
     def stage(count: int) -> Any:
         square = {
-            name: dense(count, width, width) for name in ("query", "key", "value", "out")
+            name: dense(count, width, width)
+            for name in ("query", "key", "value", "out")
         }
         return {
             **square,
@@ -133,7 +145,8 @@ def random_params(network: Transformer, arithmetic: str) -> Any:
     for index, (path, leaf) in enumerate(paths):
         key = jax.random.fold_in(jax.random.key(0), index)
         name = fixed_point.path_str(path).split("/")[-1]
-        fan_in = leaf.shape[-1 if name == "embedding" else -2] if leaf.ndim > 1 else 1
+        rows = name == "embedding" or network.outputs_first
+        fan_in = leaf.shape[-1 if rows else -2] if leaf.ndim > 1 else 1
         size = fan_in**-0.5
         if fixed_point.is_qtensor(leaf):
             units = 200 if leaf.bits > 8 else 1
@@ -165,7 +178,7 @@ def loss(network: Transformer, params: Any, batch: Any) -> jax.Array:
     """
     if network.inputs:
         patches, labels = batch
-        x = _dense(patches, params["patches"])
+        x = _dense(network, patches, params["patches"])
         token = jnp.broadcast_to(params["class_token"], (len(x), 1, network.width))
         x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
     else:
@@ -176,7 +189,7 @@ def loss(network: Transformer, params: Any, batch: Any) -> jax.Array:
         x = _blocks(network, x, stage)
     x = _norm(x, params["norm"])
     if network.inputs:
-        logits = _dense(x[:, 0], params["head"])
+        logits = _dense(network, x[:, 0], params["head"])
     else:
         logits = _product(x, params["embedding"], 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -187,17 +200,18 @@ def loss(network: Transformer, params: Any, batch: Any) -> jax.Array:
 
 def _blocks(network: Transformer, x: jax.Array, stage: Any) -> jax.Array:
     """Runs the blocks of a stage, one after the other."""
+    dense = functools.partial(_dense, network)
 
     def block(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
         heads = (*x.shape[:2], network.num_heads, network.width // network.num_heads)
         y = _norm(x, layers["before_attention"])
         mixed = jax.nn.dot_product_attention(
-            *(_dense(y, layers[n]).reshape(heads) for n in ("query", "key", "value")),
+            *(dense(y, layers[n]).reshape(heads) for n in ("query", "key", "value")),
             is_causal=not network.inputs,
         )
-        x = x + _dense(mixed.reshape(x.shape), layers["out"])
-        y = _dense(_norm(x, layers["before_perceptron"]), layers["up"])
-        return x + _dense(jax.nn.gelu(y), layers["down"]), None
+        x = x + dense(mixed.reshape(x.shape), layers["out"])
+        y = dense(_norm(x, layers["before_perceptron"]), layers["up"])
+        return x + dense(jax.nn.gelu(y), layers["down"]), None
 
     if network.checkpointed:
         block = jax.checkpoint(block)
@@ -209,8 +223,8 @@ def _norm(x: jax.Array, layer: Any) -> jax.Array:
     return (y * layer["scale"] + layer["bias"]).astype(x.dtype)
 
 
-def _dense(x: jax.Array, layer: Any) -> jax.Array:
-    return _product(x, layer["kernel"], 0) + layer["bias"]
+def _dense(network: Transformer, x: jax.Array, layer: Any) -> jax.Array:
+    return _product(x, layer["kernel"], int(network.outputs_first)) + layer["bias"]
 
 
 def _product(x: jax.Array, matrix: Any, axis: int) -> jax.Array:
@@ -247,7 +261,9 @@ def random_batch(network: Transformer, batch_size: int, dtype: Any) -> Any:
 
     def array(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jnp.asarray(random.integers(network.outputs, size=leaf.shape), leaf.dtype)
+            return jnp.asarray(
+                random.integers(network.outputs, size=leaf.shape), leaf.dtype
+            )
         return jnp.asarray(random.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
     return jax.tree.map(array, abstract_batch(network, batch_size, dtype))
