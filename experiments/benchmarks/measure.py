@@ -50,6 +50,10 @@ class Program:
             options = {} if optimize else quick_options()
             self._compiled = self._lowered.compile(options)
 
+    def text(self) -> str:
+        """The compiled program as the compiler writes it, optimized."""
+        return self._compiled.as_text()
+
     def plan(self) -> Memory:
         """What the compiler plans for a call."""
         compiled = self._compiled or self._lowered.compile(quick_options())

@@ -161,6 +161,6 @@ def _moved(params: Any, direction: Any, scale: Any) -> Any:
         value = jnp.asarray(leaf) + scale * direction
         if fixed_point.is_qtensor(leaf):
             return fixed_point.quantize_to_scale(value, leaf.scale, leaf.bits)
-        return value
+        return value.astype(jnp.result_type(leaf))
 
     return jax.tree.map(leaf_fn, params, direction, is_leaf=fixed_point.is_qtensor)
