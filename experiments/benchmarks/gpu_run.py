@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
-from experiments.benchmarks import gpu_sections
+from experiments.benchmarks import gpu_sections, h100
 from experiments.benchmarks.gpu_sections import Row
 
 # Sections that take less time than this are not begun.
@@ -46,7 +46,7 @@ SECTIONS = {
     "peers": Section(gpu_sections.peers, 60, _SHARED),
     "mezo": Section(gpu_sections.mezo, 30, {"JAX_PLATFORMS": "cpu"}),
     "seeds": Section(gpu_sections.seeds, 75, _SHARED),
-    "plan": Section(gpu_sections.plan, 240),
+    "plan": Section(gpu_sections.plan, 240, h100.ENVIRONMENT),
 }
 # The plan of what is run anyway would only cost time.
 MEASURED = [name for name in SECTIONS if name != "plan"]

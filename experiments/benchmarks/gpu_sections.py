@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import fgrad
-from experiments.benchmarks import measure, programs, transformer
+from experiments.benchmarks import h100, measure, programs, transformer
 from experiments.benchmarks.measure import Effort, Program
 from experiments.benchmarks.problem import Problem
 from experiments.benchmarks.table import NOTHING, mib
@@ -437,22 +437,32 @@ class Planned(NamedTuple):
         return Memory.planned(self.inference), Memory.planned(self.step)
 
 
-def planned(network: Transformer, arithmetic: str, batch_size: int = 1) -> Planned:
-    """Compiles an inference and a step of a model that need not fit anywhere."""
-    options = measure.quick_options()
-    problem = transformer.problem(network, batch_size, arithmetic, abstract=True)
-    inference = jax.jit(lambda params, data: problem.loss_fn(params, **data))
+def planned(
+    network: Transformer, arithmetic: str, *, for_h100: bool = False
+) -> Planned:
+    """Compiles an inference and a step of a model that need not fit anywhere.
+
+    Args:
+      network: sizes.
+      arithmetic: of the weights.
+      for_h100: compiles for a device that is not there, see `h100`, rather than for
+        the one that is.
+    """
+    problem = transformer.problem(network, 1, arithmetic, abstract=True)
     step, tx = _step(problem)
     carry = (problem.params, jax.eval_shape(tx.init, problem.params))
-    jitted = jax.jit(step, donate_argnums=0)
+    data = problem.data
+    options = measure.quick_options()
+    if for_h100:
+        options = h100.OPTIONS
+        carry, data = h100.placed((carry, data))
+    inference = jax.jit(lambda params, data: problem.loss_fn(params, **data))
+    lowered = (
+        inference.lower(carry[0], data),
+        jax.jit(step, donate_argnums=0).lower(carry, data),
+    )
     with futures.ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(
-            lambda lowered: lowered.compile(options),
-            (
-                inference.lower(problem.params, problem.data),
-                jitted.lower(carry, problem.data),
-            ),
-        )
+        compiled = pool.map(lambda program: program.compile(options), lowered)
         return Planned(network, problem, *compiled, tx)
 
 
@@ -469,9 +479,15 @@ _TINY_LARGEST = {
 
 def plan(smoke: bool) -> Iterator[Row]:
     """The compiler's plan for 30 and 60 billion weights; nothing is allocated."""
-    for arithmetic, network in (_TINY_LARGEST if smoke else _LARGEST).items():
-        result = planned(network if smoke else network.staged(), arithmetic)
-        yield from _planned_rows(result, arithmetic)
+    networks = _TINY_LARGEST if smoke else _LARGEST
+    for arithmetic, network in networks.items():
+        yield from _planned_rows(planned(network.staged(), arithmetic), arithmetic)
+    if smoke or not h100.available():
+        return
+    for arithmetic, network in networks.items():
+        result = planned(network.staged(), arithmetic, for_h100=True)
+        for row in _planned_rows(result, arithmetic):
+            yield row._replace(what=f"{row.what} for an H100")
 
 
 def _planned_rows(result: Planned, arithmetic: str) -> Iterator[Row]:
@@ -512,7 +528,7 @@ def _largest(network: Transformer, arithmetic: str, smoke: bool) -> Iterator[Row
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit and not smoke:
         network = fitting(network, arithmetic, _FILLED * limit)
-    result = planned(network if smoke else network.staged(), arithmetic)
+    result = planned(network.staged(), arithmetic)
     over = max(m.live for m in result.memory) - _FILLED * (limit or float("inf"))
     if over > 0:
         less = -(-over // _block_bytes(network, arithmetic))

@@ -65,7 +65,8 @@ class Transformer(NamedTuple):
     def staged(self) -> "Transformer":
         """The same with as many stages as keep each leaf within 32 bits."""
         largest = max(1, (_MAX_LEAF - 1) // (4 * self.width**2))
-        return self._replace(stages=math.ceil(self.depth / largest))
+        stages = max(self.stages, math.ceil(self.depth / largest))
+        return self._replace(stages=stages)
 
 
 # Of the published sizes: ViT-B/16 at 224 pixels, OPT-1.3B with its sequences cut short.
