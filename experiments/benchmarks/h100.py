@@ -53,7 +53,10 @@ OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 def available() -> bool:
     """Whether the plug-in is installed."""
-    return importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    parent = importlib.util.find_spec("jax_plugins")
+    return parent is not None and bool(
+        importlib.util.find_spec("jax_plugins.xla_cuda13")
+    )
 
 
 def placed(tree: Any) -> Any:
