@@ -41,6 +41,7 @@ _WHOLE = {**_SHARED, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 SECTIONS = {
     "vit": Section(gpu_sections.vit, 110, _SHARED),
     "int8": Section(gpu_sections.int8, 40, _SHARED),
+    "kernel": Section(gpu_sections.kernel, 45, _SHARED),
     "headline": Section(gpu_sections.headline, 130, _WHOLE),
     "decoder": Section(gpu_sections.decoder, 75, _SHARED),
     "peers": Section(gpu_sections.peers, 60, _SHARED),

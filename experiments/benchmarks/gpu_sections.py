@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import os
 import re
 import statistics
@@ -15,8 +16,15 @@ import jax.numpy as jnp
 import optax
 
 import fgrad
-from experiments.benchmarks import h100, measure, programs, transformer
+from experiments.benchmarks import (
+    h100,
+    measure,
+    perturbed_dot,
+    programs,
+    transformer,
+)
 from experiments.benchmarks.measure import Effort, Program
+from experiments.benchmarks.perturbed_dot import Blocks
 from experiments.benchmarks.problem import Problem
 from experiments.benchmarks.table import NOTHING, mib
 from experiments.benchmarks.transformer import Transformer
@@ -392,6 +400,39 @@ def product_kernels(text: str) -> str:
         description = f"{kind.strip('_')} {types} to {out}"
         found[description] = found.get(description, 0) + 1
     return ", ".join(f"{n} {what}" for what, n in found.items()) or "no product"
+
+
+def kernel(smoke: bool) -> Iterator[Row]:
+    """A product with perturbed weights: the plain way, and in one kernel."""
+    size = 128 if smoke else 4096
+    blocks = [perturbed_dot.DEFAULT]
+    if not smoke:
+        blocks += [Blocks(16, 256), Blocks(64, 64), Blocks(32, 64, 2), Blocks(64, 128)]
+    key, cpu = jax.random.key(0), jax.default_backend() == "cpu"
+    for dtype, rows in itertools.product(("bfloat16", "float32"), (1, 8)):
+        shapes = ((rows, size), (size, size))
+        x, w = (
+            transformer.random_array(key, shape, jnp.dtype(dtype), size**-0.5)
+            for shape in shapes
+        )
+        row = Row(f"product with {size} x {size}, perturbed", dtype, rows)
+        makers: dict[str, Callable[..., Any]] = {
+            "unperturbed": lambda x, w, key, epsilon: x @ w,
+            "W + εz, then the product": perturbed_dot.plain,
+        }
+        for some in blocks:
+            name = "one kernel, " + "/".join(map(str, some))
+            makers[name] = functools.partial(
+                perturbed_dot.fused, blocks=some, interpret=cpu
+            )
+        entries = {}
+        for what, fn in makers.items():
+            make = functools.partial(Program, fn, x, w, key, jnp.float32(1e-3))
+            reference = "W + εz, then the product"
+            entries[what] = Entry(make, row._replace(what=what), reference)
+        yield from compared(entries, _effort(smoke))
+        if smoke:
+            return
 
 
 # ------------------------------------------------------------------------ headline

@@ -151,13 +151,13 @@ def random_params(network: Transformer, arithmetic: str) -> Any:
         size = fan_in**-0.5
         if fixed_point.is_qtensor(leaf):
             units = 200 if leaf.bits > 8 else 1
-            qvalue = _random(key, leaf.shape, leaf.qvalue.dtype, units)
+            qvalue = random_array(key, leaf.shape, leaf.qvalue.dtype, units)
             scale = jnp.full(leaf.scale.shape, size / (_UNIT * units), jnp.float32)
             leaves.append(fgrad.QTensor(qvalue, scale))
         elif name in ("scale", "bias"):
             leaves.append(jnp.full(leaf.shape, float(name == "scale"), leaf.dtype))
         else:
-            leaves.append(_random(key, leaf.shape, leaf.dtype, size / _UNIT))
+            leaves.append(random_array(key, leaf.shape, leaf.dtype, size / _UNIT))
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -166,7 +166,7 @@ def _sample(key: jax.Array, shape: Any, dtype: Any, amplitude: float) -> jax.Arr
     return (z.astype(jnp.float32) * amplitude).astype(dtype)
 
 
-_random = jax.jit(_sample, static_argnums=(1, 2, 3))
+random_array = jax.jit(_sample, static_argnums=(1, 2, 3))
 
 
 def loss(network: Transformer, params: Any, batch: Any) -> jax.Array:
