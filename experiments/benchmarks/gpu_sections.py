@@ -505,8 +505,8 @@ def planned(
         jax.jit(step, donate_argnums=0).lower(carry, data),
     )
     with futures.ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(lambda program: program.compile(options), lowered)
-        return Planned(network, problem, *compiled, tx)
+        inferred, stepped = pool.map(lambda p: p.compile(options), lowered)
+    return Planned(network, problem, inferred, stepped, tx)
 
 
 # Width, heads and vocabulary of OPT-30B and OPT-66B; the depth is what fits.
