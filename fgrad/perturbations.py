@@ -298,14 +298,18 @@ def pieces(
 
 
 def counter_hash(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """uint32 words that are a hash of their index, keyed by every word of the key.
+    """uint32 words that are a `hashed` index, keyed by every word of the key."""
+    return hashed(jax.random.key_data(key).reshape(-1), indices)
+
+
+def hashed(words: jax.Array, indices: jax.Array) -> jax.Array:
+    """uint32 hashes of indices, keyed by each of the uint32 ``words``.
 
     Each round is a bijection with an avalanche bias near the least possible for two
     multiplications (the constants are Chris Wellons' "lowbias32"). XLA fuses it into
     the addition to the weights.
     """
     x = indices * _GOLDEN
-    words = jax.random.key_data(key).reshape(-1)
     for i in range(words.size):
         x = x ^ words[i]
         x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)

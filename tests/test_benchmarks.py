@@ -63,6 +63,7 @@ def test_the_smoke_command_writes_every_table(tmp_path):
         "time",
         "peers",
         "growth",
+        "compile",
     ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():
@@ -169,7 +170,7 @@ def test_a_bar_is_held_on_its_side(value, at_least, held):
 
 def test_a_peer_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert not peers._installed("evosax")
+    assert not peers.installed("evosax")
     assert "evosax is not installed" in capsys.readouterr().out
 
 

@@ -21,8 +21,10 @@ from fgrad.fixed_point.integers import (
     update_qvalue,
 )
 from fgrad.fixed_point.qtensor import (
+    QGradient,
     QTensor,
     as_gradient,
+    as_update,
     check_values,
     dequantize,
     fake_quantize,
@@ -39,9 +41,11 @@ __all__ = [
     "MAX_BITS",
     "MIN_BITS",
     "Calibration",
+    "QGradient",
     "QTensor",
     "abs_max",
     "as_gradient",
+    "as_update",
     "calibrate_scale",
     "check_values",
     "dequantize",

@@ -8,6 +8,7 @@ pytrees onto the grid and off it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -138,17 +139,37 @@ def _flatten_with_keys(q: QTensor) -> tuple[tuple[tuple[Any, Any], ...], int]:
     return ((key("qvalue"), q.qvalue), (key("scale"), q.scale)), q.bits
 
 
-def _unflatten(bits: int, parts: Any) -> QTensor:
+def _unflatten(kind: type[QTensor], bits: int, parts: Any) -> QTensor:
     # Tree maps put anything in the place of the parts, so nothing is checked here.
-    q = object.__new__(QTensor)
+    q = object.__new__(kind)
     for name, part in zip(("qvalue", "scale", "bits"), (*parts, bits), strict=True):
         object.__setattr__(q, name, part)
     return q
 
 
-jax.tree_util.register_pytree_with_keys(
-    QTensor, _flatten_with_keys, _unflatten, _flatten
-)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QGradient(QTensor):
+    """The gradient of a `QTensor`, or an update of it that is not on the grid yet.
+
+    Its ``qvalue`` is a float array in units of the value, not of grid steps, and its
+    ``scale`` is zero. Optax's links that map over gradients alone take it as it is. It
+    is a pytree node of its own, which does not fit beside a `QTensor`: what adds it to
+    the parameters raises an error, where integers would be cut off in silence.
+    `fgrad.quantized_update` makes an update of it that fits.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            "a gradient that is not on the weight grid. Let fgrad.quantized_update() "
+            "be the last link of the chain; an optimizer with moments or weight decay "
+            "goes inside fgrad.on_values(...)"
+        )
+
+
+for _kind in (QTensor, QGradient):
+    jax.tree_util.register_pytree_with_keys(
+        _kind, _flatten_with_keys, functools.partial(_unflatten, _kind), _flatten
+    )
 
 
 def _check_storage(dtype: Any, bits: int) -> None:
@@ -292,20 +313,31 @@ def with_stored(leaf: Any, array: jax.Array) -> Any:
 
 
 def as_gradient(leaf: Any, value: jax.Array) -> Any:
-    """A gradient or an update in the form that optax expects for a leaf.
+    """The gradient of a leaf: in the leaf's dtype, or of a `QTensor` a `QGradient`.
 
     Args:
       leaf: float array or `QTensor`.
-      value: in the shape of the leaf.
-
-    Returns:
-      For a float leaf the value in the leaf's dtype. For a `QTensor` a `QTensor` that
-      holds the value in its ``qvalue``, in its own dtype, and a ``scale`` of zero: what
-      is added to a scale leaves it as it is.
+      value: in the shape of the leaf, in loss per unit of the leaf's value.
     """
     if not is_qtensor(leaf):
         return value.astype(jnp.result_type(leaf))
-    return dataclasses.replace(leaf, qvalue=value, scale=jnp.zeros_like(leaf.scale))
+    return QGradient(value, jnp.zeros_like(leaf.scale), leaf.bits)
+
+
+def as_update(leaf: Any, change: jax.Array) -> Any:
+    """An update that ``optax.apply_updates`` adds to a leaf.
+
+    Args:
+      leaf: float array or `QTensor`.
+      change: in the shape of the leaf; of a `QTensor` an int32 number of grid steps.
+
+    Returns:
+      For a float leaf the change itself. For a `QTensor` a `QTensor` with the change as
+      its ``qvalue`` and a ``scale`` of zero, which leaves that of the leaf as it is.
+    """
+    if not is_qtensor(leaf):
+        return change
+    return dataclasses.replace(leaf, qvalue=change, scale=jnp.zeros_like(leaf.scale))
 
 
 def quantize(
