@@ -282,7 +282,7 @@ class Plan:
         """Raises if ε is too small for a trained leaf: it would never move.
 
         On a grid that is an ε of at most half a weight step, in any channel; of floats
-        one that changes no weight of the leaf. Traced values cannot be looked at here:
+        one that changes no weight of any leaf. Traced values cannot be looked at here:
         then the check runs with the computation, and raises from there.
         """
         steps, scales, frozen = {}, {}, {}
@@ -391,14 +391,12 @@ def _check_frozen(
       scales: the weight steps of these leaves.
       frozen: of each leaf of floats the share of weights that ε cannot move.
     """
-    for name, share in frozen.items():
-        if float(share) == 1:
-            raise ValueError(
-                f"epsilon={epsilon} changes no weight of leaf {name!r}: added to the "
-                "weights it is rounded away, so the leaf would never move. Use a "
-                "larger epsilon, fgrad.relative_epsilon, a wider dtype, or mask the "
-                "leaf."
-            )
+    if frozen and not steps and all(float(share) == 1 for share in frozen.values()):
+        raise ValueError(
+            f"epsilon={epsilon} changes no weight of {', '.join(map(repr, frozen))}: "
+            "added to the weights it is rounded away, so nothing would ever move. Use "
+            "a larger epsilon, fgrad.relative_epsilon or a wider dtype."
+        )
     low_rank = isinstance(perturbation, perturbations.LowRank)
     unit = perturbation.step if low_rank else 1.0
     for name, scale in scales.items():
