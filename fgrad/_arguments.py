@@ -17,6 +17,16 @@ import optax
 from fgrad import perturbations
 from fgrad.leaves import Epsilon, OnGrid, Policy
 from fgrad.leaves import epsilon as epsilons
+from fgrad.tracing import promotion
+
+
+def link(
+    init_fn: Callable[[Any], Any], update_fn: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that computes under JAX's usual rules of promotion."""
+    return optax.GradientTransformationExtraArgs(
+        promotion.usual_rules(init_fn), promotion.usual_rules(update_fn)
+    )
 
 
 def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:

@@ -18,6 +18,7 @@ import numpy as np
 from fgrad.evaluation import evaluate_pairs
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
+from fgrad.tracing.promotion import usual_rules
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
 Estimator = Callable[[jax.Array, jax.Array, jax.typing.ArrayLike], jax.Array]
@@ -164,6 +165,7 @@ class Estimate(NamedTuple):
     nonfinite_pairs: jax.Array
 
 
+@usual_rules
 def forward_gradient(
     value_fn: Callable[..., jax.Array],
     params: Any,
@@ -227,6 +229,7 @@ def forward_gradient(
     )
 
 
+@usual_rules
 def gradient_from_losses(
     params: Any,
     key: jax.Array,

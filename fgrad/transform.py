@@ -200,7 +200,7 @@ def fixed_point_forward_grad(
             guide=guide.advance(state.guide, gradient, names) if guide else (),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 def _check_together(
@@ -303,7 +303,7 @@ def quantized_update(
         moved = sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
         return updates, QuantizedUpdateState(moved_fraction=moved)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 def _on_the_grid(
@@ -377,7 +377,7 @@ def on_values(
         updates = jax.tree.map(with_stored, updates, values, is_leaf=is_qtensor)
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 def qzo_ff(

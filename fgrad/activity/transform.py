@@ -178,7 +178,7 @@ def activity_forward_grad(
         _arguments.visible(params)
         return _update(options, updates, state, params, loss_fn, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

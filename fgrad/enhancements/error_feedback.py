@@ -102,7 +102,7 @@ def error_feedback(
         residual = treedef.unflatten([rest for _, rest in rounded])
         return updates, ErrorFeedbackState(residual)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 def _round(leaf: Any, update: Any, residual: Any) -> tuple[Any, Any]:

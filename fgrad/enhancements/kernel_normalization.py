@@ -104,7 +104,7 @@ def kernel_normalization(
 
         return map_leaves(leaf_fn, mask, params, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 def _axes(leaf: Any, per: str) -> tuple[int, ...]:

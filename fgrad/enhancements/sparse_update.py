@@ -168,7 +168,7 @@ def sparse_update(
         loss_fn = _arguments.loss("sparse_update", params, value_fn, obj_fn)
         return _update(options, state, params, loss_fn, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,8 +18,10 @@ from fgrad.evaluation import integer_reads, point_of_use
 from fgrad.fixed_point import is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
+from fgrad.tracing.promotion import usual_rules
 
 
+@usual_rules
 def dual_forward(
     value_fn: Callable[..., jax.Array],
     params: Any,
@@ -72,6 +74,7 @@ def dual_forward(
     return plus[0], minus[0]
 
 
+@usual_rules
 def perturb(
     params: Any,
     key: jax.Array,

@@ -31,7 +31,10 @@ def dependent_zero(array: jax.Array) -> jax.Array:
       Array(0, dtype=uint32)
     """
     first = array
-    if array.ndim:
+    if array.ndim and any(getattr(jax.typeof(array).sharding, "spec", ())):
+        # On a mesh with explicit axes a sharded axis can be summed up, but not sliced.
+        first = jnp.max(array)
+    elif array.ndim:
         corner = lax.slice(array, [0] * array.ndim, [1] * array.ndim)
         first = lax.squeeze(corner, range(array.ndim))
     if jnp.issubdtype(first.dtype, jnp.floating):
