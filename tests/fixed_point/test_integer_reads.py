@@ -11,7 +11,7 @@ import pytest
 
 import fgrad
 from fgrad import activity, enhancements, fixed_point, layers, products
-from fgrad.evaluation import integer_reads
+from fgrad.fixed_point import integer_reads
 
 X = jnp.linspace(-1, 1, 8).reshape(4, 2)
 
