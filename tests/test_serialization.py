@@ -417,9 +417,24 @@ def forged(tensors, bits, names=None):
 
 QVALUE, ONE = np.int8([[1, 2], [-3, 4]]), np.float32(1)
 IMPOSSIBLE = {
-    "int8 for 16 bits": (QVALUE, ONE, 16, "leaf 'w' .* up to 32767, which do not fit .* int8"),
-    "int16 for 8 bits": (QVALUE.astype(np.int16), ONE, 8, "leaf 'w' .* 8 bits are kept in int8"),
-    "int32": (QVALUE.astype(np.int32), ONE, 16, "kept in int16, and its qvalue is int32"),
+    "int8 for 16 bits": (
+        QVALUE,
+        ONE,
+        16,
+        "leaf 'w' .* up to 32767, which do not fit .* int8",
+    ),
+    "int16 for 8 bits": (
+        QVALUE.astype(np.int16),
+        ONE,
+        8,
+        "leaf 'w' .* 8 bits are kept in int8",
+    ),
+    "int32": (
+        QVALUE.astype(np.int32),
+        ONE,
+        16,
+        "kept in int16, and its qvalue is int32",
+    ),
     "unsigned": (np.uint8([1]), ONE, 8, "signed integers, got dtype uint8"),
     "1 bit": (QVALUE, ONE, 1, r"leaf 'w' .* \[2, 16\], got 1\."),
     "17 bits": (QVALUE.astype(np.int16), ONE, 17, r"\[2, 16\], got 17"),
@@ -436,7 +451,12 @@ IMPOSSIBLE = {
     "infinite scale": (QVALUE, np.float32(np.inf), 8, "finite, got inf"),
     "integer scale": (QVALUE, np.int32(1), 8, "is a float array, got dtype int32"),
     "axes of the scale": (QVALUE, np.ones(2, np.float32), 8, r"got shape \(2,\)"),
-    "length of the scale": (QVALUE, np.ones((1, 3), np.float32), 8, r"got shape \(1, 3\)"),
+    "length of the scale": (
+        QVALUE,
+        np.ones((1, 3), np.float32),
+        8,
+        r"got shape \(1, 3\)",
+    ),
 }
 
 

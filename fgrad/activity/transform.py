@@ -112,9 +112,10 @@ def activity_forward_grad(
 
     Raises:
       TypeError, ValueError: here for bad options; in ``init`` for a site that names
-        no parameter, and for a `QTensor` that is no tensor on a grid; in ``update`` for losses of another shape, and for a layer that
-        cannot be followed from its parameters to its output: inside ``scan`` or
-        ``vmap`` over layers, used twice, not linear.
+        no parameter, and for a `QTensor` that is no tensor on a grid; in ``update``
+        for losses of another shape, and for a layer that cannot be followed from its
+        parameters to its output: inside ``scan`` or ``vmap`` over layers, used twice,
+        not linear.
 
     Example:
       >>> def losses(params, x, y):  # one for each example

@@ -8,8 +8,8 @@ The loss is traced to a jaxpr, and each value in it gets a unit, as in physics. 
 integers of a leaf and its scale have opposite units, and their product has none: that
 is the value. Reshaping, slicing and the like keep a unit. A matrix product passes it on
 and the scale takes it away later. Everything else needs values without a unit, and
-raises a TypeError otherwise. Programs that cannot be looked into (exported ones, kernels
-and foreign functions) take anything, unchecked.
+raises a TypeError otherwise. Programs that cannot be looked into (exported ones,
+kernels and foreign functions) take anything, unchecked.
 """
 
 from __future__ import annotations

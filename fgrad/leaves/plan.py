@@ -343,8 +343,8 @@ def _advice(dtype: Any) -> str:
         if jnp.finfo(dtype).bits >= 16:
             return ""
         return (
-            "Convert it to bfloat16, put it on a grid with fgrad.quantize (bits=8 takes "
-            f"as much memory), or {mask}."
+            "Convert it to bfloat16, put it on a grid with fgrad.quantize (of 8 bits "
+            f"it is as small), or {mask}."
         )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return (
