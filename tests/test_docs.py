@@ -142,13 +142,15 @@ def test_names_of_other_projects_have_links(site):
 
 # What one module of fgrad offers to another, and not to users.
 PLUMBING = {
-    "estimators": {"estimate", "estimate_from_losses"},
+    "estimators": {"estimate", "estimate_from_losses", "half_difference"},
     "evaluation": {"TracedLoss", "evaluate_pairs"},
     "fixed_point": {
         "MAX_BITS",
         "MIN_BITS",
         "Calibration",
         "as_gradient",
+        "as_update",
+        "check_values",
         "is_concrete",
         "path_str",
         "products",
@@ -156,7 +158,7 @@ PLUMBING = {
         "with_stored",
     },
     "leaves": {"Epsilon", "Mask", "Plan", "map_leaves", "trained_leaves"},
-    "perturbations": {"accumulate", "pieces", "product"},
+    "perturbations": {"accumulate", "hashed", "pieces", "product"},
 }
 
 
