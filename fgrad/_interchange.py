@@ -13,19 +13,18 @@ from typing import Any
 from flax import serialization
 from jax import export
 
-from fgrad import _validation
-from fgrad.fixed_point import QTensor
+from fgrad.fixed_point import QGradient, QTensor, restored
 
-# Part of files; it must stay as it is wherever the class moves.
-_NAME = "fgrad.QTensor"
-
-
-def _bits_to_bytes(auxiliary: tuple[int, ...]) -> bytes:
-    return json.dumps({"bits": auxiliary[0]}).encode()
+# Part of files; they must stay as they are wherever the classes move.
+_NAMES = {QTensor: "fgrad.QTensor", QGradient: "fgrad.QGradient"}
 
 
-def _bits_from_bytes(content: bytes) -> tuple[int, ...]:
-    return (json.loads(content)["bits"],)
+def _bits_to_bytes(bits: int) -> bytes:
+    return json.dumps({"bits": int(bits)}).encode()
+
+
+def _bits_from_bytes(content: bytes) -> int:
+    return int(json.loads(content)["bits"])
 
 
 def _to_state(q: QTensor) -> dict[str, Any]:
@@ -45,8 +44,7 @@ def _from_state(target: QTensor, state: dict[str, Any]) -> QTensor:
             "the state of a QTensor has qvalue, scale and bits, got "
             f"{found}: it is of a leaf that was not quantized."
         )
-    q = QTensor(state["qvalue"], state["scale"], state["bits"])
-    _validation.check_qtensor(q, "the restored QTensor")
+    q = restored(state["qvalue"], state["scale"], state["bits"], "restored")
     if q.bits != target.bits or q.shape != target.shape:
         raise ValueError(
             f"a QTensor of {q.bits} bits and shape {q.shape} cannot be restored to one "
@@ -66,10 +64,11 @@ def register() -> None:
       >>> serialization.from_bytes(params, content)["w"].bits
       8
     """
-    export.register_pytree_node_serialization(
-        QTensor,
-        serialized_name=_NAME,
-        serialize_auxdata=_bits_to_bytes,
-        deserialize_auxdata=_bits_from_bytes,
-    )
+    for kind, name in _NAMES.items():
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=name,
+            serialize_auxdata=_bits_to_bytes,
+            deserialize_auxdata=_bits_from_bytes,
+        )
     serialization.register_serialization_state(QTensor, _to_state, _from_state)

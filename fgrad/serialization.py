@@ -18,8 +18,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from fgrad import _validation
-from fgrad.fixed_point import QTensor, is_qtensor
+from fgrad.fixed_point import is_qtensor, restored
 
 # Version 2 differs by an entry of names; a file that needs none stays one of version 1.
 _VERSION, _VERSION_WITH_NAMES = 1, 2
@@ -284,13 +283,8 @@ def _tree(tensors: dict[str, np.ndarray], grids: str, names: str) -> dict[str, A
     params: dict[str, Any] = {}
     for name, width in bits.items():
         qvalue, scale = (_array(tensors, name + end) for end in (_QVALUE, _SCALE))
-        # Before the class, which infers the bits when they are 0.
-        if not width:
-            raise ValueError(f"the bits of {name} are 0.")
-        q = QTensor(qvalue, scale, width)
-        _validation.check_qtensor(q, name)
-        _insert(params, name, unusual, q)
-    for name in list(tensors):
+        _insert(params, name, unusual, restored(qvalue, scale, width, name))
+    for name in sorted(tensors):  # a leaf before what its keys would put inside it
         _insert(params, name, unusual, _array(tensors, name))
     if unusual:
         raise ValueError(f"its header names {next(iter(unusual))}, which it lacks.")

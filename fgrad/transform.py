@@ -111,7 +111,8 @@ def fixed_point_forward_grad(
 
     Raises:
       TypeError, ValueError: here for bad options; in ``init`` for an integer leaf
-        that is no `QTensor` and for an epsilon of at most half a weight step; in
+        that is no `QTensor`, for a `QTensor` whose scale or integers are not those of
+        a grid, and for an epsilon of at most half a weight step; in
         ``update`` without params or value_fn, and for a loss that is no scalar.
 
     Example:
@@ -150,6 +151,7 @@ def fixed_point_forward_grad(
     def init_fn(params: Any) -> ForwardGradState:
         _arguments.visible(params)
         plan = Plan(params, policy, mask=mask)
+        plan.check_values()
         plan.check_epsilon()
         return ForwardGradState(
             key=jnp.array(key, copy=True),

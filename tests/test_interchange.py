@@ -11,7 +11,7 @@ from flax import serialization
 from jax import export
 
 import fgrad
-from fgrad import _validation
+from fgrad import fixed_point
 
 W = np.arange(-3, 3, dtype=np.float32).reshape(2, 3)
 
@@ -97,17 +97,21 @@ def test_flax_refuses_what_does_not_fit():
         serialization.from_state_dict(params, state)
 
 
-def test_the_check_takes_what_has_no_values():
-    q = tree()["w"]
-    _validation.check_qtensor(jax.eval_shape(lambda: q), "w")
-    jax.jit(lambda q: _validation.check_qtensor(q, "w") or q.scale)(q)
-    # Integers in floats, and no integers at all.
-    simulated = fgrad.QTensor(q.qvalue.astype(jnp.float32), q.scale, 8)
-    _validation.check_qtensor(simulated, "w")
-    empty = fgrad.QTensor(np.zeros((0, 3), np.int8), np.float32(1))
-    _validation.check_qtensor(empty, "w")
-    shape = jax.eval_shape(lambda: q.qvalue.astype(jnp.int16))
-    with pytest.raises(ValueError, match="kept in int8"):
-        _validation.check_qtensor(fgrad.QTensor(shape, q.scale, 8), "w")
-    with pytest.raises(ValueError, match="the scale of w must be an array, got a flo"):
-        _validation.check_qtensor(fgrad.QTensor(q.qvalue, 1.0, 8), "w")
+def test_a_gradient_of_quantized_parameters_is_exported():
+    params, x = {"w": tree()["w"]}, jnp.ones((4, 2))
+    tx = fgrad.fixed_point_forward_grad(jax.random.key(0), epsilon=0.1)
+    state = tx.init(params)
+
+    def gradient(params, x):
+        def loss_fn(p):
+            return jnp.sum((x @ jnp.asarray(p["w"])) ** 2)
+
+        return tx.update(params, state, params, value_fn=loss_fn)[0]
+
+    content = export.export(jax.jit(gradient))(params, x).serialize()
+    found = export.deserialize(content).call(params, x)["w"]
+    assert isinstance(found, fixed_point.QGradient)
+    assert found.bits == 8
+    expected = jax.jit(gradient)(params, x)["w"].qvalue
+    np.testing.assert_array_equal(found.qvalue, expected)
+    assert np.asarray(expected).any()

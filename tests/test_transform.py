@@ -10,7 +10,14 @@ import pytest
 from lanes import some
 
 import fgrad
-from fgrad import estimators, evaluation, layers, perturbations
+from fgrad import (
+    activity,
+    enhancements,
+    estimators,
+    evaluation,
+    layers,
+    perturbations,
+)
 from fgrad.fixed_point import is_qtensor
 
 
@@ -604,3 +611,22 @@ def test_bad_masks():
         update(lambda p: jnp.sum(p["w"]), {"w": jnp.ones(3)}, mask={"v": True})
     with pytest.raises(TypeError, match="mask must hold Python bools"):
         update(lambda p: jnp.sum(p["w"]), {"w": jnp.ones(3)}, mask={"w": jnp.ones(3)})
+
+
+INNER = fgrad.qzo_ff(0.1, jax.random.key(0), epsilon=0.1)
+LINKS = {
+    "estimator": INNER,
+    "sharpness": enhancements.sharpness_aware(INNER, jax.random.key(1), rho=0.1),
+    "sparse": enhancements.sparse_update(INNER, density=0.5),
+    "activity": activity.activity_forward_grad(jax.random.key(2), ["w"]),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_init_names_a_tensor_that_is_on_no_grid(name):
+    params = fgrad.quantize({"w": jnp.ones((2, 3)), "frozen": {"v": jnp.ones(3)}})
+    LINKS[name].init(params)
+    v = params["frozen"]["v"]
+    params["frozen"]["v"] = fgrad.QTensor(v.qvalue, -v.scale)
+    with pytest.raises(ValueError, match=r"the scale of leaf 'frozen/v' .* got -"):
+        LINKS[name].init(params)

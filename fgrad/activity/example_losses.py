@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from fgrad.activity import layer_gradients
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.sites import Site, site_leaves
-from fgrad.evaluation import integer_reads
-from fgrad.fixed_point import is_qtensor, path_str
+from fgrad.fixed_point import integer_reads, is_qtensor, path_str
 from fgrad.tracing import graph
 from fgrad.tracing.graph import Graph
 

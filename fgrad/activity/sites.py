@@ -164,8 +164,9 @@ def site_leaves(sites: Sequence[Site], params: Any) -> dict[Site, list[str]]:
         text = fixed_point.path_str(path)
         if text in owner and not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"leaf {text!r} of site {owner[text].names} has dtype {dtype} and is "
-                "no QTensor; quantize it with fgrad.quantize."
+                f"leaf {text!r} of site {owner[text].names} has dtype {dtype}, and a "
+                "site has floats or a QTensor; wrap integers with their step, "
+                "fgrad.QTensor(qvalue, scale, bits)."
             )
     return found
 

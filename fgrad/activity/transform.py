@@ -43,7 +43,7 @@ from fgrad.activity.sites import (
     mean_jacobians,
     site_leaves,
 )
-from fgrad.fixed_point import as_gradient, is_qtensor, path_str
+from fgrad.fixed_point import as_gradient, check_values, is_qtensor, path_str
 from fgrad.tracing import primitives
 
 
@@ -112,9 +112,10 @@ def activity_forward_grad(
 
     Raises:
       TypeError, ValueError: here for bad options; in ``init`` for a site that names
-        no parameter; in ``update`` for losses of another shape, and for a layer that
-        cannot be followed from its parameters to its output: inside ``scan`` or
-        ``vmap`` over layers, used twice, not linear.
+        no parameter, and for a `QTensor` that is no tensor on a grid; in ``update``
+        for losses of another shape, and for a layer that cannot be followed from its
+        parameters to its output: inside ``scan`` or ``vmap`` over layers, used twice,
+        not linear.
 
     Example:
       >>> def losses(params, x, y):  # one for each example
@@ -156,6 +157,7 @@ def activity_forward_grad(
         _arguments.visible(params)
         if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
             site_leaves(options.sites, params)
+        _check_values(params)
         return ActivityForwardGradState(
             key=jnp.array(key, copy=True),
             count=jnp.zeros([], jnp.int32),
@@ -179,6 +181,13 @@ def activity_forward_grad(
         return _update(options, updates, state, params, loss_fn, extra_args)
 
     return _arguments.link(init_fn, update_fn)
+
+
+def _check_values(params: Any) -> None:
+    """Raises a ValueError for a `QTensor` that is no tensor on a grid."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
+        if is_qtensor(leaf):
+            check_values(leaf, path_str(path))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -104,7 +104,9 @@ def sharpness_aware(
     policy = _arguments.policy(rho, 1, perturbation, name="rho")
 
     def init_fn(params: Any) -> SharpnessAwareState:
-        _check_rho(Plan(params, policy, mask=mask))
+        plan = Plan(params, policy, mask=mask)
+        plan.check_values()
+        _check_rho(plan)
         return SharpnessAwareState(
             key=jnp.array(key, copy=True),
             count=jnp.zeros([], jnp.int32),

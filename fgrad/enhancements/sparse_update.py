@@ -14,8 +14,8 @@ import optax
 from jax import lax
 
 from fgrad import _arguments, estimators, fixed_point, perturbations
-from fgrad.evaluation import evaluate_pairs, integer_reads
-from fgrad.fixed_point import is_qtensor, stored, with_stored
+from fgrad.evaluation import evaluate_pairs
+from fgrad.fixed_point import integer_reads, is_qtensor, stored, with_stored
 from fgrad.leaves import Epsilon, Mask, Plan, Policy
 from fgrad.leaves.arithmetic import Arithmetic
 from fgrad.perturbations import LeafKeys
@@ -232,6 +232,7 @@ class _Options:
 
 def _init(options: _Options, params: Any) -> SparseUpdateState:
     plan = Plan(params, options.policy, mask=options.mask)
+    plan.check_values()
     sizes = _sizes(options, plan)
     if not any(sizes) and plan.leaves:
         raise ValueError(

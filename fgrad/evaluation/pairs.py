@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
-from fgrad.evaluation import integer_reads, point_of_use
-from fgrad.fixed_point import is_qtensor, stored
+from fgrad.evaluation import point_of_use
+from fgrad.fixed_point import integer_reads, is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
 from fgrad.tracing.promotion import usual_rules

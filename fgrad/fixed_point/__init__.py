@@ -1,7 +1,7 @@
 """Fixed-point numbers: grids, quantized tensors, exact integers and their products."""
 
 from fgrad._trees import is_concrete, path_str
-from fgrad.fixed_point import products
+from fgrad.fixed_point import integer_reads, products
 from fgrad.fixed_point.calibration import (
     Calibration,
     abs_max,
@@ -32,6 +32,7 @@ from fgrad.fixed_point.qtensor import (
     is_qtensor,
     quantize,
     quantize_to_scale,
+    restored,
     scale_of,
     stored,
     with_stored,
@@ -51,6 +52,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fixed_point_ratio",
+    "integer_reads",
     "integers_of",
     "is_concrete",
     "is_qtensor",
@@ -63,6 +65,7 @@ __all__ = [
     "quantize",
     "quantize_to_scale",
     "requantize",
+    "restored",
     "round_to_grid",
     "scale_of",
     "storage_dtype",

@@ -49,6 +49,10 @@ class QTensor(ArrayLike):
     not the value; inside a loss that this library evaluates, reading a part as if it
     were the value raises a TypeError. Use ``fgrad.dequantize(params)`` there.
 
+    To stack tensors for ``vmap`` or ``scan``, map over their parts,
+    ``jax.tree.map(lambda *x: jnp.stack(x), *qs)``: neither the stack, whose scale has
+    only the new axis, nor what tree maps make of it is checked.
+
     Attributes:
       qvalue: integers in ``[-max_qvalue, max_qvalue]``; int8 up to 8 bits, int16 above.
         A float array that holds integers is read as well (simulated quantization) and
@@ -172,6 +176,66 @@ for _kind in (QTensor, QGradient):
     )
 
 
+def restored(qvalue: Any, scale: Any, bits: int, name: str) -> QTensor:
+    """A `QTensor` of parts that come from a file, after `check_values`.
+
+    Args:
+      qvalue: integers of the grid.
+      scale: float32 grid step.
+      bits: width of the grid; it is not inferred.
+      name: what messages call the tensor.
+
+    Raises:
+      ValueError: if the three are no tensor on a grid.
+
+    Example:
+      >>> restored(jnp.array([3], jnp.int8), jnp.float32(0.5), 1, "w")
+      Traceback (most recent call last):
+      ...
+      ValueError: leaf 'w' is no tensor on a grid: bits must lie in [2, 16], got 1.
+    """
+    q = _unflatten(QTensor, bits, (qvalue, scale))
+    check_values(q, name)
+    return q
+
+
+def check_values(q: QTensor, name: str) -> None:
+    """Raises if a `QTensor` is not one that arithmetic can work with.
+
+    Tree maps and ``dataclasses.replace`` make tensors of any parts, and the constructor
+    looks at no numbers. A tensor that fails here would not raise later: int8 storage
+    of a 16-bit grid wraps 127 to -127, and a scale that is negative, zero or NaN makes
+    other weights of them. Traced arrays, and those of other processes, have no numbers
+    here: of them only dtype and shape are looked at.
+
+    Args:
+      q: the tensor.
+      name: what messages call it, such as the path of the leaf.
+
+    Raises:
+      ValueError: for bits that are no integer from 2 to 16; a ``qvalue`` of another
+        dtype than the grid's storage and floats, or that is no integer of the grid;
+        a scale of integers or of a shape that does not fit, or that is not positive
+        and finite.
+
+    Example:
+      >>> check_values(QTensor(jnp.array([3], jnp.int8), jnp.float32(-1)), "w")
+      Traceback (most recent call last):
+      ...
+      ValueError: the scale of leaf 'w' must be positive and finite, got -1.0.
+    """
+    try:
+        for part in ("qvalue", "scale"):
+            _check_is_array(getattr(q, part), part)
+        _check_storage(q.qvalue.dtype, q.bits)
+        _check_scale(q.qvalue, q.scale)
+        _check_is_stored(q.qvalue.dtype, q.bits)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"leaf {name!r} is no tensor on a grid: {error}") from error
+    _check_scale_values(q.scale, name)
+    _check_integers(q, name)
+
+
 def _check_storage(dtype: Any, bits: int) -> None:
     """Raises if a grid of ``bits`` bits does not fit into a dtype; None is any."""
     limit = max_qvalue(bits)
@@ -188,6 +252,22 @@ def _check_storage(dtype: Any, bits: int) -> None:
             f"into a qvalue of dtype {dtype}; use "
             f"{jnp.dtype(storage_dtype(bits))} or fewer bits."
         )
+
+
+def _check_is_stored(dtype: Any, bits: int) -> None:
+    """Raises if weights are kept in wider integers than theirs, as updates may be."""
+    storage = jnp.dtype(storage_dtype(bits))
+    if dtype != storage and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"weights of {bits} bits are kept in {storage}, and its qvalue is {dtype}; "
+            f"convert it with qvalue.astype({str(storage)!r})."
+        )
+
+
+def _check_is_array(part: Any, name: str) -> None:
+    """Raises for a placeholder, which the constructor takes."""
+    if not hasattr(part, "dtype") or not hasattr(part, "shape"):
+        raise TypeError(f"its {name} must be an array, got a {type(part).__name__}.")
 
 
 def _check_scale(qvalue: Any, scale: Any) -> None:
@@ -210,39 +290,25 @@ def _check_scale(qvalue: Any, scale: Any) -> None:
         )
 
 
-def check_values(q: QTensor, name: str) -> None:
-    """Raises if the numbers in a `QTensor` are not those of a grid.
+def _check_scale_values(scale: Any, name: str) -> None:
+    """Raises if a scale is not positive and finite, where its numbers are here."""
+    if not _is_readable(scale):
+        return
+    values = np.asarray(scale, np.float64).reshape(-1)
+    bad = values[~(np.isfinite(values) & (values > 0))]
+    if bad.size:
+        raise ValueError(
+            f"the scale of leaf {name!r} must be positive and finite, got {bad[0]}."
+        )
 
-    Traced arrays are passed over: they have no numbers yet.
 
-    Args:
-      q: the tensor.
-      name: what messages call it, such as the path of the leaf.
-
-    Raises:
-      ValueError: for a scale that is not positive and finite, or a ``qvalue`` that is
-        no integer of the grid.
-
-    Example:
-      >>> check_values(QTensor(jnp.array([3], jnp.int8), jnp.float32(-1)), "w")
-      Traceback (most recent call last):
-      ...
-      ValueError: the scale of leaf 'w' must be positive and finite, got -1.0.
-    """
-    if _is_readable(q.scale):
-        scale = np.asarray(q.scale, np.float64).reshape(-1)
-        bad = scale[~(np.isfinite(scale) & (scale > 0))]
-        if bad.size:
-            raise ValueError(
-                f"the scale of leaf {name!r} must be positive and finite, got {bad[0]}."
-            )
+def _check_integers(q: QTensor, name: str) -> None:
+    """Raises if a qvalue is none of the grid, where its numbers are here."""
     if not _is_readable(q.qvalue) or not q.size:
         return
     with jax.ensure_compile_time_eval():  # of a constant of a jitted function as well
-        array = jnp.asarray(q.qvalue)
-        ends = float(jnp.min(array)), float(jnp.max(array))
-        whole = bool(jnp.all(array == jnp.round(array)))
-    for end in ends:
+        low, high, whole = map(float, _summary(q.qvalue))
+    for end in (low, high):
         if not abs(end) <= q.max_qvalue:  # NaN as well
             raise ValueError(
                 f"the qvalue of leaf {name!r} holds {end:g}, outside the grid of "
@@ -254,6 +320,15 @@ def check_values(q: QTensor, name: str) -> None:
             f"the qvalue of leaf {name!r} holds fractions; it counts steps of the "
             "scale. Make it with fgrad.quantize or round it."
         )
+
+
+@jax.jit
+def _summary(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Smallest and largest number, and whether all are integers, in one pass."""
+    whole = jnp.array(True)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        whole = jnp.all(array == jnp.round(array))
+    return jnp.min(array), jnp.max(array), whole
 
 
 def _is_readable(x: Any) -> bool:

@@ -20,7 +20,13 @@ import numpy as np
 
 from fgrad import perturbations
 from fgrad._trees import is_concrete, path_str
-from fgrad.fixed_point import as_gradient, is_qtensor, stored, with_stored
+from fgrad.fixed_point import (
+    as_gradient,
+    check_values,
+    is_qtensor,
+    stored,
+    with_stored,
+)
 from fgrad.leaves import epsilon as epsilons
 from fgrad.leaves.arithmetic import (
     Arithmetic,
@@ -278,6 +284,17 @@ class Plan:
             frozen += one.frozen() * size
         return frozen / max(total, 1)
 
+    def check_values(self) -> None:
+        """Raises a ValueError for a `QTensor` that is no tensor on a grid.
+
+        It looks at every one, trained or not, for a loss reads them all. It is for the
+        start of a run: updates stay on the grid. Traced leaves have no numbers to look
+        at.
+        """
+        for path, leaf in zip(self.paths, self.leaves, strict=True):
+            if is_qtensor(leaf):
+                check_values(leaf, path_str(path))
+
     def check_epsilon(self) -> None:
         """Raises if ε is too small for a trained leaf: it would never move.
 
@@ -311,13 +328,36 @@ class Plan:
     def _check_leaves(self) -> None:
         for path, leaf, on in zip(self.paths, self.leaves, self.trained, strict=True):
             dtype = jnp.result_type(leaf)
-            if on and not jnp.issubdtype(dtype, jnp.floating):
+            advice = _advice(dtype)
+            if on and advice:
                 raise TypeError(
-                    f"leaf {path_str(path)!r} has dtype {dtype} and is no QTensor, so "
-                    "it has no weight step to be perturbed on. Wrap it as "
-                    "fgrad.QTensor(qvalue, scale), quantize it with fgrad.quantize, or "
-                    "exclude it with mask=."
+                    f"leaf {path_str(path)!r} has dtype {dtype} and cannot be "
+                    f"perturbed. {advice}"
                 )
+
+
+def _advice(dtype: Any) -> str:
+    """What to do about a trained leaf of a dtype; empty if it can be perturbed."""
+    mask = "exclude it with mask="
+    if jnp.issubdtype(dtype, jnp.floating):
+        if jnp.finfo(dtype).bits >= 16:
+            return ""
+        return (
+            "Convert it to bfloat16, put it on a grid with fgrad.quantize (of 8 bits "
+            f"it is as small), or {mask}."
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (
+            "Make two float leaves of its real and its imaginary part and join them in "
+            f"the loss with jax.lax.complex, or {mask}."
+        )
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        return (
+            "If its integers are weights, wrap them with their step, "
+            "fgrad.QTensor(qvalue, scale, bits); if they are a counter or an index, "
+            f"{mask}."
+        )
+    return f"It holds no weights: {mask}."
 
 
 def _sums_together(

@@ -589,7 +589,7 @@ BUILD_ERRORS = {
     "twice": (lambda: link("a", Site("b", "a")).init(TWO), "'a' belongs to two sites"),
     "integers": (
         lambda: link("a").init({"a": jnp.arange(3)}),
-        "has dtype int32 and is no QTensor",
+        r"has dtype int32.*fgrad.QTensor\(qvalue, scale, bits\)",
     ),
     "no sites": (link, "sites is empty"),
     "no name": (Site, "needs the names of layers"),

@@ -225,7 +225,8 @@ def test_weights_stored_as_floats_give_the_same_product(bits):
 def test_dot_general_under_vmap_equals_a_loop():
     rng = np.random.default_rng(5)
     x, w = activations(rng, (6, 9)), weights(rng, (4, 9, 3), 16)
-    rhs = QTensor(jnp.array(w), jnp.ones(4))
+    tensors = [QTensor(jnp.array(one), jnp.float32(1)) for one in w]
+    rhs = jax.tree.map(lambda *parts: jnp.stack(parts), *tensors)
     mapped = jax.vmap(lambda r: products.dot_general(unit(x), r, MATRIX))(rhs)
     for i in range(4):
         np.testing.assert_array_equal(mapped[i], dot_reference(x, w[i], MATRIX))

@@ -378,6 +378,25 @@ def test_check_values_names_the_leaf_and_the_number(qvalue, scale, words):
             fixed_point.check_values(QTensor(array(qvalue), array(scale), 8), "a/w")
 
 
+@pytest.mark.parametrize(
+    ("qvalue", "scale", "words"),
+    [
+        (np.int8([1]), 1.0, "its scale must be an array, got a float"),
+        ([1], np.float32(1), "its qvalue must be an array, got a list"),
+        (np.int8([1]), np.int32(1), "is a float array, got dtype int32"),
+        (np.int8([1, 2]), np.ones(3, np.float32), r"got shape \(3,\)"),
+        (np.uint8([1]), np.float32(1), "signed integers, got dtype uint8"),
+        (np.int16([1]), np.float32(1), "kept in int8, and its qvalue is int16"),
+        (jax.ShapeDtypeStruct((1,), jnp.int16), np.float32(1), "kept in int8"),
+    ],
+)
+def test_check_values_looks_at_what_tree_maps_may_put_in(qvalue, scale, words):
+    structure = jax.tree.structure(QTensor(np.int8([1]), np.float32(1)))
+    q = jax.tree.unflatten(structure, (qvalue, scale))
+    with pytest.raises(ValueError, match=f"leaf 'w' is no tensor on a grid: .*{words}"):
+        fixed_point.check_values(q, "w")
+
+
 def test_check_values_accepts_grids_and_passes_over_what_is_traced():
     for q in (tensor(), tensor(bits=4), tensor(channel_axis=0), tensor(shape=(0, 3))):
         fixed_point.check_values(q, "w")

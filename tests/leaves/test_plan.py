@@ -249,6 +249,107 @@ def test_an_epsilon_that_moves_nothing_is_reported_now_or_by_the_program():
         reported()
 
 
+def unchecked(qvalue, scale, bits):
+    """A `QTensor` of any parts, as tree maps make them."""
+    template = QTensor(np.zeros(1, np.int16), np.float32(1), bits)
+    return jax.tree.unflatten(jax.tree.structure(template), (qvalue, scale))
+
+
+ONES = np.ones((2, 3), np.int8)
+NO_GRIDS = {
+    "negative": (ONES, np.float32(-1), 8, "positive and finite, got -1"),
+    "zero": (ONES, np.float32([[1, 0, 1]]), 8, "positive and finite, got 0"),
+    "NaN": (ONES, np.float32(np.nan), 8, "positive and finite, got nan"),
+    "narrow": (ONES, np.float32(1), 16, "32767, which do not fit into .* int8"),
+    "wide": (
+        np.int32(ONES),
+        np.float32(1),
+        16,
+        "kept in int16, and its qvalue is int32",
+    ),
+    "lowest": (np.int8([-128]), np.float32(1), 8, "holds -128, outside the grid"),
+    "beyond": (np.int16([7, 8]), np.float32(1), 12, None),
+    "few bits": (8 * ONES, np.float32(1), 4, r"holds 8, outside .* \[-7, 7\]"),
+    "fractions": (np.float32([0.5]), np.float32(1), 8, "holds fractions"),
+    "stacked": (
+        np.ones((4, 2, 3), np.int8),
+        np.ones(4, np.float32),
+        8,
+        r"shape \(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", NO_GRIDS)
+def test_tensors_that_are_on_no_grid_are_named(name, trained):
+    qvalue, scale, bits, message = NO_GRIDS[name]
+    params = {"a": {"w": unchecked(qvalue, scale, bits)}, "b": jnp.ones(2)}
+    mask = {"a": trained, "b": True}
+    if message is None:  # the numbers do not tell
+        Plan(params, Policy(), mask=mask).check_values()
+        return
+    with pytest.raises(ValueError, match=f"leaf 'a/w' .*{message}"):
+        Plan(params, Policy(), mask=mask).check_values()
+
+
+def test_tensors_on_grids_and_what_has_no_numbers_pass():
+    params = tree()
+    Plan(params, Policy()).check_values()
+    # A jitted init must not fail; what is wrong in it is not known there.
+    wrong = {"w": QTensor(jnp.int8([1]), jnp.float32(-1))}
+    for program in (jax.eval_shape, lambda fn, x: jax.jit(fn)(x)):
+        program(lambda p: Plan(p, Policy()).check_values(), params)
+        program(lambda p: Plan(p, Policy()).check_values(), wrong)
+
+
+ADVICE = {
+    "complex64": "real and its imaginary part .*jax.lax.complex, or exclude it .*mask=",
+    "float8_e4m3fn": "Convert it to bfloat16, .*fgrad.quantize .*mask=",
+    "int32": r"fgrad.QTensor\(qvalue, scale, bits\).*mask=",
+    "bool": "It holds no weights: exclude it with mask=",
+    "uint32": "It holds no weights: exclude it with mask=",
+}
+
+
+@pytest.mark.parametrize("dtype", ADVICE)
+def test_the_advice_about_a_leaf_that_cannot_be_perturbed_works(dtype):
+    leaf = jnp.ones(3, jnp.float32).astype(dtype)
+    params = {"w": jnp.ones(3), "other": leaf}
+    message = f"leaf 'other' has dtype {dtype} .*{ADVICE[dtype]}"
+    with pytest.raises(TypeError, match=message):
+        Plan(params, Policy())
+    trained = {"w": True, "other": False}
+
+    def step(params, mask=None, read=lambda x: x):
+        def loss_fn(p):
+            other = jnp.real(read(p["other"])).astype(jnp.float32)
+            return jnp.sum((p["w"] + other) ** 2)
+
+        tx = fgrad.qzo_ff(0.1, KEY, epsilon=0.1, mask=mask)
+        updates, _ = tx.update(params, tx.init(params), params, value_fn=loss_fn)
+        return jax.tree.map(lambda p, u: np.any(np.asarray(u)), params, updates)
+
+    moved = step(params, mask=trained)
+    assert moved == {"w": True, "other": False}
+    ways = {
+        "complex64": [
+            (
+                {"real": jnp.ones(3), "imaginary": jnp.ones(3)},
+                lambda x: jax.lax.complex(x["real"], x["imaginary"]),
+            )
+        ],
+        "float8_e4m3fn": [
+            (leaf.astype(jnp.bfloat16), lambda x: x),
+            (fgrad.quantize(leaf, bits=8), jnp.asarray),
+        ],
+        "int32": [(QTensor(leaf.astype(jnp.int8), 0.1, 8), jnp.asarray)],
+    }
+    for other, read in ways.get(dtype, []):
+        moved = step({"w": jnp.ones(3), "other": other}, read=read)
+        assert any(jax.tree.leaves(moved["other"]))
+
+
 def test_integers_that_are_no_qtensor_are_refused_where_they_are_trained():
     params = {"w": jnp.ones(2), "table": {"ids": jnp.arange(3)}}
     with pytest.raises(TypeError, match="leaf 'table/ids' has dtype int32"):

@@ -8,7 +8,8 @@ The loss is traced to a jaxpr, and each value in it gets a unit, as in physics. 
 integers of a leaf and its scale have opposite units, and their product has none: that
 is the value. Reshaping, slicing and the like keep a unit. A matrix product passes it on
 and the scale takes it away later. Everything else needs values without a unit, and
-raises a TypeError otherwise.
+raises a TypeError otherwise. Programs that cannot be looked into (exported ones,
+kernels and foreign functions) take anything, unchecked.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from fgrad.fixed_point import is_qtensor, path_str
-from fgrad.fixed_point.qtensor import READ_ON_PURPOSE
+from fgrad._trees import path_str
+from fgrad.fixed_point.qtensor import READ_ON_PURPOSE, is_qtensor
 from fgrad.tracing import primitives
 
 T = TypeVar("T")
@@ -48,6 +49,21 @@ _PASS_ON = {
 _NUMBERS = {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2}
 # Of these each output is like the operand in its place.
 _ONE_BY_ONE = frozenset({"optimization_barrier", "device_put", "pvary"})
+# Primitives that do more than to call a jaxpr, by the parameter that holds it. Its
+# arguments and results are those of the equation, in their order.
+_CALLED = {
+    "custom_vmap_call": "call",
+    "custom_partitioning": "call",
+    "shard_map": "jaxpr",
+}
+# Programs that cannot be looked into. They get what they were made for, so whoever
+# calls one with integers is taken at their word.
+_OPAQUE = frozenset(
+    {
+        *("call_exported", "ffi_call", "io_callback", "pallas_call", "pure_callback"),
+        *("triton_kernel_call", "tpu_custom_call"),
+    }
+)
 
 
 def checked(function: Callable[..., T]) -> Callable[..., T]:
@@ -142,9 +158,14 @@ def _of_equation(
     name = equation.primitive.name
     place = within or equation
     called = primitives.called_jaxpr(equation)
+    if called is None and name in _CALLED:
+        within_it = equation.params[_CALLED[name]]
+        called = getattr(within_it, "jaxpr", within_it), ()
     if called is not None:
         inner = place if _is_of_jax(called[0]) else None
         return _outputs(called[0], operands, inner)
+    if name in _OPAQUE:
+        return [_VALUE] * len(equation.outvars)
     follow = {"scan": _scan, "while": _while, "cond": _cond}.get(name)
     if follow is not None:
         return follow(equation, operands, place)

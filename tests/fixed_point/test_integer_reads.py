@@ -11,7 +11,7 @@ import pytest
 
 import fgrad
 from fgrad import activity, enhancements, fixed_point, layers, products
-from fgrad.evaluation import integer_reads
+from fgrad.fixed_point import integer_reads
 
 X = jnp.linspace(-1, 1, 8).reshape(4, 2)
 
@@ -32,6 +32,25 @@ def over_leaves(function):
 def scanned_sum(params):
     qvalue = params["w"].qvalue
     return jax.lax.scan(lambda c, row: (c + row.sum(), None), 0, qvalue)[0]
+
+
+def in_shard_map(function):
+    """``function(q)`` of a tensor inside a ``shard_map`` over one device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec()
+    return lambda p: jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(
+        p["b"]
+    )
+
+
+@jax.custom_batching.sequential_vmap
+def squares_with_a_rule(q):
+    return jnp.sum(jnp.asarray(q) ** 2)
+
+
+@jax.custom_batching.sequential_vmap
+def integers_with_a_rule(q):
+    return 1.0 * jnp.sum(q.qvalue)
 
 
 WRONG = {
@@ -60,6 +79,8 @@ WRONG = {
     "in while": lambda p: jax.lax.while_loop(
         lambda c: c < p["b"].qvalue[0], lambda c: c + 1, jnp.int16(0)
     ).astype(jnp.float32),
+    "in shard_map": in_shard_map(lambda q: 1.0 * jnp.sum(q.qvalue)),
+    "in custom_vmap": lambda p: integers_with_a_rule(p["b"]),
     "as an index": lambda p: jnp.arange(9.0)[p["b"].qvalue[0]],
     "returned": lambda p: p["b"].scale,
     "integers times another scale": lambda p: jnp.sum(p["w"].qvalue * p["b"].scale),
@@ -106,6 +127,31 @@ RIGHT = {
     "cond": (
         lambda p: jax.lax.cond(X[0, 0] < 0, lambda q: q.sum(), lambda q: 0.0, p["w"]),
         lambda p: jnp.sum(p["w"]),
+    ),
+    "shard_map": (
+        in_shard_map(lambda q: jnp.sum(q**2)),
+        lambda p: jnp.sum(p["b"] ** 2),
+    ),
+    "custom_vmap": (
+        lambda p: squares_with_a_rule(p["b"]),
+        lambda p: jnp.sum(p["b"] ** 2),
+    ),
+    "an exported program": (
+        lambda p: (
+            jax.export.export(jax.jit(base))(
+                jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p)
+            ).call(p)
+            + base(p)
+        ),
+        lambda p: 2 * base(p),
+    ),
+    "a foreign function": (
+        lambda p: jax.pure_callback(
+            lambda q: np.sum(np.asarray(q.dequantize())),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            p["b"],
+        ),
+        lambda p: jnp.sum(p["b"]),
     ),
     "gradient inside": (
         lambda p: jnp.sum(jax.grad(lambda w: jnp.sum(w**2))(jnp.asarray(p["w"]))),
