@@ -97,7 +97,9 @@ def make_optimizer(
         *links("kernel_normalization"),
         fgrad.on_values(optimizer),
         *links("error_feedback"),
-        fgrad.quantized_update(),
+        # Without grid steps weights of few bits are treated as those of 16, as in the
+        # paper: every update is rounded to the nearest step.
+        fgrad.quantized_update(stochastic_below=16 if method.low_bit else 0),
     )
     if "sharpness_aware" in chosen:
         settings = chosen["sharpness_aware"]
