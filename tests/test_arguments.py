@@ -29,7 +29,7 @@ def test_a_policy_is_made_of_options_that_hold():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ((0.0, 1, None), ValueError, "rho must be positive, got 0.0"),
+        ((0.0, 1, None), ValueError, "rho must be positive and finite, got 0.0"),
         ((fgrad.relative_epsilon, 1, "normal"), TypeError, "got 'normal'; use for"),
         ((0.1, 0, None), ValueError, "num_perturbations must be a positive integer"),
         ((0.1, 1, None, 8), TypeError, r"low_bit must be fgrad.on_grid.*got 8"),

@@ -89,7 +89,10 @@ def reference_step(params, loss_fn, batch, key, step, *, epsilon, m, lr):
     new = []
     for t, (_, leaf) in zip(total, leaves, strict=True):
         w = np.asarray(leaf.qvalue, np.int64)
-        step_q = np.rint(-lr * (t * z_step / m) / np.asarray(leaf.scale, np.float64))
+        # The losses are those at ε_q steps, not at ε, and so is the quotient.
+        ratio = np.float32(epsilon) / np.asarray(leaf.scale)
+        mean = t * z_step / m * (ratio / np.rint(ratio)).astype(np.float64)
+        step_q = np.rint(-lr * mean / np.asarray(leaf.scale, np.float64))
         q = np.clip(w + step_q, -leaf.max_qvalue, leaf.max_qvalue)
         new.append(fgrad.QTensor(jnp.asarray(q, leaf.qvalue.dtype), leaf.scale))
     return jax.tree.unflatten(treedef, new)
@@ -282,7 +285,7 @@ def test_moved_fraction_counts_changed_weights():
         ),
         "f": jnp.array([1e-12, 0.1, 0.0, -0.1]),
     }
-    tx = fgrad.quantized_update()
+    tx = fgrad.quantized_update(stochastic_below=0)
     updates, state = tx.update(updates, tx.init(params), params)
     assert updates["q"].qvalue.tolist() == [1, 0, -2, 0]
     assert float(state.moved_fraction) == 4 / 8
@@ -343,7 +346,7 @@ def test_a_masked_leaf_never_moves(bits):
     options = {"epsilon": 1e-2, "mask": mask}
     tx = optax.chain(
         fgrad.fixed_point_forward_grad(jax.random.key(0), **options),
-        optax.sgd(1e-2, momentum=0.9, accumulator_dtype=jnp.float32),
+        fgrad.on_values(optax.sgd(1e-2, momentum=0.9)),
         fgrad.quantized_update(mask=mask),
     )
     trained, _ = train(tx, params, loss_fn, 5, batch=batch)
@@ -490,7 +493,7 @@ def test_legacy_uint32_keys_work():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"epsilon": 0.0}, ValueError, "epsilon must be positive, got 0.0"),
+        ({"epsilon": 0.0}, ValueError, "epsilon must be positive and finite, got 0"),
         ({"num_perturbations": 0}, ValueError, "num_perturbations must be a positive"),
         ({"num_perturbations": 2.0}, ValueError, "num_perturbations must be a pos"),
         ({"vectorize": 0}, ValueError, "vectorize must be a positive"),

@@ -429,7 +429,7 @@ def test_vectorize_changes_no_coefficient(name):
         if trained:
             path, shape = jax.tree_util.keystr(path), np.shape(leaf)
             total = sum(c * draw(i, path, shape) for i, c in enumerate(coefficients))
-            steps = np.float32(EPSILON) / np.asarray(leaf.scale, np.float32)
+            steps = np.float32(task.epsilon) / np.asarray(leaf.scale)
             factor = np.where(np.rint(steps) > 0, steps / np.rint(steps), 0)
             expected = np.float32(total) * np.float32(Z.step / M) * np.float32(factor)
             np.testing.assert_array_equal(gradient.qvalue, expected)

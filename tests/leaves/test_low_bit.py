@@ -80,7 +80,7 @@ def test_the_probe_widens_as_the_learning_rate_decays(bits, widening, expected):
 
 
 def test_the_density_follows_the_schedule():
-    options = low_bit.on_grid(lambda count: 0.1 * (1 - count / 100))
+    options = low_bit.on_grid(optax.linear_schedule(0.1, 0.0, 100))
     first, later = options.at(COUNT, 4), options.at(jnp.int32(75), 4)
     assert float(first.rms) == pytest.approx(0.025)
     assert float(first.widening) == 1.0
