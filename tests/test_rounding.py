@@ -1,4 +1,4 @@
-"""How `quantized_update` rounds: to the nearest, or up with the probability of the rest.
+"""How `quantized_update` rounds: to the nearest, or by chance with the right mean.
 
 The oracles are NumPy's rounding and the mean of a Bernoulli variable.
 """
