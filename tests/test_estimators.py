@@ -148,7 +148,7 @@ def test_normalized_coefficients_are_right_up_to_the_ends_of_their_type(dtype):
     ("high", "low", "difference"),
     [
         (np.int32(2_000_000_000), np.int32(-2_000_000_000), 4e9),
-        (np.float16(6e4), np.float16(-6e4), 119_936.0),
+        (np.float16(6e4), np.float16(-6e4), 120_000.0),
         (np.float32(3e38), np.float32(-3e38), float(np.finfo(np.float32).max)),
     ],
 )
