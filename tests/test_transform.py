@@ -10,7 +10,7 @@ import pytest
 from lanes import some
 
 import fgrad
-from fgrad import estimators, evaluation, layers, perturbations
+from fgrad import estimators, evaluation, fixed_point, layers, perturbations
 from fgrad.fixed_point import is_qtensor
 
 
@@ -298,6 +298,49 @@ def test_quantized_update_saturates_and_ignores_nan():
     updates, _ = tx.update(huge, tx.init(params), params)
     new = optax.apply_updates(params, updates)
     assert new.qvalue.tolist() == [32767, -32767, int(params.qvalue[2])]
+
+
+CHAINS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "scale": lambda: optax.scale(-0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "on_values": lambda: fgrad.on_values(optax.adam(0.1)),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_that_does_not_land_on_the_grid_is_refused(name, bits):
+    """apply_updates would add loss per weight to integers, and cut the sum."""
+    params = {"w": fgrad.quantize(jnp.linspace(-1.0, 1.0, 6), bits), "b": jnp.ones(2)}
+
+    def loss_fn(p):
+        return jnp.sum(jnp.asarray(p["w"]) ** 2) + jnp.sum(p["b"])
+
+    estimator = fgrad.fixed_point_forward_grad(jax.random.key(0), epsilon=0.1)
+
+    def step(optimizer, *last):
+        tx = optax.chain(estimator, optimizer, *last)
+        updates, _ = tx.update(params, tx.init(params), params, value_fn=loss_fn)
+        return optax.apply_updates(params, updates)
+
+    with pytest.raises(ValueError, match="QGradient"):
+        step(CHAINS[name]())
+    # As the message says it is right.
+    new = step(fgrad.on_values(CHAINS[name]()), fgrad.quantized_update())
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert new["w"].qvalue.dtype == params["w"].qvalue.dtype
+
+
+def test_a_gradient_says_what_takes_it_to_the_grid():
+    params = fgrad.quantize(jnp.ones(3))
+    gradient = fixed_point.as_gradient(params, jnp.ones(3))
+    assert isinstance(gradient, fixed_point.QGradient)
+    with pytest.raises(ValueError, match=r"quantized_update\(\).*on_values"):
+        optax.apply_updates(params, gradient)
 
 
 # ------------------------------------------------------------ what changes no bit

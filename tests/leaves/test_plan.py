@@ -1,5 +1,7 @@
 """The plan of a step: which leaves, which arithmetic, which z, which gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import fgrad
 from fgrad import perturbations
-from fgrad.fixed_point import QTensor, is_qtensor
+from fgrad.fixed_point import QGradient, QTensor, is_qtensor
 from fgrad.leaves import Guidance, Plan, Policy, map_leaves, on_grid, trained_leaves
 from fgrad.leaves.arithmetic import (
     FixedPointArithmetic,
@@ -188,7 +190,10 @@ def test_the_gradient_is_the_mean_of_z_times_the_coefficients(whole):
     c = signs if whole else np.array([0.5, -2.0, 0.0, 1.25])
     coefficients = jnp.asarray(c, jnp.int32 if whole else jnp.float32)
     gradient = jax.jit(plan.gradient)(keys, coefficients, jnp.asarray(signs, jnp.int32))
-    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    structure = functools.partial(jax.tree.structure, is_leaf=is_qtensor)
+    assert structure(gradient) == structure(params)
+    kinds = [type(leaf) for leaf in leaves_of(gradient) if is_qtensor(leaf)]
+    assert kinds == [QGradient, QGradient]
     z = {
         name: np.stack(
             [np.asarray(one.sample(keys[name][i], one.shape)) for i in range(m)]
