@@ -339,7 +339,11 @@ def test_a_gradient_says_what_takes_it_to_the_grid():
     params = fgrad.quantize(jnp.ones(3))
     gradient = fixed_point.as_gradient(params, jnp.ones(3))
     assert isinstance(gradient, fixed_point.QGradient)
-    with pytest.raises(ValueError, match=r"quantized_update\(\).*on_values"):
+    for advice in ("fgrad.quantized_update()", "fgrad.on_values"):
+        assert advice in repr(gradient)
+    # A tree map gives it back, and does not take it for the params.
+    assert isinstance(optax.tree.scale(2.0, gradient), fixed_point.QGradient)
+    with pytest.raises(ValueError, match="QGradient"):
         optax.apply_updates(params, gradient)
 
 
