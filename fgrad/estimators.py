@@ -112,6 +112,9 @@ def normalized_spsa(
     finite = jnp.isfinite(differences)
     # Of the largest first, or squares of tiny differences would vanish.
     largest = jnp.max(jnp.abs(differences), where=finite, initial=0.0)
+    # The reciprocal of the largest floats is no normal float, and XLA makes it zero.
+    shrink = jnp.where(largest > 2.0**100, 2.0**-30, 1.0)
+    differences, largest = differences * shrink, largest * shrink
     some = largest > 0
     shares = jnp.where(finite & some, differences / jnp.where(some, largest, 1), 0)
     mean_square = jnp.mean(jnp.square(shares), where=finite)

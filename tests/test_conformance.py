@@ -56,7 +56,7 @@ TRANSFORMATIONS = {
         key, **OPTIONS
     ),
     "qzo_ff": lambda key: fgrad.qzo_ff(LEARNING_RATE, key, **OPTIONS),
-    "quantized_update": lambda key: fgrad.quantized_update(),
+    "quantized_update": lambda key: fgrad.quantized_update(stochastic_below=0),
     "kernel_normalization": lambda key: optax.chain(
         fgrad.fixed_point_forward_grad(key, **OPTIONS),
         enhancements.kernel_normalization(),
@@ -164,7 +164,9 @@ def complete(tx):
     )
     if jnp.issubdtype(shapes["a"].qvalue.dtype, jnp.integer):
         return tx
-    return optax.chain(tx, optax.sgd(LEARNING_RATE), fgrad.quantized_update())
+    # Another order of float operations would draw other numbers.
+    to_nearest = fgrad.quantized_update(stochastic_below=0)
+    return optax.chain(tx, optax.sgd(LEARNING_RATE), to_nearest)
 
 
 @functools.cache
@@ -321,8 +323,18 @@ def test_the_gradient_is_in_real_units_for_every_kind_of_leaf():
         if is_qtensor(params[name]):
             assert value.dtype == jnp.float32
             assert not np.any(found[name].scale)
-        else:
-            assert value.dtype == params[name].dtype
+            # The evaluations took whole steps, in place of ε.
+            steps = np.float32(EPSILON) / np.asarray(params[name].scale)
+            expected = np.asarray(expected) * (steps / np.rint(steps))
+            np.testing.assert_allclose(value, expected, rtol=3e-7)  # three roundings
+            continue
+        elif name == "b":
+            # What bfloat16 left of z, over its own length; see tests/leaves.
+            assert value.dtype == jnp.bfloat16
+            pair = (as_numpy(value).ravel(), as_numpy(expected).ravel())
+            assert np.corrcoef(*pair)[0, 1] > 0.99
+            continue
+        assert value.dtype == params[name].dtype
         np.testing.assert_array_equal(as_numpy(value), as_numpy(expected))
 
 
@@ -414,7 +426,9 @@ def test_links_before_an_estimator_change_nothing(name):
 
 def test_an_estimator_may_be_the_first_a_middle_or_the_last_link():
     estimator = fgrad.fixed_point_forward_grad(jax.random.key(0), **OPTIONS)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    optimizer = fgrad.on_values(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    )
 
     @jax.jit
     def run_all(params):
@@ -424,7 +438,7 @@ def test_an_estimator_may_be_the_first_a_middle_or_the_last_link():
             return tx.update(params, state, params, value_fn=loss_fn, x=X)[0]
 
         gradient = update(estimator)
-        expected, _ = optimizer.update(gradient, optimizer.init(gradient))
+        expected, _ = optimizer.update(gradient, optimizer.init(params), params)
         return {
             "last": (update(optax.sgd(0.1), estimator), gradient),
             "first": (update(estimator, optimizer), expected),
@@ -458,7 +472,7 @@ MASKS = {"tree": MASK, "function": lambda params: {name: MASK[name] for name in 
 def test_map_params_with_a_mask(mask):
     tx = optax.chain(
         fgrad.fixed_point_forward_grad(jax.random.key(0), mask=MASKS[mask], **OPTIONS),
-        optax.trace(0.9, accumulator_dtype=jnp.float32),
+        fgrad.on_values(optax.trace(0.9, accumulator_dtype=jnp.float32)),
         fgrad.quantized_update(mask=MASKS[mask]),
     )
     state = tx.init(make_params())
@@ -555,7 +569,10 @@ def test_multi_steps_around_the_optimizer_averages_gradients():
     params = make_params()
     gradients = gradients_at(params, 2)
     multi = optax.MultiSteps(optax.sgd(LEARNING_RATE), every_k_schedule=2)
-    tx = optax.chain(multi.gradient_transformation(), fgrad.quantized_update())
+    tx = optax.chain(
+        fgrad.on_values(multi.gradient_transformation()),
+        fgrad.quantized_update(stochastic_below=0),
+    )
     update = jax.jit(tx.update)
     updates, state = update(gradients[0], tx.init(params), params)
     assert_equal(optax.apply_updates(params, updates), params)
@@ -669,9 +686,6 @@ OPTIMIZERS = {
     "sgd": lambda: optax.sgd(LEARNING_RATE),
     "sgd, schedule": lambda: optax.sgd(SCHEDULE),
     "momentum": lambda: optax.sgd(LEARNING_RATE, momentum=0.9),
-    "momentum in float32": lambda: optax.sgd(
-        LEARNING_RATE, momentum=0.9, accumulator_dtype=jnp.float32
-    ),
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(SCHEDULE),
     "clip_by_global_norm": lambda: optax.chain(
         optax.clip_by_global_norm(2.0), optax.sgd(LEARNING_RATE)
@@ -705,7 +719,7 @@ def with_optimizer(name, wrapped):
     params = make_params()
     optimizer = OPTIMIZERS[name]()
     link = fgrad.on_values(optimizer) if wrapped else optimizer
-    tx = optax.chain(link, fgrad.quantized_update())
+    tx = optax.chain(link, fgrad.quantized_update(stochastic_below=0))
     state = before = tx.init(params)
     oracle_state = optimizer.init(fgrad.dequantize(params))
     update, oracle_update = jax.jit(tx.update), jax.jit(optimizer.update)
@@ -721,8 +735,8 @@ def with_optimizer(name, wrapped):
 
 
 # These neither have moments nor read the params: no wrapper is needed.
-UNWRAPPED = {"sgd", "sgd, schedule", "momentum in float32", "inject_hyperparams"}
-UNWRAPPED |= {"clip_by_global_norm", "partition", "masked"}
+UNWRAPPED = {"sgd", "sgd, schedule", "inject_hyperparams", "clip_by_global_norm"}
+UNWRAPPED |= {"partition", "masked"}
 every_optimizer = pytest.mark.parametrize(
     ("optimizer", "wrapped"),
     [
@@ -795,15 +809,12 @@ def test_apply_updates_neither_truncates_nor_wraps(bits):
     q, limit = params.qvalue.tolist(), params.max_qvalue
     steps = jnp.array([0.7, -0.7, 0.4, 1e9, -1e9])
     updates = fgrad.QTensor(steps * params.scale, jnp.float32(0), bits)
-    tx = fgrad.quantized_update()
+    tx = fgrad.quantized_update(stochastic_below=0)
     landing, _ = tx.update(updates, tx.init(params), params)
     new = optax.apply_updates(params, landing)
     assert landing.qvalue.dtype == jnp.int32
     assert new.qvalue.dtype == params.qvalue.dtype
     assert new.qvalue.tolist() == [q[0] + 1, q[1] - 1, q[2], limit, -limit]
-    # What the link is for: without it apply_updates adds real units to integers and
-    # cuts the sum back to where it was, and nothing says so.
-    assert optax.apply_updates(params, updates).qvalue[0] == q[0]
 
 
 @pytest.mark.parametrize("how", ["scale_by_schedule", "inject_hyperparams", "scale"])
@@ -817,7 +828,7 @@ def test_a_learning_rate_is_not_cast_to_zero_on_integer_leaves(how, leaves):
     }[how]()
     params = make_params(leaves)
     gradient = with_values(params, {n: jnp.full((4, 4), 0.1) for n in params})
-    tx = optax.chain(optimizer, fgrad.quantized_update())
+    tx = optax.chain(optimizer, fgrad.quantized_update(stochastic_below=0))
     updates, _ = tx.update(gradient, tx.init(params), params)
     for name, leaf in params.items():
         expected = np.rint(-rate * 0.1 / np.float64(leaf.scale))

@@ -15,6 +15,7 @@ from fgrad import (
     enhancements,
     estimators,
     evaluation,
+    fixed_point,
     layers,
     perturbations,
 )
@@ -96,7 +97,10 @@ def reference_step(params, loss_fn, batch, key, step, *, epsilon, m, lr):
     new = []
     for t, (_, leaf) in zip(total, leaves, strict=True):
         w = np.asarray(leaf.qvalue, np.int64)
-        step_q = np.rint(-lr * (t * z_step / m) / np.asarray(leaf.scale, np.float64))
+        # The losses are those at ε_q steps, not at ε, and so is the quotient.
+        ratio = np.float32(epsilon) / np.asarray(leaf.scale)
+        mean = t * z_step / m * (ratio / np.rint(ratio)).astype(np.float64)
+        step_q = np.rint(-lr * mean / np.asarray(leaf.scale, np.float64))
         q = np.clip(w + step_q, -leaf.max_qvalue, leaf.max_qvalue)
         new.append(fgrad.QTensor(jnp.asarray(q, leaf.qvalue.dtype), leaf.scale))
     return jax.tree.unflatten(treedef, new)
@@ -289,7 +293,7 @@ def test_moved_fraction_counts_changed_weights():
         ),
         "f": jnp.array([1e-12, 0.1, 0.0, -0.1]),
     }
-    tx = fgrad.quantized_update()
+    tx = fgrad.quantized_update(stochastic_below=0)
     updates, state = tx.update(updates, tx.init(params), params)
     assert updates["q"].qvalue.tolist() == [1, 0, -2, 0]
     assert float(state.moved_fraction) == 4 / 8
@@ -302,6 +306,53 @@ def test_quantized_update_saturates_and_ignores_nan():
     updates, _ = tx.update(huge, tx.init(params), params)
     new = optax.apply_updates(params, updates)
     assert new.qvalue.tolist() == [32767, -32767, int(params.qvalue[2])]
+
+
+CHAINS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "scale": lambda: optax.scale(-0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "on_values": lambda: fgrad.on_values(optax.adam(0.1)),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_that_does_not_land_on_the_grid_is_refused(name, bits):
+    """apply_updates would add loss per weight to integers, and cut the sum."""
+    params = {"w": fgrad.quantize(jnp.linspace(-1.0, 1.0, 6), bits), "b": jnp.ones(2)}
+
+    def loss_fn(p):
+        return jnp.sum(jnp.asarray(p["w"]) ** 2) + jnp.sum(p["b"])
+
+    estimator = fgrad.fixed_point_forward_grad(jax.random.key(0), epsilon=0.1)
+
+    def step(optimizer, *last):
+        tx = optax.chain(estimator, optimizer, *last)
+        updates, _ = tx.update(params, tx.init(params), params, value_fn=loss_fn)
+        return optax.apply_updates(params, updates)
+
+    with pytest.raises(ValueError, match="QGradient"):
+        step(CHAINS[name]())
+    # As the message says it is right.
+    new = step(fgrad.on_values(CHAINS[name]()), fgrad.quantized_update())
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert new["w"].qvalue.dtype == params["w"].qvalue.dtype
+
+
+def test_a_gradient_says_what_takes_it_to_the_grid():
+    params = fgrad.quantize(jnp.ones(3))
+    gradient = fixed_point.as_gradient(params, jnp.ones(3))
+    assert isinstance(gradient, fixed_point.QGradient)
+    for advice in ("fgrad.quantized_update()", "fgrad.on_values"):
+        assert advice in repr(gradient)
+    # A tree map gives it back, and does not take it for the params.
+    assert isinstance(optax.tree.scale(2.0, gradient), fixed_point.QGradient)
+    with pytest.raises(ValueError, match="QGradient"):
+        optax.apply_updates(params, gradient)
 
 
 # ------------------------------------------------------------ what changes no bit
@@ -350,7 +401,7 @@ def test_a_masked_leaf_never_moves(bits):
     options = {"epsilon": 1e-2, "mask": mask}
     tx = optax.chain(
         fgrad.fixed_point_forward_grad(jax.random.key(0), **options),
-        optax.sgd(1e-2, momentum=0.9, accumulator_dtype=jnp.float32),
+        fgrad.on_values(optax.sgd(1e-2, momentum=0.9)),
         fgrad.quantized_update(mask=mask),
     )
     trained, _ = train(tx, params, loss_fn, 5, batch=batch)
@@ -497,7 +548,7 @@ def test_legacy_uint32_keys_work():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"epsilon": 0.0}, ValueError, "epsilon must be positive, got 0.0"),
+        ({"epsilon": 0.0}, ValueError, "epsilon must be positive and finite, got 0"),
         ({"num_perturbations": 0}, ValueError, "num_perturbations must be a positive"),
         ({"num_perturbations": 2.0}, ValueError, "num_perturbations must be a pos"),
         ({"vectorize": 0}, ValueError, "vectorize must be a positive"),

@@ -78,6 +78,15 @@ def moved(leaf, z, amplitude):
     return leaf._replace(q=np.clip(q, -leaf.limit, leaf.limit))
 
 
+def nominal_over_realised(leaf, amplitude):
+    """What divides by the length of whole steps instead of by ε; 0 without a step."""
+    if not isinstance(leaf, Grid):
+        return 1.0
+    ratio = np.float32(amplitude) / leaf.scale.astype(np.float32)
+    steps = np.rint(ratio)
+    return np.where(steps > 0, ratio / np.maximum(steps, 1), 0)
+
+
 def taken(leaf, index):
     if not isinstance(leaf, Grid):
         return leaf.reshape(-1)[index]
@@ -132,7 +141,9 @@ def sign_gradient(loss, leaves, step):
         )
         side = apart(plus, minus)
         gradient = {n: g + side * z[n] / 32 / M for n, g in gradient.items()}
-    return gradient
+    return {
+        n: g * nominal_over_realised(leaves[n], EPSILON) for n, g in gradient.items()
+    }
 
 
 class Optimizer:
@@ -214,8 +225,9 @@ def chain(*links, optimizer="sgd", vectorize=1, **options):
     return optax.chain(
         fgrad.fixed_point_forward_grad(KEY, vectorize=vectorize, **options),
         *links,
-        optimizers[optimizer],
-        fgrad.quantized_update(),
+        fgrad.on_values(optimizers[optimizer]),
+        # The oracle rounds to the nearest step, whatever the bits.
+        fgrad.quantized_update(stochastic_below=0),
     )
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import fgrad
 from experiments.usage import UsageError, check_names
-from fgrad import activity, enhancements, estimators, perturbations
+from fgrad import activity, enhancements, estimators, leaves, perturbations
 
 GRADIENTS = ("backward", "forward", "activity")
 
@@ -97,7 +97,9 @@ def make_optimizer(
         *links("kernel_normalization"),
         fgrad.on_values(optimizer),
         *links("error_feedback"),
-        fgrad.quantized_update(),
+        # Without grid steps weights of few bits are treated as those of 16, as in the
+        # paper: every update is rounded to the nearest step.
+        fgrad.quantized_update(stochastic_below=16 if method.low_bit else 0),
     )
     if "sharpness_aware" in chosen:
         settings = chosen["sharpness_aware"]
@@ -129,7 +131,12 @@ def make_estimator(
             vectorize=method.vectorize,
             perturbation=_perturbation(method),
             estimator=ESTIMATORS[method.estimator],
-            low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
+            # `fgrad.on_grid` would look for the peak of a schedule that may be traced.
+            low_bit=leaves.OnGrid(
+                schedule, probe=None, below=16, peak=schedule(jnp.int32(0))
+            )
+            if method.low_bit
+            else None,
             guide=guide,
         )
 

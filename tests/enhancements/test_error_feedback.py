@@ -57,7 +57,7 @@ def test_updates_that_rounding_loses_arrive():
     params = fgrad.quantize(jnp.array([1.0, -1.0]), bits=8, headroom=2.0)
     small = as_update(params, params.scale * jnp.array([0.1, -0.2]))
     for tx, expected in (
-        (fgrad.quantized_update(), [0, 0]),
+        (fgrad.quantized_update(stochastic_below=0), [0, 0]),
         (chain(), [10, -20]),
     ):
         trained, state = params, tx.init(params)
@@ -130,7 +130,7 @@ def test_eight_bits_train_at_rates_that_rounding_freezes():
             ),
             optax.sgd(0.008),
             *links,
-            fgrad.quantized_update(),
+            fgrad.quantized_update(stochastic_below=0),
         )
 
         @jax.jit

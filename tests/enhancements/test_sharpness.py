@@ -111,7 +111,21 @@ def test_the_ascent_makes_no_copy_of_the_weights():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda t: sharpness_aware(t, KEY, rho=0.0), ValueError, "positive, got 0.0"),
+        (
+            lambda t: sharpness_aware(t, KEY, rho=0.0),
+            ValueError,
+            "positive and finite, got 0.0",
+        ),
+        (
+            lambda t: sharpness_aware(t, KEY, rho=float("inf")),
+            ValueError,
+            "rho.* must be positive and finite, got inf",
+        ),
+        (
+            lambda t: sharpness_aware(t, KEY, rho="x"),
+            TypeError,
+            "rho.* must be a number or a schedule of it, got 'x'",
+        ),
         (lambda t: sharpness_aware(t, 0, rho=1.0), TypeError, "jax.random.key"),
         (lambda t: sharpness_aware(1, KEY, rho=1.0), TypeError, "inner must be"),
         (

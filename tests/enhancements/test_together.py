@@ -69,9 +69,11 @@ def test_training_is_the_float64_reference(
         if density:
             outside = np.delete(change, indices[name])
             assert outside.size == 0 or np.all(outside == 0)
-        assert jax.tree.map(lambda a: a.dtype, leaf) == jax.tree.map(
-            lambda a: a.dtype, params[name]
-        )
+        assert jax.tree.structure(leaf) == jax.tree.structure(params[name])
+        for found, given in zip(
+            jax.tree.leaves(leaf), jax.tree.leaves(params[name]), strict=True
+        ):
+            assert found.dtype == given.dtype
 
 
 @pytest.mark.parametrize("wrap", ["sharpness", "sparse"])

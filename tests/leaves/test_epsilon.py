@@ -80,10 +80,38 @@ def test_spsa_with_an_epsilon_per_leaf_is_unbiased(unit):
         assert np.max(np.abs(np.asarray(estimate[name] - slope[name]))) < error
 
 
-@pytest.mark.parametrize("make", [fgrad.relative_epsilon, fgrad.step_epsilon])
-def test_an_epsilon_that_is_not_positive_raises(make):
-    with pytest.raises(ValueError, match="must be positive"):
-        make(0.0)
+MAKERS = {
+    "epsilon": lambda value: fgrad.fixed_point_forward_grad(
+        jax.random.key(0), epsilon=value
+    ),
+    "relative_epsilon": fgrad.relative_epsilon,
+    "the floor of relative_epsilon": lambda value: fgrad.relative_epsilon(
+        0.1, floor=value
+    ),
+    "step_epsilon": fgrad.step_epsilon,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, math.nan, math.inf, jnp.float32(-1)])
+def test_an_epsilon_that_is_not_positive_and_finite_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite, got"):
+        MAKERS[name](value)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("value", ["x", None, True, [0.1], jnp.ones(2), 1j])
+def test_an_epsilon_that_is_no_number_is_refused(name, value):
+    message = f"{name} must be a number or a schedule of it, got .* of type"
+    with pytest.raises(TypeError, match=message):
+        MAKERS[name](value)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_numbers_of_numpy_and_jax_are_numbers(name):
+    for value in (1, 0.5, np.float32(0.5), np.float64(0.5), jnp.float32(0.5)):
+        MAKERS[name](value)
+    jax.jit(lambda value: MAKERS[name](value) and value)(0.5)
 
 
 def test_an_epsilon_per_leaf_that_rounds_to_zero_raises():

@@ -80,14 +80,77 @@ def test_the_probe_widens_as_the_learning_rate_decays(bits, widening, expected):
 
 
 def test_the_density_follows_the_schedule():
-    options = low_bit.on_grid(lambda count: 0.1 * (1 - count / 100))
+    options = low_bit.on_grid(optax.linear_schedule(0.1, 0.0, 100))
     first, later = options.at(COUNT, 4), options.at(jnp.int32(75), 4)
     assert float(first.rms) == pytest.approx(0.025)
-    assert float(first.widening) == 1.0
+    assert float(first.widening) == pytest.approx(1.0, rel=1e-5)
     assert float(later.rms) == pytest.approx(0.00625)
     assert float(later.widening) == pytest.approx(4.0)
     assert float(options.at(jnp.int32(100), 4).rms) == 0.0
     assert np.isinf(options.at(jnp.int32(100), 4).widening)
+
+
+def test_the_probe_is_as_wide_as_the_rate_is_below_its_peak():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, 100)
+    options = low_bit.on_grid(schedule)
+
+    def rate(step):
+        if step < 10:
+            return 1e-2 * step / 10
+        return 1e-2 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))
+
+    widths = {}
+    for step in (0, 1, 5, 10, 50, 70, 90, 100, 150):
+        now = 0.0 if step >= 100 else rate(step)
+        found = options.at(jnp.int32(step), 3)
+        assert float(found.rms) == pytest.approx(now / 3, rel=1e-5, abs=1e-12)
+        for bits, (first, largest) in low_bit.PROBES.items():
+            wide = largest if now == 0 else min(largest, int(first * 1e-2 / now + 1e-6))
+            assert int(found.probe(bits)) == wide
+        widths[step] = int(found.probe(8))
+    assert [widths[step] for step in (0, 1, 10, 50, 90)] == [16, 16, 4, 6, 16]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "peak"),
+    [
+        (lambda count: 0.25, 0.25),
+        (optax.constant_schedule(0.1), 0.1),
+        (optax.linear_schedule(0.3, 0.0, 50), 0.3),
+        (optax.linear_schedule(0.0, 0.3, 5000), 0.3),
+        (optax.warmup_cosine_decay_schedule(0.0, 0.5, 3000, 9000), 0.5),
+        (optax.warmup_cosine_decay_schedule(0.0, 0.5, 300_000, 900_000), 0.5),
+        (optax.piecewise_constant_schedule(0.1, {777: 5.0, 778: 0.1}), 0.5),
+        (optax.piecewise_constant_schedule(0.1, {1_000_000: 5.0}), 0.5),
+        (optax.exponential_decay(0.2, 100, 0.5), 0.2),
+        (lambda count: jnp.where(count == 1234, 3.0, 1.0), 3.0),
+    ],
+)
+def test_the_peak_of_a_schedule_is_its_largest_value(schedule, peak):
+    assert low_bit.on_grid(schedule).peak == pytest.approx(peak, rel=1e-4)
+
+
+def test_the_peak_of_a_number_is_the_number():
+    options = low_bit.on_grid(0.1)
+    assert options.peak == 0.1
+    assert float(options.at(jnp.int32(999), 2).widening) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (lambda count: 0.1 * (1 - count / 100), r"gives -0.0.* at step 101; it must"),
+        (lambda count: -0.1, "gives -0.1.* at step 0; it must be finite and not neg"),
+        (lambda count: jnp.where(count > 20, jnp.nan, 0.1), "gives nan at step 21"),
+        (lambda count: 1.0 / count, "gives inf at step 0"),
+        (lambda count: 0.0, "is a schedule that is never positive"),
+    ],
+)
+def test_a_schedule_that_cannot_be_a_learning_rate_is_refused(schedule, message):
+    with pytest.raises(ValueError, match=f"learning_rate .*{message}"):
+        low_bit.on_grid(schedule)
+    with pytest.raises(ValueError, match=message):
+        fgrad.qzo_ff(schedule, jax.random.key(0))
 
 
 PARAMS = {
@@ -295,7 +358,13 @@ def test_weights_of_four_bits_learn_a_least_squares_problem():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite"),
+        ({"learning_rate": -0.1}, "learning_rate must be positive and finite"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive and finite"),
+        ({"learning_rate": math.inf}, "learning_rate must be positive and finite"),
+        ({"learning_rate": 0.1, "probe": (1,)}, "probe must be two integers"),
+        ({"learning_rate": 0.1, "probe": (True, 2)}, "probe must be two integers"),
+        ({"learning_rate": 0.1, "probe": (1.0, 2.0)}, "probe must be two integers"),
         ({"learning_rate": 0.1, "probe": (4, 2)}, "probe must be two integers"),
         ({"learning_rate": 0.1, "probe": (0, 2)}, "probe must be two integers"),
         ({"learning_rate": 0.1, "below": 2}, "below must be 3 to 17"),
@@ -304,6 +373,12 @@ def test_weights_of_four_bits_learn_a_least_squares_problem():
 def test_bad_options_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         fgrad.on_grid(**arguments)
+
+
+@pytest.mark.parametrize("value", ["x", None, True, jnp.ones(2), 1j])
+def test_a_learning_rate_that_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match="learning_rate must be a number or a schedule"):
+        fgrad.on_grid(value)
 
 
 def test_a_wrong_low_bit_option_raises():

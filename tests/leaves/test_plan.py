@@ -1,5 +1,7 @@
 """The plan of a step: which leaves, which arithmetic, which z, which gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import fgrad
 from fgrad import perturbations
-from fgrad.fixed_point import QTensor, is_qtensor
+from fgrad.fixed_point import QGradient, QTensor, is_qtensor
 from fgrad.leaves import Guidance, Plan, Policy, map_leaves, on_grid, trained_leaves
 from fgrad.leaves.arithmetic import (
     FixedPointArithmetic,
@@ -188,7 +190,10 @@ def test_the_gradient_is_the_mean_of_z_times_the_coefficients(whole):
     c = signs if whole else np.array([0.5, -2.0, 0.0, 1.25])
     coefficients = jnp.asarray(c, jnp.int32 if whole else jnp.float32)
     gradient = jax.jit(plan.gradient)(keys, coefficients, jnp.asarray(signs, jnp.int32))
-    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    structure = functools.partial(jax.tree.structure, is_leaf=is_qtensor)
+    assert structure(gradient) == structure(params)
+    kinds = [type(leaf) for leaf in leaves_of(gradient) if is_qtensor(leaf)]
+    assert kinds == [QGradient, QGradient]
     z = {
         name: np.stack(
             [np.asarray(one.sample(keys[name][i], one.shape)) for i in range(m)]
@@ -199,6 +204,9 @@ def test_the_gradient_is_the_mean_of_z_times_the_coefficients(whole):
     np.testing.assert_allclose(gradient["block"]["bias"], bias, rtol=1e-6)
     np.testing.assert_array_equal(gradient["block"]["kernel"], 0)
     fine = np.tensordot(c, z[NAMES[3]], 1) * policy.perturbation.step / m
+    # The evaluations took whole steps, in place of ε.
+    steps = np.float32(0.1) / np.asarray(params["fine"].scale)
+    fine *= steps / np.rint(steps)
     np.testing.assert_allclose(gradient["fine"].qvalue, fine, rtol=1e-6, atol=1e-7)
     # On the grid of few bits, SGD at this rate makes whole steps of it, by the signs.
     steps = rate * np.asarray(gradient["coarse"].qvalue) / params["coarse"].scale
@@ -223,6 +231,53 @@ def test_the_frozen_fraction_counts_weights_whose_epsilon_rounds_to_zero():
     assert float(plan.frozen_fraction()) == pytest.approx(20 / 100)
     assert float(Plan({}, Policy(0.1)).frozen_fraction()) == 0
     assert float(Plan(jnp.ones(3), Policy(0.1)).frozen_fraction()) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "epsilon", "expected"),
+    [
+        (jnp.bfloat16, [0.5] * 4, 1e-6, 1.0),
+        (jnp.float16, [0.5] * 4, 1e-6, 1.0),
+        (jnp.float32, [0.5] * 4, 1e-30, 1.0),
+        (jnp.float32, [1e8] * 4, 1e-3, 1.0),
+        (jnp.float32, [0.5] * 4, 1e-3, 0.0),
+        (jnp.float32, [0.0] * 4, 1e-30, 0.0),  # anything moves a zero
+        (jnp.float32, [1e8, 0.5, -1e8, 0.0], 1e-3, 0.5),
+        (jnp.bfloat16, [0.5, -0.5, 1e-6, 0.0], 1e-5, 0.5),
+    ],
+)
+def test_the_frozen_fraction_counts_floats_to_which_epsilon_adds_nothing(
+    dtype, weights, epsilon, expected
+):
+    plan = Plan({"w": jnp.asarray(weights, dtype)}, Policy(epsilon))
+    assert float(plan.frozen_fraction()) == expected
+    # Half as many among twice as many weights; those on a grid move.
+    grid = fgrad.QTensor(jnp.zeros(4, jnp.int16), jnp.float32(epsilon), 16)
+    both = Plan({"w": plan.leaves[0], "q": grid}, Policy(epsilon))
+    assert float(both.frozen_fraction()) == expected / 2
+    for seed in range(20):  # no z moves a weight that is said to be frozen
+        there = plan.perturbed(jax.random.key(seed))["w"]
+        if expected == 1:
+            np.testing.assert_array_equal(there, plan.leaves[0])
+
+
+def test_floats_of_which_none_can_move_are_refused():
+    message = r"epsilon=1e-06 changes no weight of 'v', 'w': .*relative_epsilon"
+    params = {"v": jnp.full(3, 0.5, jnp.bfloat16), "w": jnp.full(3, 1e8)}
+    tx = fgrad.fixed_point_forward_grad(KEY, epsilon=1e-6)
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+
+    def reported():
+        jax.block_until_ready(jax.jit(tx.init)(params))
+        jax.effects_barrier()
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="changes no weight"):
+        reported()
+    # One that moves, a mask or a leaf on a grid is enough.
+    tx.init({**params, "b": jnp.zeros(3)})
+    tx.init({**params, "q": QTensor(jnp.zeros(2, jnp.int16), jnp.float32(1e-6))})
+    fgrad.fixed_point_forward_grad(KEY, epsilon=1e-6, mask=False).init(params)
 
 
 def test_an_epsilon_that_moves_nothing_is_reported_now_or_by_the_program():
