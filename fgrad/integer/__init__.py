@@ -1,0 +1,19 @@
+"""Programs without floats: a traced function in integers, trained in integers."""
+
+from fgrad.integer import audit, loss
+from fgrad.integer.convert import Program, convert, integers
+from fgrad.integer.ranges import ConversionError, Fixed
+from fgrad.integer.training import State, TrainStep, train_step
+
+__all__ = [
+    "ConversionError",
+    "Fixed",
+    "Program",
+    "State",
+    "TrainStep",
+    "audit",
+    "convert",
+    "integers",
+    "loss",
+    "train_step",
+]
