@@ -8,16 +8,15 @@ from fgrad import (
     evaluation,
     fixed_point,
     layers,
+    leaves,
     perturbations,
-    products,
-    rules,
     transform,
 )
 from fgrad.activity import activity_forward_grad
+from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
-from fgrad.fixed_point import QTensor, dequantize, quantize
-from fgrad.low_bit import on_grid
-from fgrad.rules import relative_epsilon, step_epsilon
+from fgrad.fixed_point import QTensor, dequantize, products, quantize
+from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
 from fgrad.serialization import load, save
 from fgrad.transform import (
     fixed_point_forward_grad,
@@ -40,7 +39,9 @@ __all__ = [
     "evaluation",
     "fixed_point",
     "fixed_point_forward_grad",
+    "gradient_from_losses",
     "layers",
+    "leaves",
     "load",
     "on_grid",
     "on_values",
@@ -50,7 +51,6 @@ __all__ = [
     "quantized_update",
     "qzo_ff",
     "relative_epsilon",
-    "rules",
     "save",
     "step_epsilon",
     "transform",

@@ -7,16 +7,17 @@ coefficients the sum is an exact integer sum on the grid of z, equation (7).
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fgrad import evaluation, ordering, perturbations, rules
-from fgrad.fixed_point import is_qtensor
-from fgrad.low_bit import OnGrid
+from fgrad.evaluation import evaluate_pairs
+from fgrad.leaves import Mask, Plan, Policy
+from fgrad.perturbations import LeafKeys
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
 Estimator = Callable[[jax.Array, jax.Array, jax.typing.ArrayLike], jax.Array]
@@ -137,37 +138,34 @@ def forward_gradient(
     key: jax.Array,
     *,
     step: jax.typing.ArrayLike = 0,
-    epsilon: rules.Epsilon = 1e-3,
-    num_perturbations: int = 3,
-    perturbation: perturbations.Perturbation | None = None,
-    low_bit: OnGrid | None = None,
+    mask: Mask = None,
     estimator: Estimator = sign_m_spsa,
     vectorize: int = 1,
-    mask: evaluation.Mask = None,
     on_nonfinite: str = "skip",
-    guidance: rules.Guidance | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    num_perturbations: int = 3,
+    **policy: Any,
 ) -> Estimate:
-    """Estimates a gradient from ``2 * num_perturbations`` forward passes.
+    r"""Estimates a gradient from 2m forward passes.
+
+    .. math:: ĝ = \frac{1}{m} \sum_{i=1}^m c_i z_i, \quad
+      c_i = \text{estimator}(L(w + εz_i), L(w - εz_i), ε)
 
     Args:
       value_fn: ``value_fn(params, **kwargs) -> scalar loss``.
       params: pytree of float arrays and `QTensor`.
       key: with ``step`` and the index of the perturbation it addresses z.
       step: step of the training run.
-      epsilon: perturbation scale ε in units of the weights, an optax schedule of it,
-        or `rules.relative_epsilon` or `rules.step_epsilon` for one of each leaf.
-      num_perturbations: m, the number of directions.
-      perturbation: where z comes from; ``perturbations.normal()`` by default.
-      low_bit: how weights of few bits are trained; see `low_bit.on_grid`.
-      estimator: `sign_m_spsa` or `spsa`.
+      mask: leaves to train, as in `fgrad.dual_forward`.
+      estimator: `sign_m_spsa`, `normalized_spsa` or `spsa`.
       vectorize: how many directions are evaluated at once, 1 to m. It trades memory
         for speed and leaves the result as it is.
-      mask: leaves to train, as in `evaluation.dual_forward`.
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss, "raise"
         stops the program.
-      guidance: a direction to draw z around, or None.
       kwargs: passed to ``value_fn``.
+      num_perturbations: m, the number of directions.
+      **policy: ``epsilon``, ``perturbation`` and ``low_bit``, as in
+        `fgrad.fixed_point_forward_grad`.
 
     Returns:
       An `Estimate`.
@@ -185,101 +183,111 @@ def forward_gradient(
       >>> jnp.round(estimate.gradient)  # the gradient is 2w
       Array([ 6., -2.], dtype=float32)
     """
-    policy = rules.policy_at(
-        step,
-        epsilon,
-        perturbation,
-        low_bit,
-        num_perturbations=num_perturbations,
-        guidance=guidance,
-    )
-    mask = evaluation.resolve_mask(mask, params)
-    kwargs = dict(kwargs or {})
-
-    indices = jnp.arange(num_perturbations)
-    z_keys = jax.vmap(lambda i: perturbations.sample_key(key, step, i))(indices)
-    plus, minus = evaluation.evaluate_pairs(
-        lambda p: value_fn(p, **kwargs),
-        params,
-        z_keys,
-        policy,
-        mask=mask,
+    options = Policy(num_perturbations=num_perturbations, **policy)
+    return estimate(
+        functools.partial(value_fn, **(kwargs or {})),
+        Plan(params, options, mask=mask, step=step),
+        key,
+        estimator=estimator,
         vectorize=vectorize,
+        on_nonfinite=on_nonfinite,
     )
-    finite = jnp.isfinite(plus) & jnp.isfinite(minus)
+
+
+def gradient_from_losses(
+    params: Any,
+    key: jax.Array,
+    step: jax.typing.ArrayLike,
+    loss_plus: jax.Array,
+    loss_minus: jax.Array,
+    *,
+    mask: Mask = None,
+    estimator: Estimator = sign_m_spsa,
+    **policy: Any,
+) -> Estimate:
+    """The second half of `forward_gradient`: the gradient, from losses that are given.
+
+    Nothing is evaluated. Whoever knows the parameters, the key and the losses of a step
+    makes the same gradient of them, bit for bit: a server of clients that send losses
+    only, or the replay of a run from its log.
+
+    Args:
+      params: pytree of float arrays and `QTensor`.
+      key: the key of the run.
+      step: step of the training run.
+      loss_plus: [m] losses at ``w + εz_i``.
+      loss_minus: [m] losses at ``w - εz_i``.
+      mask: leaves to train, as in `fgrad.dual_forward`.
+      estimator: `sign_m_spsa`, `normalized_spsa` or `spsa`.
+      **policy: ``epsilon``, ``perturbation`` and ``low_bit``, as in
+        `fgrad.fixed_point_forward_grad`.
+
+    Returns:
+      An `Estimate`. A pair with a NaN or infinite loss is left out.
+
+    Raises:
+      ValueError: if the losses are not two arrays [m].
+
+    Example:
+      >>> w, key = jnp.array([3.0, -1.0]), jax.random.key(0)
+      >>> loss_fn = lambda w: jnp.sum(w**2)
+      >>> whole = forward_gradient(loss_fn, w, key, num_perturbations=2)
+      >>> plus = whole.loss + whole.loss_differences / 2
+      >>> minus = whole.loss - whole.loss_differences / 2
+      >>> half = gradient_from_losses(w, key, 0, plus, minus)
+      >>> bool((half.gradient == whole.gradient).all())
+      True
+    """
+    plus, minus = jnp.asarray(loss_plus), jnp.asarray(loss_minus)
+    if plus.ndim != 1 or plus.shape != minus.shape or not plus.size:
+        raise ValueError(
+            "gradient_from_losses needs two arrays [m] of the losses of m pairs, got "
+            f"shapes {plus.shape} and {minus.shape}."
+        )
+    options = Policy(num_perturbations=len(plus), **policy)
+    plan = Plan(params, options, mask=mask, step=step)
+    return estimate_from_losses(plan, plan.keys(key), plus, minus, estimator)
+
+
+def estimate(
+    value_fn: Callable[[Any], jax.Array],
+    plan: Plan,
+    key: jax.Array,
+    *,
+    estimator: Estimator,
+    vectorize: int,
+    on_nonfinite: str,
+) -> Estimate:
+    """The estimate of one step, whose leaves a plan knows; see `forward_gradient`."""
+    keys = plan.keys(key)
+    plus, minus = evaluate_pairs(value_fn, plan, keys, vectorize=vectorize)
     if on_nonfinite == "raise":
-        jax.debug.callback(_raise_nonfinite, finite, plus, minus, step)
-    coefficients = jnp.where(finite, estimator(plus, minus, policy.epsilon), 0)
-    signs = jnp.where(finite, sign_m_spsa(plus, minus, policy.epsilon), 0)
+        jax.debug.callback(_raise_nonfinite, plus, minus, plan.step)
+    return estimate_from_losses(plan, keys, plus, minus, estimator)
 
-    def in_real_units(name: str, leaf: Any) -> Any:
-        rule = policy.rule(leaf, name)
-        gradient = rule.gradient(totals[name], num_perturbations)
-        if is_qtensor(leaf):
-            zero = jnp.zeros_like(leaf.scale)
-            return dataclasses.replace(leaf, qvalue=gradient, scale=zero)
-        return gradient.astype(jnp.result_type(leaf))
 
-    totals = _weighted_sums(params, z_keys, coefficients, signs, policy, mask)
-    gradient = evaluation.map_leaves(
-        lambda path, leaf, trained: (
-            in_real_units(jax.tree_util.keystr(path), leaf)
-            if trained
-            else jax.tree.map(jnp.zeros_like, leaf)
-        ),
-        params,
-        mask,
-    )
+def estimate_from_losses(
+    plan: Plan,
+    keys: LeafKeys,
+    plus: jax.Array,
+    minus: jax.Array,
+    estimator: Estimator,
+) -> Estimate:
+    """The estimate of a step whose losses are known; see `gradient_from_losses`."""
+    finite = jnp.isfinite(plus) & jnp.isfinite(minus)
+    coefficients = jnp.where(finite, estimator(plus, minus, plan.epsilon), 0)
+    signs = jnp.where(finite, sign_m_spsa(plus, minus, plan.epsilon), 0)
     both = jnp.stack([plus, minus]).astype(jnp.float32)
     return Estimate(
-        gradient=gradient,
+        gradient=plan.gradient(keys, coefficients, signs),
         loss=jnp.mean(both, where=finite),
         loss_differences=(plus - minus).astype(jnp.float32),
         nonfinite_pairs=jnp.sum(~finite, dtype=jnp.int32),
     )
 
 
-def _weighted_sums(
-    params: Any,
-    z_keys: jax.Array,
-    coefficients: jax.Array,
-    signs: jax.Array,
-    policy: rules.Policy,
-    mask: Any,
-) -> dict[str, jax.Array]:
-    """``Σᵢ cᵢ z_qᵢ`` of each trained leaf, by ``keystr`` of its path."""
-    keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, mask))(z_keys)
-    leaf_rules: dict[str, rules.Rule] = {}
-
-    def collect(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
-        if trained:
-            name = jax.tree_util.keystr(path)
-            leaf_rules[name] = policy.rule(leaf, name)
-        return leaf
-
-    evaluation.map_leaves(collect, params, mask)
-    totals: dict[str, jax.Array] = {}
-    latest = coefficients
-    for on_grid in (False, True):  # grid steps are counted by signs
-        c = signs if on_grid else coefficients
-        group = {
-            name: rule
-            for name, rule in leaf_rules.items()
-            if isinstance(rule, rules.GridRule) == on_grid
-        }
-        small = {name: rule for name, rule in group.items() if rule.is_small()}
-        totals |= rules.weighted_sums_together(small, keys, c)
-        for name in [name for name in group if name not in small]:
-            # One leaf after the other, or all gradients would be in memory at once.
-            delayed = ordering.delayed_key(keys[name], latest)
-            total = group[name].weighted_sum(delayed, c)
-            latest = total if total.size else latest
-            totals[name] = total
-    return totals
-
-
-def _raise_nonfinite(finite: Any, plus: Any, minus: Any, step: Any) -> None:
-    if not finite.all():
+def _raise_nonfinite(plus: Any, minus: Any, step: Any) -> None:
+    if not (np.isfinite(plus) & np.isfinite(minus)).all():
         raise FloatingPointError(
             f"non-finite loss at step {int(step)}: L(w + εz) = {plus.tolist()}, "
             f"L(w - εz) = {minus.tolist()}. Lower the learning rate or epsilon, or "

@@ -30,8 +30,8 @@ from flax import traverse_util
 from flax.linen import dtypes
 from jax import lax
 
-from fgrad import fixed_point, products
-from fgrad.fixed_point import QTensor, is_qtensor
+from fgrad import fixed_point
+from fgrad.fixed_point import QTensor, is_qtensor, products
 
 SCALES = "activation_scales"
 

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import random as threefry
 
-from fgrad import fixed_point, ordering
+from fgrad import fixed_point
+from fgrad.tracing import execution_order
 
 # Values up to which leaves get their z together.
 SMALL = 1024
@@ -72,7 +73,9 @@ class Perturbation:
         return _sample(self, shape, key, block)
 
     def sample_together(
-        self, keys: jax.Array, shapes: Sequence[tuple[int, ...]]
+        self,
+        keys: jax.Array,
+        shapes: Sequence[tuple[int, ...]],
     ) -> list[jax.Array]:
         """The perturbations of many small leaves at once.
 
@@ -87,16 +90,37 @@ class Perturbation:
         return [z.reshape(shape) for z, shape in zip(vectors, shapes, strict=True)]
 
     def _vectors(self, keys: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-        """int8 [size] for each of the keys [n], in one loop.
+        """int8 [size] for each of the keys [n].
 
-        What a loop computes, XLA stores. Otherwise it would fuse the hash of a bias
-        into the sum over a batch, and compute it again for every example.
+        XLA stores what a loop computes. Otherwise it would fuse the hash of a bias into
+        the sum over a batch, and compute it again for every example.
         """
+        starts, _ = self.packing(sizes)
+        return pieces(self.packed(keys, sizes), starts, sizes)
+
+    def _words(self, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row, start and count of the words of each vector."""
         counts = np.array([-(-size // self.values_per_word) for size in sizes])
         ends = np.cumsum(counts)
         # The loop has two rounds, each makes a row; every vector is within one.
         rows = (ends > (ends[-1] + 1) // 2).astype(int)
         starts = ends - counts - np.where(rows, np.sum(counts[rows == 0]), 0)
+        return rows, starts, counts
+
+    def packing(self, sizes: Sequence[int]) -> tuple[np.ndarray, int]:
+        """Where `packed` has each vector of these sizes, and the length of it all."""
+        rows, starts, counts = self._words(sizes)
+        length = max(1, max(starts + counts))
+        return (starts + rows * length) * self.values_per_word, (
+            2 * length * self.values_per_word
+        )
+
+    def packed(self, keys: jax.Array, sizes: Sequence[int]) -> jax.Array:
+        """A vector of random values for each of the keys [n], all packed in one array.
+
+        One loop makes them all. `packing` says where each of them is.
+        """
+        rows, starts, counts = self._words(sizes)
         owners, indices = np.zeros((2, 2, max(1, max(starts + counts))), np.uint32)
         for i, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
             owners[row, start : start + count] = i
@@ -107,13 +131,7 @@ class Perturbation:
             random = jax.vmap(self.generator)(keys[owner], index[:, None])
             return self.decode(random.reshape(-1))
 
-        values = jax.lax.map(decode, (owners, indices))
-        return [
-            jax.lax.slice(values[row], (start,), (start + size,))
-            for row, start, size in zip(
-                rows, starts * self.values_per_word, sizes, strict=True
-            )
-        ]
+        return jax.lax.map(decode, (owners, indices)).reshape(-1)
 
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`.
@@ -195,7 +213,9 @@ class LowRank(Perturbation):
         return product(*self.factors(key, shape or (1,), block)).reshape(shape)
 
     def sample_together(
-        self, keys: jax.Array, shapes: Sequence[tuple[int, ...]]
+        self,
+        keys: jax.Array,
+        shapes: Sequence[tuple[int, ...]],
     ) -> list[jax.Array]:
         """The z of many small leaves at once; see `Perturbation`."""
         pairs = self.factors_together(keys, shapes)
@@ -256,9 +276,23 @@ def accumulate(
     if len(coefficients) == 1:
         return add(0, jnp.zeros((), coefficients.dtype))
     # Plain zeros of all leaves would be made at once, long before they are needed.
-    zero = ordering.dependent_zero(jax.random.key_data(keys))
+    zero = execution_order.dependent_zero(jax.random.key_data(keys))
     total = jnp.full(shape, zero.astype(coefficients.dtype))
     return jax.lax.fori_loop(0, len(coefficients), add, total)
+
+
+def pieces(
+    vector: jax.Array, starts: Sequence[int], sizes: Sequence[int]
+) -> list[jax.Array]:
+    """Parts of a vector, cut out at places that the compiler does not know.
+
+    A slice at a known place would be a kernel of its own for every leaf; see
+    `execution_order.hidden`.
+    """
+    return [
+        jax.lax.dynamic_slice(vector, (execution_order.hidden(start, vector),), (size,))
+        for start, size in zip(starts, sizes, strict=True)
+    ]
 
 
 def counter_hash(key: jax.Array, indices: jax.Array) -> jax.Array:
@@ -436,7 +470,50 @@ def sample_key(key: jax.Array, step: Any, index: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, step), index)
 
 
-def leaf_keys(key: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("stacked",), meta_fields=("names",)
+)
+@dataclasses.dataclass(frozen=True)
+class LeafKeys:
+    """The keys of leaves, by their names.
+
+    They lie in one array, since arrays of their own would be programs of their own.
+
+    Attributes:
+      stacked: keys [..., n], of any number of perturbations.
+      names: those of the n leaves.
+    """
+
+    stacked: jax.Array
+    names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.many([name])[..., 0, *self._words()]
+
+    def _words(self) -> tuple[slice, ...]:
+        typed = jnp.issubdtype(self.stacked.dtype, jax.dtypes.prng_key)
+        return () if typed else (slice(None),)
+
+    def many(self, names: Sequence[str]) -> jax.Array:
+        """The keys [..., len(names)] of some leaves."""
+        if tuple(names) == self.names:
+            return self.stacked
+        table = {name: i for i, name in enumerate(self.names)}
+        places = np.array([table[name] for name in names], np.int32)
+        axis = self.stacked.ndim - 1 - len(self._words())
+        return jnp.take(self.stacked, places, axis=axis, mode="clip")
+
+    def delayed(self, name: str, after: jax.Array) -> jax.Array:
+        """The key of a leaf, not before ``after`` has been computed."""
+        place = self.names.index(name)
+        words = jax.random.key_data(self.stacked)
+        words = execution_order.delayed_row(words, place, after, words.ndim - 2)
+        if not jnp.issubdtype(self.stacked.dtype, jax.dtypes.prng_key):
+            return words
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(self.stacked))
+
+
+def leaf_keys(key: jax.Array, names: Sequence[str]) -> LeafKeys:
     """Keys of leaves: ``key`` with a 64-bit hash of the leaf's path folded in.
 
     The keys of all leaves are computed at once, since each ``fold_in`` by itself costs
@@ -450,7 +527,7 @@ def leaf_keys(key: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
     words = np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, words[:, 0])
     keys = jax.vmap(jax.random.fold_in)(keys, words[:, 1])
-    return {name: keys[i] for i, name in enumerate(names)}
+    return LeafKeys(keys, tuple(names))
 
 
 def _bytes(words: jax.Array) -> jax.Array:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import (
-    checks,
-    estimators,
-    evaluation,
-    fixed_point,
-    ordering,
-    perturbations,
-    rules,
+from fgrad import _arguments, estimators, fixed_point, perturbations
+from fgrad.fixed_point import as_gradient, is_qtensor, stored, with_stored
+from fgrad.leaves import (
+    Epsilon,
+    Guide,
+    Mask,
+    OnGrid,
+    Plan,
+    map_leaves,
+    on_grid,
+    trained_leaves,
 )
-from fgrad.fixed_point import is_qtensor
-from fgrad.low_bit import OnGrid, on_grid
-from fgrad.rules import Epsilon, LeafEpsilon
+from fgrad.tracing import execution_order
 
 
 class ForwardGradState(NamedTuple):
@@ -47,19 +48,6 @@ class ForwardGradState(NamedTuple):
     guide: Any = ()
 
 
-class Guide(Protocol):
-    """What draws z around a direction; see `enhancements.momentum_guided_sampling`."""
-
-    def init(self, params: Any, mask: Any) -> Any:
-        """The state, for params and a full mask."""
-
-    def at(self, state: Any, count: jax.Array, names: Sequence[str]) -> rules.Guidance:
-        """The guidance of a step; ``names`` are the ``keystr`` of guided leaves."""
-
-    def advance(self, state: Any, gradient: Any, names: Sequence[str]) -> Any:
-        """The state after the gradient of a step."""
-
-
 class QuantizedUpdateState(NamedTuple):
     """State of `quantized_update`.
 
@@ -80,7 +68,7 @@ def fixed_point_forward_grad(
     low_bit: OnGrid | None = None,
     estimator: estimators.Estimator | None = None,
     vectorize: int = 1,
-    mask: evaluation.Mask = None,
+    mask: Mask = None,
     on_nonfinite: str = "skip",
     guide: Guide | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,72 +131,32 @@ def fixed_point_forward_grad(
     Reference:
       Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024, section 3.
     """
-    checks.key(key)
-    perturbation = perturbations.normal() if perturbation is None else perturbation
-    checks.perturbation(perturbation)
-    estimator = estimators.sign_m_spsa if estimator is None else estimator
-    if not callable(estimator):
-        raise TypeError(
-            f"estimator must be a function, got {estimator!r}; use "
-            "fgrad.estimators.sign_m_spsa, normalized_spsa or spsa."
-        )
-    checks.count("num_perturbations", num_perturbations)
-    checks.count("vectorize", vectorize)
-    if vectorize > num_perturbations:
-        raise ValueError(
-            f"vectorize={vectorize} exceeds num_perturbations={num_perturbations}; "
-            "it is the number of perturbations evaluated at once."
-        )
-    if guide is not None and isinstance(perturbation, perturbations.LowRank):
-        raise ValueError(
-            f"a guide makes z dense, and {perturbation.name} shares products between "
-            "perturbations of low rank; use fgrad.perturbations.normal() with a guide."
-        )
+    _arguments.key(key)
+    policy = _arguments.policy(epsilon, num_perturbations, perturbation, low_bit)
+    estimator = _arguments.estimator(
+        estimator,
+        estimators.sign_m_spsa,
+        "fgrad.estimators.sign_m_spsa, normalized_spsa or spsa",
+    )
+    _arguments.count("vectorize", vectorize)
+    _check_together(policy.perturbation, num_perturbations, vectorize, guide)
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
         )
-    if low_bit is not None and not isinstance(low_bit, OnGrid):
-        raise TypeError(
-            f"low_bit must be fgrad.on_grid(learning_rate) or None, got {low_bit!r}."
-        )
-    value = epsilon.value if isinstance(epsilon, LeafEpsilon) else epsilon
-    if not callable(value) and fixed_point.is_concrete(value) and not value > 0:
-        raise ValueError(f"epsilon must be positive, got {value}.")
-
-    def policy_at(count: jax.Array) -> rules.Policy:
-        return rules.policy_at(
-            count, epsilon, perturbation, low_bit, num_perturbations=num_perturbations
-        )
-
-    def guided(params: Any, full_mask: Any) -> Any:
-        policy = policy_at(jnp.zeros([], jnp.int32))
-        return evaluation.map_leaves(
-            lambda _, leaf, trained: (
-                trained and not isinstance(policy.rule(leaf), rules.GridRule)
-            ),
-            params,
-            full_mask,
-        )
-
-    def guided_names(params: Any, full_mask: Any) -> list[str]:
-        return evaluation.trained_names(params, guided(params, full_mask))
 
     def init_fn(params: Any) -> ForwardGradState:
-        checks.visible(params)
-        full_mask = evaluation.resolve_mask(mask, params)
-        evaluation.check_params(params, full_mask)
-        count = jnp.zeros([], jnp.int32)
-        policy = policy_at(count)
-        evaluation.check_epsilon(params, policy, full_mask)
+        _arguments.visible(params)
+        plan = Plan(params, policy, mask=mask)
+        plan.check_epsilon()
         return ForwardGradState(
             key=jnp.array(key, copy=True),
-            count=count,
+            count=jnp.zeros([], jnp.int32),
             loss=jnp.array(jnp.inf, jnp.float32),
             loss_differences=jnp.zeros([num_perturbations], jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             frozen_fraction=jnp.zeros([], jnp.float32),
-            guide=guide.init(params, guided(params, full_mask)) if guide else (),
+            guide=guide.init(params, plan.guided_mask) if guide else (),
         )
 
     def update_fn(
@@ -221,46 +169,54 @@ def fixed_point_forward_grad(
         **extra_args: Any,
     ) -> tuple[Any, ForwardGradState]:
         del updates
-        loss_fn = checks.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
-        checks.visible(params)
-        full_mask = evaluation.resolve_mask(mask, params)
-        names = guided_names(params, full_mask) if guide else []
-        estimate = estimators.forward_gradient(
-            loss_fn,
-            params,
+        loss_fn = _arguments.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
+        _arguments.visible(params)
+        kwargs = _arguments.named_arguments(loss_fn, extra_args)
+        plan = Plan(params, policy, mask=mask, step=state.count)
+        names = plan.guidable
+        if guide:
+            plan = plan.guided(guide.at(state.guide, state.count, names))
+        estimate = estimators.estimate(
+            functools.partial(loss_fn, **kwargs),
+            plan,
             state.key,
-            step=state.count,
-            epsilon=epsilon,
-            num_perturbations=num_perturbations,
-            perturbation=perturbation,
-            low_bit=low_bit,
             estimator=estimator,
             vectorize=vectorize,
-            mask=full_mask,
             on_nonfinite=on_nonfinite,
-            guidance=guide.at(state.guide, state.count, names) if guide else None,
-            kwargs=checks.named_arguments(loss_fn, extra_args),
         )
-        return estimate.gradient, ForwardGradState(
+        gradient = estimate.gradient
+        return gradient, ForwardGradState(
             key=state.key,
             count=optax.safe_increment(state.count),
             loss=estimate.loss,
             loss_differences=estimate.loss_differences,
             nonfinite_pairs=estimate.nonfinite_pairs,
-            frozen_fraction=evaluation.frozen_fraction(
-                params, policy_at(state.count), full_mask
-            ),
-            guide=(
-                guide.advance(state.guide, estimate.gradient, names) if guide else ()
-            ),
+            frozen_fraction=plan.frozen_fraction(),
+            guide=guide.advance(state.guide, gradient, names) if guide else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def quantized_update(
-    *, mask: evaluation.Mask = None
-) -> optax.GradientTransformationExtraArgs:
+def _check_together(
+    perturbation: perturbations.Perturbation,
+    num_perturbations: int,
+    vectorize: int,
+    guide: Guide | None,
+) -> None:
+    if vectorize > num_perturbations:
+        raise ValueError(
+            f"vectorize={vectorize} exceeds num_perturbations={num_perturbations}; "
+            "it is the number of perturbations evaluated at once."
+        )
+    if guide is not None and isinstance(perturbation, perturbations.LowRank):
+        raise ValueError(
+            f"a guide makes z dense, and {perturbation.name} shares products between "
+            "perturbations of low rank; use fgrad.perturbations.normal() with a guide."
+        )
+
+
+def quantized_update(*, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates to the weight grid; the last link of the chain.
 
     .. math:: \bar w_q = \lfloor u / Δ_w \rceil, \quad
@@ -281,6 +237,7 @@ def quantized_update(
       ValueError: in ``update`` without params.
 
     Example:
+      >>> import dataclasses
       >>> params = fixed_point.quantize(jnp.array([1.0]), bits=8, headroom=1.0)
       >>> tx = quantized_update()
       >>> updates = dataclasses.replace(params, qvalue=jnp.array([-0.02]))
@@ -293,7 +250,7 @@ def quantized_update(
     """
 
     def init_fn(params: Any) -> QuantizedUpdateState:
-        evaluation.resolve_mask(mask, params)
+        trained_leaves(mask, params)
         return QuantizedUpdateState(moved_fraction=jnp.zeros([], jnp.float32))
 
     def update_fn(
@@ -303,47 +260,40 @@ def quantized_update(
         **extra_args: Any,
     ) -> tuple[Any, QuantizedUpdateState]:
         del state, extra_args
-        if params is None:
-            raise ValueError(
-                "quantized_update needs the parameters: call "
-                "tx.update(updates, state, params, ...)."
-            )
-        moved, total = jnp.float32(0), 0
+        _arguments.given("quantized_update", params)
+        counts: list[jax.Array] = []
+        sizes: list[int] = []
 
-        # The update waits for the count. If the count compared with the new weights
-        # instead, a donated buffer would be copied to keep the old ones.
-
-        def leaf_fn(leaf: Any, update: Any, trained: bool) -> Any:
-            nonlocal moved, total
+        def leaf_fn(leaf: Any, trained: bool, update: Any) -> Any:
             if not trained:
-                zeros = jax.tree.map(jnp.zeros_like, update)
-                return (
-                    dataclasses.replace(zeros, qvalue=zeros.qvalue.astype(jnp.int32))
-                    if is_qtensor(leaf)
-                    else zeros
+                zeros = jnp.zeros_like(stored(update))
+                return as_gradient(
+                    leaf, zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros
                 )
-            total += jnp.size(leaf)
-            if not is_qtensor(leaf):
-                changed = (leaf + update).astype(jnp.result_type(leaf)) != leaf
-                count = jnp.sum(changed, dtype=jnp.float32)
-                moved += count
-                return ordering.delayed(update, count)
-            steps = jnp.nan_to_num(jnp.round(update.qvalue / leaf.scale), nan=0.0)
-            steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
-            steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
-            count = jnp.sum(steps != 0, dtype=jnp.float32)
-            moved += count
-            return dataclasses.replace(
-                leaf,
-                qvalue=ordering.delayed(steps, count),
-                scale=jnp.zeros_like(leaf.scale),
-            )
+            update, moved = _on_the_grid(leaf, update)
+            count = jnp.sum(moved, dtype=jnp.float32)
+            counts.append(count)
+            sizes.append(jnp.size(leaf))
+            # The update waits for the count. If the count compared with the new weights
+            # instead, a donated buffer would be copied to keep the old ones.
+            update = execution_order.delayed(update, count)
+            return as_gradient(leaf, update) if is_qtensor(leaf) else update
 
-        full_mask = evaluation.resolve_mask(mask, params)
-        updates = jax.tree.map(leaf_fn, params, updates, full_mask, is_leaf=is_qtensor)
-        return updates, QuantizedUpdateState(moved_fraction=moved / max(total, 1))
+        updates = map_leaves(leaf_fn, mask, params, updates)
+        moved = sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
+        return updates, QuantizedUpdateState(moved_fraction=moved)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _on_the_grid(leaf: Any, update: Any) -> tuple[jax.Array, jax.Array]:
+    """The update that a leaf can take, and for each weight whether it moves."""
+    if not is_qtensor(leaf):
+        return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
+    steps = jnp.nan_to_num(jnp.round(update.qvalue / leaf.scale), nan=0.0)
+    steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
+    steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
+    return steps, steps != 0
 
 
 def on_values(
@@ -386,14 +336,7 @@ def on_values(
         )
         floats = None if params is None else fixed_point.dequantize(params)
         values, state = inner.update(values, state, floats, **extra_args)
-        updates = jax.tree.map(
-            lambda u, value: (
-                dataclasses.replace(u, qvalue=value) if is_qtensor(u) else value
-            ),
-            updates,
-            values,
-            is_leaf=is_qtensor,
-        )
+        updates = jax.tree.map(with_stored, updates, values, is_leaf=is_qtensor)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -409,7 +352,7 @@ def qzo_ff(
     low_bit: OnGrid | bool = True,
     estimator: estimators.Estimator | None = None,
     vectorize: int = 1,
-    mask: evaluation.Mask = None,
+    mask: Mask = None,
     on_nonfinite: str = "skip",
 ) -> optax.GradientTransformationExtraArgs:
     r"""QZO-FF: sign-m-SPSA with SGD, in fixed point where the leaves are.

@@ -1,8 +1,9 @@
 """What a training step costs, what its loss looks like, how good its gradient is."""
 
-from fgrad.analysis.budget import DeviceBudget, device_budget
+from fgrad.analysis.compiled_memory import Memory, MemoryReport, memory_report
+from fgrad.analysis.device_memory import DeviceBudget, device_budget
 from fgrad.analysis.figures import plot_contour, plot_surface
-from fgrad.analysis.gradients import GradientQuality, gradient_quality
+from fgrad.analysis.gradient_quality import GradientQuality, gradient_quality
 from fgrad.analysis.landscape import (
     Directions,
     Landscape,
@@ -12,7 +13,6 @@ from fgrad.analysis.landscape import (
     random_directions,
     trajectory_directions,
 )
-from fgrad.analysis.memory import Memory, MemoryReport, memory_report
 
 __all__ = [
     "DeviceBudget",

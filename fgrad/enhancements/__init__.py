@@ -1,10 +1,10 @@
 """What can be added to the estimator: links and wrappers for optax, one file each."""
 
 from fgrad.enhancements.error_feedback import error_feedback
+from fgrad.enhancements.guided_sampling import momentum_guided_sampling
 from fgrad.enhancements.kernel_normalization import kernel_normalization
-from fgrad.enhancements.momentum import momentum_guided_sampling
 from fgrad.enhancements.sharpness import sharpness_aware
-from fgrad.enhancements.sparse import sparse_update
+from fgrad.enhancements.sparse_update import sparse_update
 
 __all__ = [
     "error_feedback",

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import evaluation
+from fgrad import _arguments
 from fgrad.fixed_point import is_qtensor
+from fgrad.leaves import Mask, map_leaves
 
 # The residual counts in shares of a weight step, so that half a step is in int8.
 PARTS = 256
@@ -28,7 +29,7 @@ class ErrorFeedbackState(NamedTuple):
 
 
 def error_feedback(
-    *, below: int = 16, mask: evaluation.Mask = None
+    *, below: int = 16, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates to the weight grid and adds what is left to the next one.
 
@@ -72,12 +73,11 @@ def error_feedback(
         raise ValueError(f"below must be 3 to 17 bits, got {below}.")
 
     def init_fn(params: Any) -> ErrorFeedbackState:
-        def leaf_fn(_: Any, leaf: Any, trained: bool) -> Any:
+        def leaf_fn(leaf: Any, trained: bool) -> Any:
             kept = trained and is_qtensor(leaf) and leaf.bits < below
             return jnp.zeros(jnp.shape(leaf), jnp.int8) if kept else None
 
-        full_mask = evaluation.resolve_mask(mask, params)
-        return ErrorFeedbackState(evaluation.map_leaves(leaf_fn, params, full_mask))
+        return ErrorFeedbackState(map_leaves(leaf_fn, mask, params))
 
     def update_fn(
         updates: Any,
@@ -86,11 +86,7 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[Any, ErrorFeedbackState]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "error_feedback needs the parameters: call "
-                "tx.update(updates, state, params, ...)."
-            )
+        _arguments.given("error_feedback", params)
         leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
         treedef: Any = jax.tree.structure(params, is_leaf=is_qtensor)
         rounded = [

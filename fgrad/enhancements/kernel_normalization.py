@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from fgrad import evaluation, fixed_point
-from fgrad.fixed_point import is_qtensor
+from fgrad import _arguments, fixed_point
+from fgrad.fixed_point import is_qtensor, words
+from fgrad.leaves import Mask, map_leaves, trained_leaves
 
 # Norm of a gradient below which it counts as zero: the square of anything smaller is
 # no normal float32.
@@ -21,7 +20,7 @@ _TINY = 1e-18
 
 
 def kernel_normalization(
-    *, per: str = "layer", floor: float = 1e-3, mask: evaluation.Mask = None
+    *, per: str = "layer", floor: float = 1e-3, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives every layer's gradient the norm of its weights.
 
@@ -74,7 +73,7 @@ def kernel_normalization(
         )
 
     def init_fn(params: Any) -> optax.EmptyState:
-        evaluation.resolve_mask(mask, params)
+        trained_leaves(mask, params)
         return optax.EmptyState()
 
     def update_fn(
@@ -84,38 +83,25 @@ def kernel_normalization(
         **extra_args: Any,
     ) -> tuple[Any, optax.EmptyState]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "kernel_normalization needs the parameters: call "
-                "tx.update(updates, state, params, ...)."
-            )
-        full_mask = evaluation.resolve_mask(mask, params)
+        _arguments.given("kernel_normalization", params)
+        trained = trained_leaves(mask, params)
         leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
-        chosen = [
-            leaf
-            for leaf, on in zip(leaves, jax.tree.leaves(full_mask), strict=True)
-            if on
-        ]
+        chosen = [leaf for leaf, on in zip(leaves, trained, strict=True) if on]
         norms = iter(_weight_norms(chosen, per))
 
-        def leaf_fn(leaf: Any, update: Any, normalised: bool) -> Any:
+        def leaf_fn(leaf: Any, normalised: bool, update: Any) -> Any:
             if not normalised:
                 return update
-            array = update.qvalue if is_qtensor(update) else jnp.asarray(update)
+            array = fixed_point.stored(update)
             axes = _axes(leaf, per)
             count = math.prod(jnp.shape(leaf)[a] for a in axes)
             length = _float_norm(array, axes)
             target = jnp.maximum(next(norms), floor * math.sqrt(count))
             ratio = target / jnp.maximum(length, _TINY)
             array = (array.astype(jnp.float32) * ratio).astype(array.dtype)
-            return (
-                dataclasses.replace(update, qvalue=array)
-                if is_qtensor(update)
-                else array
-            )
+            return fixed_point.with_stored(update, array)
 
-        updates = jax.tree.map(leaf_fn, params, updates, full_mask, is_leaf=is_qtensor)
-        return updates, state
+        return map_leaves(leaf_fn, mask, params, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -142,7 +128,7 @@ def _weight_norms(leaves: Sequence[Any], per: str) -> list[jax.Array]:
     if sums:
         high, low = (jnp.concatenate([s[i].reshape(-1) for s in sums]) for i in (0, 1))
         ends = [int(n) for n in _running_total([s[0].size for s in sums])]
-        parts = jnp.split(square_root(high, low), ends[:-1])
+        parts = jnp.split(words.square_root(high, low), ends[:-1])
         roots = [p.reshape(s[0].shape) for p, s in zip(parts, sums, strict=True)]
     root = iter(roots)
     return [
@@ -164,7 +150,7 @@ def _running_total(sizes: Sequence[int]) -> list[int]:
 def _grid_sums(leaf: fixed_point.QTensor, per: str) -> tuple[jax.Array, jax.Array]:
     """Exact ``Σ w_q²`` over the axes of the norm along which the scale is shared."""
     shared = [a for a in _axes(leaf, per) if leaf.scale.ndim == 0 or _is_one(leaf, a)]
-    high, low = sum_of_squares(leaf.qvalue, tuple(shared))
+    high, low = words.sum_of_squares(leaf.qvalue, tuple(shared))
     shape = [1 if a in shared else n for a, n in enumerate(leaf.shape)]
     return high.reshape(shape), low.reshape(shape)
 
@@ -178,80 +164,3 @@ def _scaled(leaf: fixed_point.QTensor, root: jax.Array, per: str) -> jax.Array:
     norm = root * leaf.scale.astype(jnp.float32)
     axes = tuple(a for a in _axes(leaf, per) if norm.ndim and norm.shape[a] != 1)
     return _float_norm(norm, axes) if axes else norm
-
-
-def sum_of_squares(q: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Exact ``Σ q²`` as the (high, low) words of a 64-bit integer.
-
-    Args:
-      q: integers of magnitude up to 2**15, of any dtype that holds them.
-      axes: the axes to sum over.
-
-    Returns:
-      Two uint32 arrays without those axes.
-
-    Example:
-      >>> sum_of_squares(jnp.full(8, 2**15), (0,))  # 2**33
-      (Array(2, dtype=uint32), Array(0, dtype=uint32))
-    """
-    squares = jnp.square(q.astype(jnp.int32)).astype(jnp.uint32)
-
-    def add(x: Any, y: Any) -> Any:
-        low = x[1] + y[1]
-        return x[0] + y[0] + (low < x[1]).astype(jnp.uint32), low
-
-    zero = jnp.uint32(0)
-    return lax.reduce((jnp.zeros_like(squares), squares), (zero, zero), add, axes)
-
-
-def square_root(high: jax.Array, low: jax.Array) -> jax.Array:
-    """Square root of 64-bit integers, by an integer root of 32 bits.
-
-    The integer is shifted up to fill its two words first, so that the root is right to
-    2**-31 of itself for small sums as well.
-
-    Args:
-      high: uint32, the upper words.
-      low: uint32, the lower words.
-
-    Returns:
-      float32 array, the root rounded once from 32 bits.
-
-    Example:
-      >>> square_root(jnp.uint32(2), jnp.uint32(0)) == 2**16.5
-      Array(True, dtype=bool)
-    """
-    zeros = jnp.where(high > 0, lax.clz(high), 32 + lax.clz(low)).astype(jnp.uint32)
-    shift = jnp.minimum(zeros & ~jnp.uint32(1), 62)
-    root = integer_root(*_shift_left(high, low, shift))
-    half = (shift >> 1).astype(jnp.int32)
-    return jnp.ldexp(root.astype(jnp.float32), -half)
-
-
-def integer_root(high: jax.Array, low: jax.Array) -> jax.Array:
-    """``⌊√x⌋`` of the 64-bit integers ``x = high · 2**32 + low``, as uint32.
-
-    Example:
-      >>> integer_root(jnp.uint32(0), jnp.uint32(99))
-      Array(9, dtype=uint32)
-    """
-
-    def try_bit(i: Any, root: jax.Array) -> jax.Array:
-        trial = root | (jnp.uint32(2**31) >> jnp.asarray(i).astype(jnp.uint32))
-        # A private helper of the module that owns 64-bit products.
-        square_high, square_low = fixed_point.multiply_u32(trial, trial)
-        fits = (square_high < high) | ((square_high == high) & (square_low <= low))
-        return jnp.where(fits, trial, root)
-
-    return lax.fori_loop(0, 32, try_bit, jnp.zeros_like(low))
-
-
-def _shift_left(
-    high: jax.Array, low: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """``(high, low) << shift`` for shift in [0, 63]; XLA gives 0 for shifts >= 32."""
-    far = jnp.where(shift >= 32, low << jnp.where(shift >= 32, shift - 32, 0), 0)
-    carried = jnp.where(shift > 0, low >> jnp.where(shift > 0, 32 - shift, 0), 0)
-    near = (high << jnp.minimum(shift, 31)) | carried
-    wide = shift >= 32
-    return jnp.where(wide, far, near), jnp.where(wide, 0, low << jnp.minimum(shift, 31))

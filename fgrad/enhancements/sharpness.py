@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fgrad import checks, evaluation, fixed_point, perturbations, rules, transform
+from fgrad import _arguments, perturbations, transform
+from fgrad.evaluation import TracedLoss, evaluate_pairs
+from fgrad.leaves import LeafEpsilon, Mask, Plan
+from fgrad.leaves.epsilon import Schedule
 
 # Index of the ascent's z: no estimator has so many perturbations, so that the same
 # key here and in the estimator still gives other directions.
@@ -42,9 +45,9 @@ def sharpness_aware(
     inner: optax.GradientTransformation,
     key: jax.Array,
     *,
-    rho: float | jax.Array | Callable[[jax.Array], jax.Array],
+    rho: Schedule,
     perturbation: perturbations.Perturbation | None = None,
-    mask: evaluation.Mask = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets a transformation estimate its gradient at the worse of two neighbours.
 
@@ -90,27 +93,20 @@ def sharpness_aware(
       Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024, after Foret et
       al., "Sharpness-Aware Minimization", ICLR 2021.
     """
-    inner = checks.transformation(inner)
-    checks.key(key)
-    if isinstance(rho, rules.LeafEpsilon):
+    inner = _arguments.transformation(inner)
+    _arguments.key(key)
+    if isinstance(rho, LeafEpsilon):
         raise TypeError(
             f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
             "would be that of the perturbed leaf."
         )
-    if not callable(rho) and fixed_point.is_concrete(rho) and not rho > 0:
-        raise ValueError(
-            f"rho must be positive, got {rho}; try the epsilon of the estimator."
-        )
-    checks.perturbation(perturbation)
+    policy = _arguments.policy(rho, 1, perturbation, name="rho")
 
     def init_fn(params: Any) -> SharpnessAwareState:
-        full_mask = evaluation.resolve_mask(mask, params)
-        evaluation.check_params(params, full_mask)
-        count = jnp.zeros([], jnp.int32)
-        _check_rho(params, rules.policy_at(count, rho, perturbation), full_mask)
+        _check_rho(Plan(params, policy, mask=mask))
         return SharpnessAwareState(
             key=jnp.array(key, copy=True),
-            count=count,
+            count=jnp.zeros([], jnp.int32),
             ascent=jnp.zeros([], jnp.int32),
             forward_passes=jnp.zeros([], jnp.int32),
             inner_state=inner.init(params),
@@ -125,17 +121,16 @@ def sharpness_aware(
         obj_fn: Callable[..., jax.Array] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, SharpnessAwareState]:
-        loss_fn = checks.loss("sharpness_aware", params, value_fn, obj_fn)
-        full_mask = evaluation.resolve_mask(mask, params)
-        policy = rules.policy_at(state.count, rho, perturbation)
+        loss_fn = _arguments.loss("sharpness_aware", params, value_fn, obj_fn)
+        named = _arguments.named_arguments(loss_fn, extra_args)
+        plan_of = functools.partial(Plan, policy=policy, mask=mask, step=state.count)
+        plan = plan_of(params)
         z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
-        named = checks.named_arguments(loss_fn, extra_args)
-        plus, minus = evaluation.evaluate_pairs(
-            lambda p: loss_fn(p, **named), params, z_key[None], policy, mask=full_mask
-        )
+        keys = jax.vmap(plan.leaf_keys)(z_key[None])
+        plus, minus = evaluate_pairs(lambda p: loss_fn(p, **named), plan, keys)
         finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
         ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
-        neighbour_fn = shifted(loss_fn, z_key, ascent, policy, full_mask)
+        neighbour_fn = shifted(loss_fn, z_key, ascent, plan_of)
         updates, inner_state = inner.update(
             updates, state.inner_state, params, value_fn=neighbour_fn, **extra_args
         )
@@ -154,8 +149,7 @@ def shifted(
     value_fn: Callable[..., jax.Array],
     z_key: jax.Array,
     sign: jax.Array,
-    policy: rules.Policy,
-    mask: evaluation.Mask = None,
+    plan_of: Callable[[Any], Plan],
 ) -> Callable[..., jax.Array]:
     """The loss as a function of weights that it moves by ``sign * ρz`` before use.
 
@@ -166,15 +160,15 @@ def shifted(
       value_fn: ``value_fn(params, **kwargs) -> scalar loss``.
       z_key: key of z, from `perturbations.sample_key`.
       sign: int32 scalar, -1, 0 or 1.
-      policy: how the leaves are perturbed, and ρ.
-      mask: leaves to perturb.
+      plan_of: ``plan_of(params)`` is the plan of the step, with ρ as its epsilon.
 
     Returns:
       A function of the signature of ``value_fn``.
 
     Example:
-      >>> policy = rules.policy_at(0, 0.5, perturbations.rademacher())
-      >>> there = shifted(lambda w: w**2, jax.random.key(0), jnp.int32(0), policy)
+      >>> from fgrad.leaves import Policy
+      >>> plan_of = lambda params: Plan(params, Policy(0.5))
+      >>> there = shifted(lambda w: w**2, jax.random.key(0), jnp.int32(0), plan_of)
       >>> there(jnp.float32(3))
       Array(9., dtype=float32)
     """
@@ -182,18 +176,16 @@ def shifted(
     # With the signature of value_fn, which says what extra arguments it is given.
     @functools.wraps(value_fn, updated=())
     def neighbour_fn(params: Any, **kwargs: Any) -> jax.Array:
-        full_mask = evaluation.resolve_mask(mask, params)
-        traced = evaluation.Traced(
-            lambda p: value_fn(p, **kwargs), params, full_mask, policy
-        )
-        return traced(evaluation.trained_keys(z_key, params, full_mask), sign)
+        plan = plan_of(params)
+        loss = TracedLoss(lambda p: value_fn(p, **kwargs), plan)
+        return loss(plan.leaf_keys(z_key), sign)
 
     return neighbour_fn
 
 
-def _check_rho(params: Any, policy: rules.Policy, mask: Any) -> None:
+def _check_rho(plan: Plan) -> None:
     try:
-        evaluation.check_epsilon(params, policy, mask)
+        plan.check_epsilon()
     except ValueError as error:
         raise ValueError(f"rho of sharpness_aware, read as epsilon: {error}") from error
 

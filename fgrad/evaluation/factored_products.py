@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from fgrad import products
+from fgrad.fixed_point import products
+from fgrad.tracing import primitives
 
 # Taps of a kernel up to which x · u is taken at every place and then shifted.
 _MAX_SHIFTS = 49
@@ -100,12 +101,12 @@ VIEWS: dict[str, Callable[..., Factored | None]] = {
 
 # ---------------------------------------------------------------------- products
 #
-# A rule takes the operands of an equation, one of them a `Factored`, and returns its
+# A product takes the operands of an equation, one of them a `Factored`, and returns its
 # output, or None where the dense product is the better way.
 
 
 def _dot_general(x: Any, y: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
-    base = _bind(equation, _base(x), _base(y))
+    base = primitives.bind(equation, [_base(x), _base(y)])[0]
     if isinstance(x, Factored):
         return base + _dot_correction(y, x, equation, weight_first=True)
     return base + _dot_correction(x, y, equation, weight_first=False)
@@ -184,7 +185,7 @@ def _conv(x: Any, weight: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
         or any(d != 1 for d in params["lhs_dilation"])
     ):
         return None
-    base = _bind(equation, x, weight.base)
+    base = primitives.bind(equation, [x, weight.base])[0]
     rank = weight.u.shape[0]
     in_feature, *spatial = numbers.rhs_spec[1:]
     image = x.transpose(
@@ -260,15 +261,11 @@ def _shifted_dots(
     return total
 
 
-def _bind(equation: core.JaxprEqn, *operands: jax.Array) -> jax.Array:
-    return equation.primitive.bind(*operands, **equation.params)
-
-
 def _base(x: Any) -> jax.Array:
     return x.base if isinstance(x, Factored) else x
 
 
-RULES: dict[str, Callable[..., jax.Array | None]] = {
+PRODUCTS: dict[str, Callable[..., jax.Array | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     products.integer_dot_general_p.name: _dot_general,

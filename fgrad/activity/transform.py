@@ -18,7 +18,6 @@ parameters, so models stay as they are.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,30 +26,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import checks, estimators, fixed_point, graph, perturbations
-from fgrad.fixed_point import is_qtensor
-from fgrad.sites import (
+from fgrad import _arguments, estimators, fixed_point, perturbations
+from fgrad.activity.example_losses import Estimate, Tapped, named_losses
+from fgrad.activity.sites import (
     Site,
     as_site,
     exact_site,
-    leaves_of,
-    leaves_outside,
     mean_jacobians,
     site_leaves,
 )
-from fgrad.synthetic import SyntheticGradient
-from fgrad.tapped import Estimate, Tapped, named_losses
-
-__all__ = [
-    "ActivityForwardGradState",
-    "Explanation",
-    "Site",
-    "SyntheticGradient",
-    "activity_forward_grad",
-    "explain",
-    "leaves_of",
-    "leaves_outside",
-]
+from fgrad.fixed_point import as_gradient, is_qtensor
+from fgrad.tracing import primitives
 
 
 class ActivityForwardGradState(NamedTuple):
@@ -146,20 +132,19 @@ def activity_forward_grad(
     Reference:
       Ren et al., "Scaling forward gradient with local losses", ICLR 2023, section 3.
     """
-    checks.key(key)
+    _arguments.key(key)
     chosen = [as_site(site) for site in sites]
     if not chosen:
         raise ValueError('sites is empty; name layers, for example sites=["head"].')
-    perturbation = perturbations.rademacher() if perturbation is None else perturbation
-    checks.perturbation(perturbation)
+    perturbation = _arguments.perturbation(perturbation, perturbations.rademacher)
     estimator = estimators.spsa if estimator is None else estimator
     if not callable(estimator):
         raise TypeError(
             f"estimator must be a function, got {estimator!r}; use "
             "fgrad.estimators.spsa or sign_m_spsa."
         )
-    checks.count("num_perturbations", num_perturbations)
-    checks.count("vectorize", vectorize)
+    _arguments.count("num_perturbations", num_perturbations)
+    _arguments.count("vectorize", vectorize)
     for site in chosen:
         if site.synthetic is not None:
             exact_site(site, chosen)
@@ -168,10 +153,10 @@ def activity_forward_grad(
                     f"site {site.names} has a synthetic gradient, which is corrected "
                     "by differences of losses; leave out estimator."
                 )
-    rest = None if others is None else checks.transformation(others)
+    rest = None if others is None else _arguments.transformation(others)
 
     def init_fn(params: Any) -> ActivityForwardGradState:
-        checks.visible(params)
+        _arguments.visible(params)
         if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
             site_leaves(chosen, params)
         return ActivityForwardGradState(
@@ -192,9 +177,9 @@ def activity_forward_grad(
         obj_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ActivityForwardGradState]:
-        loss_fn = checks.loss("activity_forward_grad", params, value_fn, obj_fn)
-        checks.visible(params)
-        kwargs = checks.named_arguments(loss_fn, extra_args)
+        loss_fn = _arguments.loss("activity_forward_grad", params, value_fn, obj_fn)
+        _arguments.visible(params)
+        kwargs = _arguments.named_arguments(loss_fn, extra_args)
         if rest is None:
             gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
         else:
@@ -231,10 +216,8 @@ def activity_forward_grad(
                 return other
             if is_qtensor(leaf):
                 # Per unit of the weight's value, not per grid step.
-                return dataclasses.replace(
-                    leaf, qvalue=value / leaf.scale, scale=jnp.zeros_like(leaf.scale)
-                )
-            return value.astype(jnp.result_type(leaf))
+                return as_gradient(leaf, value / leaf.scale)
+            return as_gradient(leaf, value)
 
         gradient = jax.tree_util.tree_map_with_path(
             place, params, gradient, is_leaf=is_qtensor
@@ -257,7 +240,7 @@ def activity_forward_grad(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class Explanation(NamedTuple):
+class PerturbedActivation(NamedTuple):
     """What `explain` says of an activation that is perturbed.
 
     Attributes:
@@ -281,7 +264,7 @@ def explain(
     params: Any,
     sites: Sequence[str | Site],
     **kwargs: Any,
-) -> list[Explanation]:
+) -> list[PerturbedActivation]:
     """Says which activations `activity_forward_grad` perturbs, and what that costs.
 
     Nothing is computed.
@@ -293,7 +276,7 @@ def explain(
       **kwargs: passed to ``value_fn``.
 
     Returns:
-      An `Explanation` for each activation.
+      A `PerturbedActivation` for each activation.
 
     Raises:
       TypeError, ValueError: as ``update`` of `activity_forward_grad`.
@@ -302,28 +285,32 @@ def explain(
       >>> losses = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"] + p["b"]) @ p["c"], -1)
       >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 1))}
       >>> explain(losses, params, [Site("a", "b")], x=jnp.ones((4, 3)))
-      [Explanation(leaves=('a', 'b'), primitives=('dot_general', 'add'),
+      [PerturbedActivation(leaves=('a', 'b'), primitives=('dot_general', 'add'),
        shape=(4, 3), bytes=48, evaluated_again=0.25)]
     """
     chosen = [as_site(site) for site in sites]
-    lines: list[Explanation] = []
+    lines: list[PerturbedActivation] = []
 
     def collect(params: Any, kwargs: Any) -> None:
         traced = Tapped(value_fn, params, chosen, kwargs)
         program = traced.program
-        total = graph.multiply_adds(program.nodes)
+        total = primitives.multiply_adds(n.equation for n in program.nodes)
         for site in chosen:
             for output, layers in traced.outputs(site).items():
                 aval = program.avals[output]
                 after = program.depending([output]) - {output}
-                nodes = [n for n in program.nodes if not after.isdisjoint(n.outputs)]
+                equations = [
+                    n.equation for n in program.nodes if not after.isdisjoint(n.outputs)
+                ]
+                again = primitives.multiply_adds(equations)
                 lines.append(
-                    Explanation(
+                    PerturbedActivation(
                         leaves=tuple(layers),
                         primitives=max((x.path for x in layers.values()), key=len),
                         shape=aval.shape,
                         bytes=aval.size * aval.dtype.itemsize,
-                        evaluated_again=graph.multiply_adds(nodes) / max(total, 1),
+                        evaluated_again=again
+                        / max(total, 1),
                     )
                 )
 

@@ -7,35 +7,13 @@ left out. Control flow stays as it is, one equation each.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.extend import core
 
-# Equations that only call a jaxpr, by the name of the parameter that holds it.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-
-# Products of an activation (operand 0) and a weight (operand 1).
-PRODUCTS = (
-    "dot_general",
-    "conv_general_dilated",
-    "integer_dot_general",
-    "integer_conv",
-)
+from fgrad.tracing import primitives
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,14 +45,14 @@ class Node:
         """Name of the primitive."""
         return self.equation.primitive.name
 
+    @property
+    def facts(self) -> primitives.Facts:
+        """What is known of the primitive."""
+        return primitives.facts(self.equation)
+
     def evaluate(self, arrays: Sequence[Any]) -> Sequence[Any]:
         """The outputs for these operands."""
-        primitive = self.equation.primitive
-        parameters = primitive.get_bind_params(self.equation.params)
-        # The settings under which it was traced, such as matmul precision.
-        with self.equation.ctx.manager:
-            outputs = primitive.bind(*arrays, **parameters)
-        return outputs if primitive.multiple_results else [outputs]
+        return primitives.bind(self.equation, arrays)
 
 
 @dataclasses.dataclass
@@ -161,14 +139,9 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Graph:
         for equation in jaxpr.eqns:
             operands = [read(x) for x in equation.invars]
             outputs: Sequence[Operand]
-            name = equation.primitive.name
-            if name in CALLS and CALLS[name] in equation.params:
-                called = equation.params[CALLS[name]]
-                outputs = inline(  # remat has an open jaxpr
-                    getattr(called, "jaxpr", called),
-                    getattr(called, "consts", ()),
-                    operands,
-                )
+            called = primitives.called_jaxpr(equation)
+            if called is not None:
+                outputs = inline(*called, operands)
             else:
                 numbers = tuple(number(v.aval) for v in equation.outvars)
                 outputs = numbers
@@ -205,47 +178,3 @@ def evaluate(nodes: Iterable[Node], values: Mapping[int, Any]) -> dict[int, Any]
 def operands(node: Node, values: Mapping[int, Any]) -> list[Any]:
     """The arrays that a node computes from."""
     return [x.value if isinstance(x, Literal) else values[x] for x in node.inputs]
-
-
-def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
-
-    Those come first, in this order; what is scanned over follows.
-
-    Args:
-      params: of its equation.
-    """
-    if "ft_in" in params:  # JAX 0.12
-        consts, carry, _ = params["ft_in"].unpack()
-        return len(consts), len(carry)
-    return params["num_consts"], params["num_carry"]
-
-
-def multiply_adds(nodes: Iterable[Node]) -> float:
-    """Multiply-adds of all products, those of loops and branches included."""
-    return sum(_multiply_adds(node.equation) for node in nodes)
-
-
-def _multiply_adds(equation: core.JaxprEqn) -> float:
-    if equation.primitive.name in PRODUCTS:
-        weight: Any = equation.invars[1].aval
-        numbers = equation.params["dimension_numbers"]
-        if isinstance(numbers, lax.ConvDimensionNumbers):
-            outputs = weight.shape[numbers.rhs_spec[0]]
-        else:
-            contracted = (weight.shape[axis] for axis in numbers[0][1])
-            outputs = weight.size // max(1, math.prod(contracted))
-        out: Any = equation.outvars[0].aval
-        return out.size * (weight.size / max(1, outputs))
-    if equation.primitive.name == "cond":
-        branches = equation.params["branches"]
-        return max(sum(map(_multiply_adds, branch.jaxpr.eqns)) for branch in branches)
-    inner = (
-        getattr(parameter, "jaxpr", parameter) for parameter in equation.params.values()
-    )
-    once = sum(
-        sum(map(_multiply_adds, jaxpr.eqns))
-        for jaxpr in inner
-        if isinstance(jaxpr, core.Jaxpr)
-    )
-    return once * equation.params.get("length", 1)

@@ -13,16 +13,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from fgrad import (
-    checks,
-    estimators,
-    evaluation,
-    fixed_point,
-    ordering,
-    perturbations,
-    rules,
-)
+from fgrad import _arguments, estimators, fixed_point, perturbations
+from fgrad.evaluation import evaluate_pairs
 from fgrad.fixed_point import is_qtensor
+from fgrad.leaves import Epsilon, Mask, Plan
+from fgrad.leaves.arithmetic import Arithmetic
+from fgrad.perturbations import LeafKeys
+from fgrad.tracing import execution_order
 
 # score(after) is one number per value of a leaf, made no sooner than ``after``.
 Score = Callable[[jax.Array], jax.Array]
@@ -71,8 +68,8 @@ def sparse_update(
     key: jax.Array | None = None,
     threshold: float | None = None,
     reselect_every: int | None = None,
-    mask: evaluation.Mask = None,
-    epsilon: rules.Epsilon = 1e-3,
+    mask: Mask = None,
+    epsilon: Epsilon = 1e-3,
     num_perturbations: int = 16,
     perturbation: perturbations.Perturbation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -141,8 +138,8 @@ def sparse_update(
       Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024; for importance
       Chen et al., "DeepZero", ICLR 2024 (arXiv 2310.02025).
     """
-    inner = checks.transformation(inner)
-    checks.perturbation(perturbation)
+    inner = _arguments.transformation(inner)
+    policy = _arguments.policy(epsilon, num_perturbations, perturbation)
     if isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(
             f"density must lie in (0, 1], got {density}: it is the share of weights "
@@ -153,7 +150,7 @@ def sparse_update(
             f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}."
         )
     if key is not None:
-        checks.key(key)
+        _arguments.key(key)
     elif criterion in ("random", "importance"):
         raise ValueError(
             f"criterion={criterion!r} draws random numbers and got no key: give "
@@ -167,17 +164,16 @@ def sparse_update(
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}.")
     if reselect_every is not None:
-        checks.count("reselect_every", reselect_every)
+        _arguments.count("reselect_every", reselect_every)
         if criterion == "threshold":
             raise ValueError(
                 f"reselect_every={reselect_every} with a threshold: how many weights "
                 'are above it is known in init only. Use criterion="magnitude", or '
                 "call init again."
             )
-    checks.count("num_perturbations", num_perturbations)
 
     def score_functions(
-        params: Any, key: Any, count: jax.Array, full_mask: Any, loss_fn: Any
+        params: Any, key: Any, count: jax.Array, loss_fn: Any
     ) -> list[Score]:
         """For each leaf what makes its score."""
         with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
@@ -192,33 +188,25 @@ def sparse_update(
                 functools.partial(_random_words, keys[name], jnp.size(leaf))
                 for name, leaf in zip(names, leaves, strict=True)
             ]
-        policy = rules.policy_at(count, epsilon, perturbation)
-        z_keys = jax.vmap(lambda i: perturbations.sample_key(now, count, i))(
-            jnp.arange(num_perturbations)
-        )
-        plus, minus = evaluation.evaluate_pairs(
-            loss_fn, params, z_keys, policy, mask=full_mask
-        )
+        plan = Plan(params, policy, mask=mask, step=count)
+        keys = plan.keys(now)
+        plus, minus = evaluate_pairs(loss_fn, plan, keys)
         finite = jnp.isfinite(plus) & jnp.isfinite(minus)
-        coefficients = estimators.spsa(plus, minus, policy.epsilon)
+        coefficients = estimators.spsa(plus, minus, plan.epsilon)
         coefficients = jnp.where(finite, coefficients, 0)
-        leaf_keys = jax.vmap(lambda k: evaluation.trained_keys(k, params, full_mask))
-        keys = leaf_keys(z_keys)
         return [
             functools.partial(
-                _importance, policy.rule(leaf), keys.get(name), coefficients
+                _importance, plan.arithmetic.get(name), keys, name, coefficients
             )
-            for name, leaf in zip(names, leaves, strict=True)
+            for name in names
         ]
 
     def init_fn(params: Any) -> SparseUpdateState:
-        full_mask = evaluation.resolve_mask(mask, params)
-        evaluation.check_params(params, full_mask)
-        leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
-        trained = jax.tree.leaves(full_mask)
+        plan = Plan(params, policy, mask=mask)
+        leaves = plan.leaves
         sizes = [
             _share(density, jnp.size(leaf)) if on else 0
-            for leaf, on in zip(leaves, trained, strict=True)
+            for leaf, on in zip(leaves, plan.trained, strict=True)
         ]
         count = jnp.zeros([], jnp.int32)
         if criterion == "threshold":
@@ -237,11 +225,10 @@ def sparse_update(
                 )
             )
         if criterion == "importance":
-            policy = rules.policy_at(count, epsilon, perturbation)
-            evaluation.check_epsilon(params, policy, full_mask)
+            plan.check_epsilon()
             chosen = [jnp.arange(k, dtype=jnp.int32) for k in sizes]
         else:
-            functions = score_functions(params, key, count, full_mask, None)
+            functions = score_functions(params, key, count, None)
             chosen = _largest(functions, sizes)
         indices = _unflatten(params, chosen)
         return SparseUpdateState(
@@ -262,13 +249,12 @@ def sparse_update(
         **extra_args: Any,
     ) -> tuple[Any, SparseUpdateState]:
         del updates
-        loss_fn = checks.loss("sparse_update", params, value_fn, obj_fn)
-        named = checks.named_arguments(loss_fn, extra_args)
-        full_mask = evaluation.resolve_mask(mask, params)
+        loss_fn = _arguments.loss("sparse_update", params, value_fn, obj_fn)
+        named = _arguments.named_arguments(loss_fn, extra_args)
 
         def choose() -> tuple[Any, Any]:
             functions = score_functions(
-                params, state.key, state.count, full_mask, lambda p: loss_fn(p, **named)
+                params, state.key, state.count, lambda p: loss_fn(p, **named)
             )
             sizes = [index.size for index in jax.tree.leaves(state.indices)]
             indices = _unflatten(params, _largest(functions, sizes))
@@ -320,24 +306,28 @@ def _share(density: float, size: int) -> int:
 def _magnitude(leaf: Any, after: jax.Array) -> jax.Array:
     """``|w|`` as floats."""
     if is_qtensor(leaf):
-        values = ordering.delayed(leaf.qvalue, after).astype(jnp.float32)
+        values = execution_order.delayed(leaf.qvalue, after).astype(jnp.float32)
         return jnp.abs(values) * leaf.scale
-    return jnp.abs(ordering.delayed(jnp.asarray(leaf), after))
+    return jnp.abs(execution_order.delayed(jnp.asarray(leaf), after))
 
 
 def _random_words(key: jax.Array, size: int, after: jax.Array) -> jax.Array:
     """Random integers of 24 bits, as floats: XLA's sort of integers needs more."""
     places = lax.iota(jnp.uint32, size)
-    words = perturbations.counter_hash(ordering.delayed_key(key, after), places)
+    words = perturbations.counter_hash(execution_order.delayed_key(key, after), places)
     return (words >> 8).astype(jnp.float32)
 
 
 def _importance(
-    rule: rules.Rule, keys: Any, coefficients: jax.Array, after: jax.Array
+    arithmetic: Arithmetic,
+    keys: LeafKeys,
+    name: str,
+    coefficients: jax.Array,
+    after: jax.Array,
 ) -> jax.Array:
     """``|Σᵢ cᵢ zᵢ|``, up to a factor for the leaf."""
-    keys = ordering.delayed_key(keys, after)
-    return jnp.abs(rule.weighted_sum(keys, coefficients))
+    delayed = keys.delayed(name, after)
+    return jnp.abs(arithmetic.weighted_sum(delayed, coefficients))
 
 
 def _number_above(leaf: Any, threshold: float) -> int:
@@ -488,7 +478,7 @@ def _spread(params: Any, indices: Any, changes: Any) -> Any:
         # first waits for the update, or it would be there from the start; the others
         # for a sum, since what reads the last leaf itself would keep it.
         after = array if latest is None else jnp.sum(latest.reshape(-1)[:64])
-        zero = ordering.dependent_zero(after).astype(array.dtype)
+        zero = execution_order.dependent_zero(after).astype(array.dtype)
         array = latest = _placed(jnp.full(jnp.shape(leaf), zero), index, array)
         if not is_qtensor(leaf):
             return array

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fgrad import evaluation, fixed_point, rules
+from fgrad._trees import is_concrete
 from fgrad.fixed_point import is_qtensor
-
-Schedule = float | jax.Array | Callable[[jax.Array], jax.Array]
+from fgrad.leaves import Guidance, map_leaves
+from fgrad.leaves.epsilon import Schedule
+from fgrad.leaves.guidance import GUIDED_STEP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +30,15 @@ class MomentumGuide:
 
     def init(self, params: Any, mask: Any) -> Any:
         """Directions of zeros: int8, one for each guided leaf, None for the others."""
-        return evaluation.map_leaves(
-            lambda _, leaf, trained: (
-                jnp.zeros(jnp.shape(leaf), jnp.int8) if trained else None
+        return map_leaves(
+            lambda leaf, guided: (
+                jnp.zeros(jnp.shape(leaf), jnp.int8) if guided else None
             ),
-            params,
             mask,
+            params,
         )
 
-    def at(self, state: Any, count: jax.Array, names: Sequence[str]) -> rules.Guidance:
+    def at(self, state: Any, count: jax.Array, names: Sequence[str]) -> Guidance:
         """The shares of noise and direction in a step."""
         alpha, beta = (
             jnp.asarray(x(count) if callable(x) else x, jnp.float32)
@@ -50,7 +51,7 @@ class MomentumGuide:
         noise = jnp.where(noise + pull > 0, noise, 1)
         length = jnp.sqrt(noise**2 + pull**2)
         directions = dict(zip(names, jax.tree.leaves(state), strict=True))
-        return rules.Guidance(directions, noise / length, pull / length)
+        return Guidance(directions, noise / length, pull / length)
 
     def advance(self, state: Any, gradient: Any, names: Sequence[str]) -> Any:
         """Directions of unit mean square; a gradient of zero keeps the last one."""
@@ -63,7 +64,7 @@ class MomentumGuide:
         def direction(last: jax.Array, name: str) -> jax.Array:
             g = values[name].astype(jnp.float32)
             rms = jnp.sqrt(jnp.mean(jnp.square(g)))
-            steps = jnp.round(g / jnp.where(rms > 0, rms, 1) / rules.GUIDED_STEP)
+            steps = jnp.round(g / jnp.where(rms > 0, rms, 1) / GUIDED_STEP)
             new = jnp.clip(steps, -127, 127).astype(jnp.int8)
             return jnp.where(rms > 0, new, last)
 
@@ -113,7 +114,7 @@ def momentum_guided_sampling(
       Section 3.4 of Feng et al. 2024.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if callable(value) or not fixed_point.is_concrete(value):
+        if callable(value) or not is_concrete(value):
             continue
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}.")

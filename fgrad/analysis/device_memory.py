@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from fgrad import fixed_point, graph
+from fgrad import fixed_point
 from fgrad.fixed_point import is_qtensor
-from fgrad.graph import Graph, Node
+from fgrad.tracing import graph, primitives
+from fgrad.tracing.graph import Graph, Node
 
 Method = Literal["inference", "forward", "backward"]
 METHODS = ("inference", "forward", "backward")
@@ -321,7 +322,7 @@ class _Body(NamedTuple):
 def _bodies(node: Node) -> list[_Body]:
     given = node.equation.params
     if node.name == "scan":
-        first, num_carry = graph.scan_sizes(given)
+        first, num_carry = primitives.scan_sizes(given)
         carry = slice(first, first + num_carry)
         return [_Body(given["jaxpr"], node.inputs, carry, given["length"])]
     if node.name == "while":
@@ -453,7 +454,7 @@ class _Flows:
         first, second = (*node.inputs, None)[:2]
         if node.name == "div":
             return (second, *(node.outputs if second in self._trained else ()))
-        if node.name in ("mul", *graph.PRODUCTS):
+        if node.name == "mul" or node.facts.product:
             pairs = ((first, second), (second, first))
             return [x for x, other in pairs if other in self._trained]
         return node.inputs

@@ -20,57 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fgrad import fixed_point, graph, products
-from fgrad.graph import Graph, Node
-
-# Equations that are linear in all of their operands.
-_LINEAR = {
-    "add",
-    "add_any",
-    "broadcast_in_dim",
-    "concatenate",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "expand_dims",
-    "neg",
-    "optimization_barrier",
-    "pad",
-    "reduce_sum",
-    "reshape",
-    "rev",
-    "slice",
-    "squeeze",
-    "sub",
-    "transpose",
-}
-# ... and those that are linear in one of them, at any or at these positions.
-_BILINEAR: dict[str, tuple[int, ...]] = {
-    "mul": (0, 1),
-    "div": (0,),
-    "dot_general": (0, 1),
-    "conv_general_dilated": (0, 1),
-    "integer_dot_general": (1,),
-    "integer_conv": (1,),
-    "dynamic_slice": (0,),
-    "gather": (0,),
-}
-# What may follow a layer's product and still belong to the layer.
-_AFTER = {
-    "add",
-    "add_any",
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "div",
-    "expand_dims",
-    "mul",
-    "neg",
-    "reshape",
-    "squeeze",
-    "sub",
-}
+from fgrad import fixed_point
+from fgrad.fixed_point import products
+from fgrad.tracing import graph
+from fgrad.tracing.graph import Graph, Node
 
 
 class Layer(NamedTuple):
@@ -159,14 +112,14 @@ def _is_activation(program: Graph, value: int, data: set[int], examples: int) ->
 
 def _is_linear(program: Graph, node: Node, inputs: Sequence[int]) -> bool:
     """Whether a node is linear in these of its operands."""
-    one_of_two = len(inputs) == 1 and inputs[0] in _BILINEAR.get(node.name, ())
+    one_of_two = len(inputs) == 1 and inputs[0] in node.facts.linear_in
     # Integer weights may be moved about before their product.
     computes = one_of_two and node.name not in ("dynamic_slice", "gather")
     to_floats = all(
         jnp.issubdtype(program.avals[value].dtype, jnp.floating)
         for value in node.outputs
     )
-    return (node.name in _LINEAR or one_of_two) and (
+    return (node.facts.linear or one_of_two) and (
         to_floats or not (computes or node.name == "convert_element_type")
     )
 
@@ -178,7 +131,7 @@ def _belongs(
     others = [x for x in node.inputs if x != output and isinstance(x, int)]
     scaled_by_data = node.name in ("mul", "div") and any(x in data for x in others)
     return (
-        node.name in _AFTER
+        node.facts.ends_layer
         and left[output] == 1
         and not scaled_by_data
         and program.avals[node.outputs[0]].size == program.avals[output].size
@@ -233,9 +186,9 @@ def _linear_part(
         if jnp.issubdtype(dtype, jnp.floating):
             return [arrays[0].astype(dtype)]
         return [arrays[0]]
-    if node.name in _INTEGER_RULES:
+    if node.name in _INTEGER_GRADIENTS:
         x, weight = arrays
-        rule = _INTEGER_RULES[node.name]
+        rule = _INTEGER_GRADIENTS[node.name]
         parameters = node.equation.params
 
         def product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -377,7 +330,7 @@ def integer_conv_gradient(
     return sums.transpose(np.argsort(axes)).astype(jnp.float32) * dy_q.scale
 
 
-_INTEGER_RULES: dict[str, Callable[..., jax.Array]] = {
+_INTEGER_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
     "integer_dot_general": integer_dot_gradient,
     "integer_conv": integer_conv_gradient,
 }

@@ -54,8 +54,8 @@ class OnGrid:
     probe: tuple[int, int] | None
     below: int
 
-    def at(self, count: jax.Array, num_perturbations: int) -> Density:
-        """What a step needs to know."""
+    def at(self, count: jax.Array, num_perturbations: int) -> Sparsity:
+        """The density of z in step ``count``, with so many perturbations."""
 
         def rate(step: jax.Array) -> jax.Array:
             value = self.learning_rate
@@ -64,10 +64,10 @@ class OnGrid:
         now = rate(count)
         first = rate(jnp.zeros_like(count))
         widening = jnp.where(now > 0, first / jnp.where(now > 0, now, 1), jnp.inf)
-        return Density(now / num_perturbations, widening, self)
+        return Sparsity(now / num_perturbations, widening, self)
 
 
-class Density(NamedTuple):
+class Sparsity(NamedTuple):
     """The density of z in one step.
 
     Attributes:
@@ -107,7 +107,7 @@ def default_probe(bits: int) -> tuple[int, int]:
     return PROBES[max(known)]
 
 
-def perturb_qvalue(
+def probe_qvalue(
     qvalue: jax.Array, z: jax.Array, widening: jax.Array, limit: int
 ) -> jax.Array:
     """``clip(w_q + κ z)``, exact in int32.
@@ -122,7 +122,7 @@ def perturb_qvalue(
       An array like ``qvalue``.
 
     Example:
-      >>> perturb_qvalue(jnp.array([5, 126], jnp.int8), jnp.array([-1, 1]), 4, 127)
+      >>> probe_qvalue(jnp.array([5, 126], jnp.int8), jnp.array([-1, 1]), 4, 127)
       Array([  1, 127], dtype=int8)
     """
     moved = qvalue.astype(jnp.int32) + widening * z.astype(jnp.int32)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from fgrad import low_rank, ordering
-from fgrad.graph import CALLS, scan_sizes
-from fgrad.low_rank import Factored
+from fgrad.evaluation import factored_products
+from fgrad.evaluation.factored_products import Factored
+from fgrad.leaves.arithmetic import Side
+from fgrad.tracing import execution_order, primitives
 
 # Multiply-adds per weight from which a loop perturbs its weights in every iteration
 # rather than keep a perturbed copy: then z costs little beside the product.
@@ -36,40 +36,17 @@ LOOP_WORK = 256
 # is kept: an unrolled recurrence would spend its time on z.
 MAX_REPEATS = 2
 
-# What the next z waits for. Waiting for anything elementwise would keep it out of the
-# loop that XLA makes of it and its neighbours.
-_AWAITED = {*low_rank.RULES, "gather", "reduce_sum", "reduce_max"}
-
-
-# Equations that place one operand, of this position, into their first.
-_PLACEMENTS = {"scatter": 2, "dynamic_update_slice": 1}
-
-
-class Perturber(NamedTuple):
-    """How a leaf becomes perturbed.
-
-    Attributes:
-      dense: ``dense(leaf, array, block, after)`` is the perturbed array. ``leaf`` is
-        the position of the leaf, ``array`` its values or those of a block of it,
-        ``after`` what z's key has to wait for; see `ordering.delayed_key`.
-      factored: the same for a perturbation of low rank, as `Factored`; or None where
-        the leaf has no such form.
-    """
-
-    dense: Callable[[int, jax.Array, Any, jax.Array], jax.Array]
-    factored: Callable[[int, jax.Array, Any, jax.Array], Factored | None]
-
 
 class Event(NamedTuple):
     """Where a parameter was perturbed.
 
     Attributes:
-      leaf: position of the leaf.
+      leaf: name of the leaf.
       way: "at use", "low rank" or "before".
       primitive: the equation that used it, or that could not be followed.
     """
 
-    leaf: int
+    leaf: str
     way: str
     primitive: str
 
@@ -79,14 +56,14 @@ class Pending:
     """A parameter, or one block of it in a scan, that is not perturbed yet.
 
     Attributes:
-      leaf: its position among the leaves of the parameters.
-      array: the unperturbed values.
+      side: how the leaf is perturbed.
+      array: the stored values, unperturbed.
       block: index of the block; None for all of the leaf.
       keep: whether the copy that is perturbed first serves further uses.
       kept: that copy.
     """
 
-    leaf: int
+    side: Side
     array: jax.Array
     block: Any = None
     keep: bool = False
@@ -101,7 +78,6 @@ def trace(function: Callable[..., jax.Array], *arguments: Any) -> core.ClosedJax
 def run(
     program: core.ClosedJaxpr,
     values: Sequence[Pending | jax.Array],
-    perturber: Perturber,
     seed: jax.Array,
     events: list[Event] | None = None,
 ) -> jax.Array:
@@ -110,7 +86,6 @@ def run(
     Args:
       program: from `trace`, of a function with one output.
       values: its arguments in flat order.
-      perturber: how a leaf becomes perturbed.
       seed: any scalar that differs between evaluations, such as the sign. Until there
         is an activation, keys depend on it, so that a loop over evaluations cannot
         make the first z before it starts.
@@ -119,7 +94,7 @@ def run(
     Returns:
       What the traced function returns.
     """
-    interpreter = _Interpreter(perturber, seed, [] if events is None else events)
+    interpreter = _Interpreter(seed, [] if events is None else events)
     inputs: list[_Value] = [
         x if isinstance(x, Pending) else _constant(x) for x in values
     ]
@@ -186,10 +161,7 @@ def _constant(array: Any) -> _Known:
 class _Interpreter:
     """One evaluation. ``latest`` is the activation that the next z waits for."""
 
-    def __init__(
-        self, perturber: Perturber, seed: jax.Array, events: list[Event]
-    ) -> None:
-        self.perturber = perturber
+    def __init__(self, seed: jax.Array, events: list[Event]) -> None:
         self.latest: jax.Array = seed
         self.events = events
 
@@ -214,23 +186,17 @@ class _Interpreter:
     def equation(
         self, equation: core.JaxprEqn, inputs: list[_Value]
     ) -> Sequence[_Value]:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
         if _places_a_parameter(equation, inputs):
             return [_Output(_Deferred(equation, inputs, placed=True), 0)]
         if all(isinstance(x, _Known) for x in inputs):
             return self.bind(equation, inputs)
-        if name in CALLS and CALLS[name] in params:
-            closed = params[CALLS[name]]
-            # remat has an open jaxpr
-            return self.run(
-                getattr(closed, "jaxpr", closed), getattr(closed, "consts", ()), inputs
-            )
-        if name == "scan":
-            return self.scan(equation, inputs)
-        if name == "while":
-            return self.while_loop(equation, inputs)
-        if name == "cond":
-            return self.cond(equation, inputs)
+        called = primitives.called_jaxpr(equation)
+        if called is not None:
+            return self.run(*called, inputs)
+        follow = {"scan": self.scan, "while": self.while_loop, "cond": self.cond}
+        if name in follow:
+            return follow[name](equation, inputs)
         placed = any(map(_is_placed, inputs))
         if placed and sum(not isinstance(x, _Known) for x in inputs) > 1:
             # It may be data that a parameter was placed into: what combines it with
@@ -246,19 +212,17 @@ class _Interpreter:
 
     def bind(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
         """Computes an equation, its parameters perturbed."""
-        if equation.primitive.name in low_rank.RULES:
+        facts = primitives.facts(equation)
+        if facts.product:
             # An integer activation is stored for its product. Waiting for it, rather
             # than for an earlier product, lets go of the latter.
             self.wait_for(_integer_activations(inputs))
         known = [self.force(x, equation.primitive.name) for x in inputs]
-        arrays = [x.array for x in known]
-        params = equation.primitive.get_bind_params(equation.params)
-        with _context(equation):
-            outputs = equation.primitive.bind(*arrays, **params)
-        if not equation.primitive.multiple_results:
-            outputs = [outputs]
+        outputs = primitives.bind(equation, [x.array for x in known])
         active = any(x.active for x in known)
-        if active and equation.primitive.name in _AWAITED:
+        # Waiting for anything elementwise would keep it out of the loop that XLA makes
+        # of it and its neighbours.
+        if active and facts.awaited:
             self.wait_for(outputs)
         constant = not equation.effects and all(x.constant for x in known)
         return [_Known(x, constant, active) for x in outputs]
@@ -276,7 +240,7 @@ class _Interpreter:
         """
         array = known.array
         if _can_be_awaited(array):
-            array = ordering.delayed(array, self.latest)
+            array = execution_order.delayed(array, self.latest)
         return _Known(array, active=True)
 
     def force(self, value: _Value, primitive: str, way: str = "at use") -> _Known:
@@ -287,17 +251,15 @@ class _Interpreter:
             source = value.source
             if source.outputs is None:
                 inputs = [self.force(x, primitive, way) for x in source.inputs]
-                if source.equation.primitive.name in _PLACEMENTS:
+                if primitives.facts(source.equation).places is not None:
                     inputs[0] = self.not_before_latest(inputs[0])
                 source.outputs = self.bind(source.equation, list(inputs))
             return source.outputs[value.position]
         if value.kept is not None:
             return value.kept
-        self.events.append(Event(value.leaf, way, primitive))
-        known = _Known(
-            self.perturber.dense(value.leaf, value.array, value.block, self.latest),
-            active=True,
-        )
+        self.events.append(Event(value.side.name, way, primitive))
+        array = value.side.dense(value.array, value.block, self.latest)
+        known = _Known(array, active=True)
         if value.keep:
             value.kept = known
         return known
@@ -306,8 +268,8 @@ class _Interpreter:
         self, equation: core.JaxprEqn, inputs: list[_Value]
     ) -> list[_Known] | None:
         """A product with a weight of low rank, as base product plus correction."""
-        rule = low_rank.RULES.get(equation.primitive.name)
-        if rule is None or isinstance(inputs[0], _Known) == isinstance(
+        product = factored_products.PRODUCTS.get(equation.primitive.name)
+        if product is None or isinstance(inputs[0], _Known) == isinstance(
             inputs[1], _Known
         ):
             return None
@@ -317,7 +279,7 @@ class _Interpreter:
         if any(x is None for x in operands):
             return None
         with _context(equation):
-            output = rule(*operands, equation=equation)
+            output = product(*operands, equation=equation)
         if output is None:
             return None
         for value in inputs:
@@ -332,12 +294,12 @@ class _Interpreter:
         if isinstance(value, Pending):
             if value.kept is not None:
                 return None
-            return self.perturber.factored(
-                value.leaf, value.array, value.block, self.latest
-            )
+            # No need to wait: the base product waits for its activation anyway.
+            parts = value.side.factored(value.array, value.block)
+            return None if parts is None else factored_products.factored(*parts)
         if isinstance(value, _Output):
             equation = value.source.equation
-            view = low_rank.VIEWS.get(equation.primitive.name)
+            view = factored_products.VIEWS.get(equation.primitive.name)
             if view is None:
                 return None
             operands: list[Any] = [
@@ -372,7 +334,7 @@ class _Interpreter:
     def scan(self, equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Known]:
         params = equation.params
         closed, length = params["jaxpr"], params["length"]
-        carry_at, num_carry = scan_sizes(params)
+        carry_at, num_carry = primitives.scan_sizes(params)
         xs_at = carry_at + num_carry
         work = _work(closed.jaxpr)
         shared = [
@@ -392,7 +354,7 @@ class _Interpreter:
             for value, array in zip(sliced, slices, strict=True):
                 if isinstance(value, Pending):
                     block = index + (0 if value.block is None else value.block * length)
-                    values.append(Pending(value.leaf, array, block))
+                    values.append(Pending(value.side, array, block))
                 else:
                     assert isinstance(value, _Known)
                     values.append(_Known(array, active=value.active))
@@ -466,7 +428,7 @@ def _can_be_awaited(array: jax.Array) -> bool:
 
 def _places_a_parameter(equation: core.JaxprEqn, inputs: list[_Value]) -> bool:
     """Whether an equation places a parameter into an array that no z has entered."""
-    position = _PLACEMENTS.get(equation.primitive.name)
+    position = primitives.facts(equation).places
     if position is None:
         return False
     into, placed = inputs[0], inputs[position]
@@ -482,9 +444,9 @@ def _is_placed(value: _Value) -> bool:
     return isinstance(value, _Output) and value.source.placed
 
 
-def _leaves(value: _Value) -> list[int]:
+def _leaves(value: _Value) -> list[str]:
     if isinstance(value, Pending):
-        return [value.leaf]
+        return [value.side.name]
     if isinstance(value, _Output):
         return [leaf for x in value.source.inputs for leaf in _leaves(x)]
     return []
@@ -495,13 +457,6 @@ def _context(equation: core.JaxprEqn) -> contextlib.AbstractContextManager[Any]:
     return equation.ctx.manager
 
 
-def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
-    """The jaxpr of a call that is followed in place."""
-    name = equation.primitive.name
-    closed = equation.params.get(CALLS[name]) if name in CALLS else None
-    return getattr(closed, "jaxpr", closed)
-
-
 def _add_up(
     jaxpr: core.Jaxpr, count: Callable[[core.JaxprEqn, core.Var], float]
 ) -> list[float]:
@@ -509,9 +464,9 @@ def _add_up(
     totals: dict[Any, float] = dict.fromkeys(jaxpr.invars, 0)
     for equation in jaxpr.eqns:
         used = [v for v in equation.invars if not isinstance(v, core.Literal)]
-        inner = _inner(equation)
-        if inner is not None:
-            counts = _add_up(inner, count)
+        called = primitives.called_jaxpr(equation)
+        if called is not None:
+            counts = _add_up(called[0], count)
             for variable, n in zip(equation.invars, counts, strict=True):
                 if not isinstance(variable, core.Literal) and variable in totals:
                     totals[variable] += n
@@ -534,16 +489,8 @@ def _work(jaxpr: core.Jaxpr) -> list[float]:
         if equation.primitive.name == "scan":
             inner = _work(equation.params["jaxpr"].jaxpr)
             return inner[equation.invars.index(variable)] * equation.params["length"]
-        if equation.primitive.name not in low_rank.RULES:
+        if not primitives.facts(equation).product:
             return 0
-        position, weight = equation.invars.index(variable), variable.aval
-        numbers = equation.params["dimension_numbers"]
-        if isinstance(numbers, lax.ConvDimensionNumbers):
-            kept = weight.shape[numbers.rhs_spec[0]]
-        else:
-            contract = numbers[0][position]
-            kept = weight.size // max(1, math.prod(weight.shape[a] for a in contract))
-        out: Any = equation.outvars[0].aval
-        return out.size / max(1, kept)
+        return primitives.multiply_adds([equation]) / max(1, variable.aval.size)
 
     return _add_up(jaxpr, count)

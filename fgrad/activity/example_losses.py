@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import estimators, graph, local_rules, perturbations, synthetic
+from fgrad import estimators, perturbations
+from fgrad.activity import layer_gradients, synthetic_gradients
+from fgrad.activity.layer_gradients import Layer
+from fgrad.activity.sites import Site, site_leaves
 from fgrad.fixed_point import is_qtensor, path_str
-from fgrad.graph import Graph
-from fgrad.local_rules import Layer
-from fgrad.sites import Site, site_leaves
+from fgrad.tracing import graph
+from fgrad.tracing.graph import Graph
 
 # Least rms of an activation, for a site that is all zeros.
 _LEAST_SCALE = 1e-3
@@ -114,7 +116,7 @@ class Tapped:
 
     def _layer(self, path: str, leaf: int, data: set[int]) -> Layer:
         try:
-            return local_rules.layer_of(self.program, leaf, data, self._examples)
+            return layer_gradients.layer_of(self.program, leaf, data, self._examples)
         except ValueError as error:
             raise ValueError(
                 f"the layer of leaf {path!r} has no output to perturb: {error}. Name "
@@ -162,7 +164,7 @@ class Tapped:
         perturbation: perturbations.Perturbation,
         estimator: estimators.Estimator,
         vectorize: int,
-        evidence: synthetic.Evidence | None = None,
+        evidence: synthetic_gradients.Evidence | None = None,
     ) -> Estimate:
         """The gradients of a site's leaves."""
         outputs = self.outputs(site)
@@ -175,7 +177,7 @@ class Tapped:
             guesses = {}
             if evidence is not None:
                 guesses = {
-                    output: synthetic.predicted(evidence, self.values[output])
+                    output: synthetic_gradients.predicted(evidence, self.values[output])
                     for output in outputs
                 }
             dy, plus, minus = self._directions(
@@ -191,7 +193,7 @@ class Tapped:
             )
             if site.synthetic is not None and evidence is not None:
                 (output,) = outputs
-                jacobian = synthetic.learned(
+                jacobian = synthetic_gradients.learned(
                     evidence,
                     dy[output],
                     memory=site.synthetic.memory,
@@ -204,7 +206,9 @@ class Tapped:
         return Estimate(
             name=name,
             gradients={
-                path: local_rules.gradient(self.program, layer, self.values, dy[output])
+                path: layer_gradients.gradient(
+                    self.program, layer, self.values, dy[output]
+                )
                 for output, layers in outputs.items()
                 for path, layer in layers.items()
             },
@@ -216,7 +220,7 @@ class Tapped:
 
     def evidence(
         self, site: Site, exact: Site, estimate: Estimate, jacobian: Any, count: Any
-    ) -> synthetic.Evidence:
+    ) -> synthetic_gradients.Evidence:
         """What a site's gradient is predicted from; checked.
 
         Args:
@@ -243,7 +247,9 @@ class Tapped:
                 f"of [examples, ..., {channels}]. Name one layer, or leave out "
                 "synthetic."
             )
-        return synthetic.Evidence(jacobian, self._examples * signals[0], count)
+        return synthetic_gradients.Evidence(
+            jacobian, self._examples * signals[0], count
+        )
 
     def _loss_name(self, site: Site) -> str:
         names = list(self._losses)

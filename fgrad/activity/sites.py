@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fgrad import checks, fixed_point
+from fgrad import _arguments, fixed_point
+from fgrad.activity.synthetic_gradients import SyntheticGradient
 from fgrad.fixed_point import is_qtensor
-from fgrad.synthetic import SyntheticGradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Site:
         if fixed_point.is_concrete(epsilon) and not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}.")
         if num_perturbations is not None:
-            checks.count("num_perturbations", num_perturbations)
+            _arguments.count("num_perturbations", num_perturbations)
         if synthetic is not None and not isinstance(synthetic, SyntheticGradient):
             raise TypeError(
                 "synthetic must be fgrad.activity.SyntheticGradient(name of an exact "

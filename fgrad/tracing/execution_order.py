@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -37,6 +38,25 @@ def dependent_zero(array: jax.Array) -> jax.Array:
         first = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
     word = first.astype(jnp.uint32)
     return word * word & 2
+
+
+def hidden(value: int, after: jax.Array) -> jax.Array:
+    """A number as uint32 that no compiler knows, and not before ``after``.
+
+    XLA for CPUs compiles a kernel once for all places that have the same one. A slice
+    at a known place is a kernel of its own for every leaf. The number is read from an
+    array of two that differ, since a constant of one value would be a part of the
+    kernel again.
+    """
+    pair = np.array([value, value + 1], np.uint32) ^ dependent_zero(after)
+    return lax.squeeze(lax.slice(pair, (0,), (1,)), (0,))
+
+
+def delayed_row(array: jax.Array, row: int, after: jax.Array, axis: int) -> jax.Array:
+    """``array`` at a row of an axis, at a `hidden` place and not before ``after``."""
+    if _varying(after) - _varying(array):
+        return lax.index_in_dim(array, row, axis, keepdims=False)
+    return lax.dynamic_index_in_dim(array, hidden(row, after), axis, keepdims=False)
 
 
 def delayed_key(key: jax.Array, after: jax.Array) -> jax.Array:

@@ -25,8 +25,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from fgrad import ordering
-from fgrad.fixed_point import QTensor
+from fgrad.fixed_point.qtensor import QTensor
+from fgrad.tracing import execution_order
 
 # |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
 MAX_TERMS = 2**17
@@ -346,7 +346,11 @@ def _integer_conv(
 def _limbs(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
     """The int8 h and l of ``q = 256 h + (l + 128)`` along a new axis, not before x."""
     # Or the limbs of all weights would be made first, a second copy of the model.
-    q = ordering.delayed(q.astype(jnp.int16), x) if x.size else q.astype(jnp.int16)
+    q = (
+        execution_order.delayed(q.astype(jnp.int16), x)
+        if x.size
+        else q.astype(jnp.int16)
+    )
     # The bytes of a word, low first. Of a concatenation of the two, XLA would make a
     # slow loop, and put into it, twice, all that makes a perturbed q.
     low_high = lax.bitcast_convert_type(q ^ 128, jnp.int8)

@@ -1,4 +1,8 @@
-"""What the optax transformations ask of their arguments."""
+"""What the optax links ask of their arguments: each question raises a clear error.
+
+Options are looked at when a link is built, the arguments of ``update`` when it is
+traced.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import perturbations
+from fgrad.leaves import Epsilon, OnGrid, Policy
+from fgrad.leaves import epsilon as epsilons
 
 
 def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -23,12 +29,61 @@ def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
-def perturbation(z: Any) -> None:
-    """Raises unless z is None or a `Perturbation`."""
-    if z is not None and not isinstance(z, perturbations.Perturbation):
+def policy(
+    epsilon: Epsilon,
+    num_perturbations: int,
+    z: Any,
+    low_bit: OnGrid | None = None,
+    *,
+    name: str = "epsilon",
+) -> Policy:
+    """The options of how leaves are perturbed, checked.
+
+    Args:
+      epsilon: see `Policy`, like the three that follow.
+      num_perturbations: m.
+      z: where z comes from; normal by default.
+      low_bit: how weights of few bits are trained.
+      name: how the link calls its epsilon.
+    """
+    z = perturbation(z, perturbations.normal)
+    count("num_perturbations", num_perturbations)
+    if low_bit is not None and not isinstance(low_bit, OnGrid):
+        raise TypeError(
+            f"low_bit must be fgrad.on_grid(learning_rate) or None, got {low_bit!r}."
+        )
+    epsilons.check_positive(name, epsilons.value_of(epsilon))
+    return Policy(epsilon, num_perturbations, z, low_bit)
+
+
+def perturbation(
+    z: Any, default: Callable[[], perturbations.Perturbation]
+) -> perturbations.Perturbation:
+    """A `Perturbation`, by default ``default()``."""
+    if z is None:
+        return default()
+    if not isinstance(z, perturbations.Perturbation):
         raise TypeError(
             f"perturbation must come from fgrad.perturbations, got {z!r}; "
             "use for example fgrad.perturbations.normal()."
+        )
+    return z
+
+
+def estimator(fn: Any, default: Callable[..., Any], choices: str) -> Callable[..., Any]:
+    """A function from losses to coefficients, by default ``default``."""
+    if fn is None:
+        return default
+    if not callable(fn):
+        raise TypeError(f"estimator must be a function, got {fn!r}; use {choices}.")
+    return fn
+
+
+def given(name: str, params: Any) -> None:
+    """Raises if a link that needs the parameters got none."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters: call tx.update(updates, state, params, ...)."
         )
 
 

@@ -1,0 +1,117 @@
+"""Calibration: which values the ends of a fixed-point grid stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fgrad.fixed_point.integers import max_qvalue
+
+# calibration(x, axes, bits) -> bound: the largest magnitude to be represented, shared
+# over `axes`, which are kept with length 1.
+Calibration = Callable[[jax.Array, tuple[int, ...], int], jax.Array]
+
+
+def abs_max(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
+    """Bound = ``max|x|``: nothing is clipped. Equation (5)."""
+    del bits
+    return jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+
+
+def percentile(q: float) -> Calibration:
+    """Bound = the q-th percentile of ``|x|``: outliers are clipped.
+
+    Args:
+      q: percentile in (0, 100].
+
+    Returns:
+      A calibration for `quantize` or for the layers' activations.
+    """
+    if not 0 < q <= 100:
+        raise ValueError(f"percentile must lie in (0, 100], got {q}.")
+
+    def calibrate(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
+        del bits
+        return jnp.percentile(jnp.abs(x), q, axis=axes, keepdims=True)
+
+    return calibrate
+
+
+def mse_optimal(num_candidates: int = 64) -> Calibration:
+    """Bound that minimises the mean squared quantization error on the b-bit grid.
+
+    ``argmin_c mean((x - quantize(x, bound=c))**2)`` over ``num_candidates`` bounds
+    that divide ``(0, max|x|]`` evenly.
+
+    Args:
+      num_candidates: resolution of the search.
+
+    Returns:
+      A calibration for `quantize` or for the layers' activations.
+    """
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates must be positive, got {num_candidates}.")
+
+    def calibrate(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
+        largest = abs_max(x, axes, bits)
+
+        def error(fraction: jax.Array) -> jax.Array:
+            bound = largest * fraction
+            scale = jnp.where(bound > 0, bound, 1.0) / max_qvalue(bits)
+            rounded = round_to_grid(x, scale, bits) * scale
+            return jnp.mean((x - rounded) ** 2, axis=axes, keepdims=True)
+
+        fractions = jnp.arange(1, num_candidates + 1) / num_candidates
+        best = jnp.argmin(jax.lax.map(error, fractions), axis=0)
+        return largest * fractions[best]
+
+    return calibrate
+
+
+def calibrate_scale(
+    x: jax.Array,
+    bits: int,
+    *,
+    channel_axis: int | None = None,
+    calibration: Calibration = abs_max,
+    headroom: float = 1.0,
+    zero_bound: float = 1.0,
+) -> jax.Array:
+    """Grid step of an array: ``headroom * bound / (2**(bits - 1) - 1)``.
+
+    Args:
+      x: float array.
+      bits: width of the grid, 2 to 16.
+      channel_axis: axis with a scale per entry; None for one scale per tensor.
+      calibration: gives the bound; `abs_max`, `percentile` or `mse_optimal`.
+      headroom: room for the weights to grow, as a multiple of the bound.
+      zero_bound: the bound where ``x`` is all zeros.
+
+    Returns:
+      float32 scale; a scalar per tensor, or ``x.ndim`` axes with one entry per channel.
+    """
+    limit = max_qvalue(bits)
+    if not headroom > 0:
+        raise ValueError(f"headroom must be positive, got {headroom}.")
+    if not zero_bound > 0:
+        raise ValueError(f"zero_bound must be positive, got {zero_bound}.")
+    x = jnp.asarray(x, jnp.float32)
+    axes = tuple(range(x.ndim))
+    if channel_axis is not None:
+        axes = tuple(a for a in axes if a != range(x.ndim)[channel_axis])
+    bound = calibration(x, axes, bits)
+    # A percentile of a sparse tensor can be 0 where the tensor is not.
+    bound = jnp.where(bound == 0, abs_max(x, axes, bits), bound)
+    bound = jnp.where(bound == 0, zero_bound, bound)
+    if channel_axis is None:
+        bound = bound.reshape(())
+    scale = (bound * headroom / limit).astype(jnp.float32)
+    return jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+
+
+def round_to_grid(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+    """``clip(⌊x / scale⌉)`` on the b-bit grid, still as floats."""
+    limit = max_qvalue(bits)
+    return jnp.clip(jnp.round(x / scale), -limit, limit)

@@ -1,0 +1,423 @@
+"""The arithmetic of one leaf: how it is perturbed, and what its gradient is.
+
+The type of a leaf decides. A float leaf is perturbed in floating point, a `QTensor` by
+the integer equation (6), a `QTensor` of few bits by whole grid steps
+(`fgrad.leaves.low_bit`); with a perturbation of low rank the same sums are written so
+that they can be taken apart. Each of these is an `Arithmetic`. `Side` binds one to a
+key and a sign: a leaf at ``w + εz`` or ``w - εz``, made where it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fgrad import perturbations
+from fgrad.fixed_point import is_qtensor, max_qvalue, perturb_qvalue
+from fgrad.leaves import low_bit
+from fgrad.leaves.guidance import GUIDED_STEP, Guidance
+from fgrad.tracing import execution_order
+
+Factors = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How one leaf is perturbed; the base of all kinds.
+
+    A block is a part of a leaf, ``leaf[i]`` or ``leaf[i, j]``, as in
+    `perturbations.Perturbation.sample`; its index may be traced.
+
+    Attributes:
+      leaf: float array or `QTensor`.
+      source: where the random integers come from.
+    """
+
+    leaf: Any
+    source: perturbations.Perturbation
+
+    # Whether z is made by factors u and v, of `LowRank`.
+    is_factored: ClassVar[bool] = False
+    # Whether losses move the leaf by their sign, whatever the estimator.
+    moves_by_signs: ClassVar[bool] = False
+    # Whether z may be drawn around a direction.
+    can_be_guided: ClassVar[bool] = False
+
+    def z_of(self, raw: jax.Array, block: Any = None) -> jax.Array:
+        """z_q of what ``source`` sampled for the leaf or a block of it."""
+        return raw
+
+    @property
+    def samples_are_z(self) -> bool:
+        """Whether `z_of` returns samples as they are."""
+        return False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return jnp.shape(self.leaf)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the leaf is sampled and perturbed with all other small ones."""
+        return self.source.is_small(self.shape)
+
+    def sample(
+        self, key: jax.Array, shape: tuple[int, ...], block: Any = None
+    ) -> jax.Array:
+        """z_q of the leaf or a block of that shape."""
+        return self.z_of(self.source.sample(key, shape, block), block)
+
+    def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
+        """``Σᵢ cᵢ z_qᵢ`` of the leaf, one z at a time."""
+        return perturbations.accumulate(
+            lambda key: self.sample(key, self.shape), keys, coefficients, self.shape
+        )
+
+    def perturbed(
+        self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> jax.Array:
+        """The stored values of the leaf, or of a block, on one side of it."""
+        raise NotImplementedError
+
+    def terms(
+        self, array: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Base and amplitude a of ``base + a Σᵣ uᵣ vᵣ``; None if z has no factors."""
+        return None
+
+    def gradient(self, total: jax.Array, count: int) -> jax.Array:
+        """``Σᵢ cᵢ zᵢ / m`` of m = ``count``, float32, in loss per unit of weight."""
+        raise NotImplementedError
+
+    def epsilon_in_steps(self) -> jax.Array | None:
+        """What a unit of z, or of z_q, moves in weight steps, before it is rounded.
+
+        None where nothing is rounded: for floats, and on the grid of few bits.
+        """
+        return None
+
+    def moves(self) -> jax.Array:
+        """float32 share of the weights that ε can move."""
+        steps = self.epsilon_in_steps()
+        if steps is None:
+            return jnp.float32(1)
+        return jnp.mean(_whole_steps(steps) > 0, dtype=jnp.float32)
+
+    def of_block(self, values: jax.Array, array: jax.Array, block: Any) -> jax.Array:
+        """Values in the shape of the leaf's scale, for a block like ``array``."""
+        if block is None or values.ndim == 0:
+            return values
+        stacked = self.leaf.ndim - array.ndim
+        values = jnp.broadcast_to(
+            values, self.leaf.shape[:stacked] + values.shape[stacked:]
+        )
+        return values.reshape(-1, *values.shape[stacked:])[block]
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatArithmetic(Arithmetic):
+    """``w ± εz`` in floating point.
+
+    Attributes:
+      epsilon: ε of the leaf in units of the weights.
+      unit: ε of the leaf for a unit of the ε that the estimator is told.
+      guided: a `Guidance` and the leaf's direction, or None.
+    """
+
+    epsilon: jax.Array
+    unit: jax.Array
+    guided: tuple[Guidance, jax.Array] | None = None
+
+    can_be_guided: ClassVar[bool] = True
+
+    @property
+    def samples_are_z(self) -> bool:
+        """Whether `z_of` returns samples as they are."""
+        return self.guided is None
+
+    @property
+    def step(self) -> float:
+        """Δ_z, the value of a unit of z_q."""
+        return self.source.step if self.guided is None else GUIDED_STEP
+
+    def z_of(self, raw: jax.Array, block: Any = None) -> jax.Array:
+        """z_q of what ``source`` sampled for the leaf or a block of it."""
+        if self.guided is None:
+            return raw
+        guidance, direction = self.guided
+        if block is not None:
+            direction = direction.reshape(-1, *raw.shape)[block]
+        return guidance.mix(raw, direction, self.source.step)
+
+    def perturbed(
+        self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> jax.Array:
+        """The stored values of the leaf, or of a block, on one side of it."""
+        amplitude = jnp.float32(self.step) * self.epsilon * sign
+        return (array + amplitude * z.astype(jnp.float32)).astype(array.dtype)
+
+    def gradient(self, total: jax.Array, count: int) -> jax.Array:
+        """``Σᵢ cᵢ zᵢ / m`` of m = ``count``, float32, in loss per unit of weight."""
+        gradient = total.astype(jnp.float32) * (self.step / count)
+        # An integer coefficient is a sign, which knows of no unit.
+        return gradient if _is_integer(total) else gradient / self.unit
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPointArithmetic(FloatArithmetic):
+    """``w_q ± ε_q z_q`` by equation (6), with ``ε_q = ⌊ε/Δ_w⌉``."""
+
+    def perturbed(
+        self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> jax.Array:
+        """The stored values of the leaf, or of a block, on one side of it."""
+        epsilon_q = _whole_steps(self.epsilon_in_steps())
+        epsilon_q = sign * self.of_block(epsilon_q, array, block)
+        return perturb_qvalue(array, z, epsilon_q, self.step, self.leaf.bits)
+
+    def epsilon_in_steps(self) -> jax.Array:
+        """What a unit of z moves in weight steps, in the shape of the scale."""
+        return self.epsilon / self.leaf.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankArithmetic(FloatArithmetic):
+    """``w ± ε Σᵣ uᵣ vᵣ`` in floating point, as base plus amplitude times factors."""
+
+    source: perturbations.LowRank
+
+    is_factored: ClassVar[bool] = True
+    can_be_guided: ClassVar[bool] = False
+
+    @property
+    def samples_are_z(self) -> bool:
+        """Whether `z_of` returns samples as they are."""
+        return False
+
+    def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
+        """``Σᵢ cᵢ z_qᵢ`` of the leaf, as one product."""
+        return self.source.weighted_sum(keys, coefficients, self.shape)
+
+    def terms(
+        self, array: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Base and amplitude."""
+        amplitude = jnp.float32(self.source.step) * self.epsilon * sign
+        return array, jnp.asarray(amplitude, jnp.float32)
+
+    def perturbed(
+        self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> jax.Array:
+        """The stored values of the leaf, or of a block, on one side of it."""
+        base, amplitude = self.terms(array, sign, block)
+        return (base + amplitude * z).astype(array.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPointLowRankArithmetic(LowRankArithmetic):
+    """``w_q ± ⌊ε Δ_z/Δ_w⌉ Σᵣ uᵣ vᵣ``, in whole grid steps.
+
+    The base keeps as far from the ends of the grid as z reaches. So no sum is rounded
+    or clipped, and a product with it can be taken apart exactly.
+    """
+
+    def terms(
+        self, array: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Base and amplitude."""
+        limit, rank = max_qvalue(self.leaf.bits), self.source.rank
+        steps = _whole_steps(self.epsilon_in_steps())
+        steps = jnp.minimum(self.of_block(steps, array, block), limit // rank)
+        room = (limit - steps * rank).astype(array.dtype)
+        return jnp.clip(array, -room, room), sign * steps
+
+    def epsilon_in_steps(self) -> jax.Array:
+        """What a unit of z_q moves in weight steps, in the shape of the scale."""
+        return self.epsilon * self.source.step / self.leaf.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class GridArithmetic(Arithmetic):
+    """``clip(w_q ± κ z)`` with sparse integers z; see `fgrad.leaves.low_bit`.
+
+    Attributes:
+      sparsity: the density of z in this step.
+    """
+
+    sparsity: low_bit.Sparsity
+
+    moves_by_signs: ClassVar[bool] = True
+
+    def z_of(self, raw: jax.Array, block: Any = None) -> jax.Array:
+        """Sparse steps out of random words."""
+        return self.sparsity.sample(raw, self.of_block(self.leaf.scale, raw, block))
+
+    def perturbed(
+        self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> jax.Array:
+        """The stored values of the leaf, or of a block, on one side of it."""
+        widening = sign * self.sparsity.probe(self.leaf.bits)
+        return low_bit.probe_qvalue(array, z, widening, max_qvalue(self.leaf.bits))
+
+    def gradient(self, total: jax.Array, count: int) -> jax.Array:
+        """The gradient of which SGD makes ``Σᵢ cᵢ zᵢ`` grid steps."""
+        rms = self.sparsity.rms
+        inverse = jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
+        return total.astype(jnp.float32) * (self.leaf.scale * inverse / count)
+
+
+def arithmetic_of(
+    leaf: Any,
+    perturbation: perturbations.Perturbation,
+    epsilon: jax.typing.ArrayLike,
+    unit: Callable[[Any], jax.Array] | None = None,
+    sparsity: low_bit.Sparsity | None = None,
+) -> Arithmetic:
+    """The arithmetic of a leaf in one step; its type and the options decide.
+
+    Args:
+      leaf: float array or `QTensor`.
+      perturbation: where z comes from.
+      epsilon: ε in units of the weights, or in those of ``unit``; may be traced.
+      unit: of a `LeafEpsilon`, or None.
+      sparsity: for `QTensor` leaves of few bits, or None to treat them as any other.
+    """
+    if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.options.below:
+        return GridArithmetic(leaf, low_bit.WORDS, sparsity)
+    one = jnp.float32(1) if unit is None else unit(leaf)
+    scaled = jnp.asarray(epsilon * one)
+    if isinstance(perturbation, perturbations.LowRank):
+        low_rank = (
+            FixedPointLowRankArithmetic if is_qtensor(leaf) else LowRankArithmetic
+        )
+        return low_rank(leaf, perturbation, scaled, one)
+    dense = FixedPointArithmetic if is_qtensor(leaf) else FloatArithmetic
+    return dense(leaf, perturbation, scaled, one)
+
+
+class Side(NamedTuple):
+    """A leaf on one side of the weights, ``w + sign * εz``, made where it is needed.
+
+    Attributes:
+      name: of the leaf.
+      arithmetic: of the leaf.
+      key_after: ``key_after(array)`` is the key of z, not before ``array`` is there.
+      sign: 1 or -1, int32.
+      factors: the u and v of a z of low rank, or None.
+    """
+
+    name: str
+    arithmetic: Arithmetic
+    key_after: Callable[[jax.Array], jax.Array]
+    sign: jax.Array
+    factors: Factors | None
+
+    def dense(self, array: jax.Array, block: Any, after: jax.Array) -> jax.Array:
+        """The perturbed array.
+
+        Args:
+          array: the stored values of the leaf, or of one block of it.
+          block: index of the block, or None.
+          after: an activation; nothing is done before it has been computed.
+        """
+        if self.factors is not None:
+            u, v = self.factors
+            u = execution_order.delayed(u, after)
+            z = _product_of_block(u, v, array.shape, block)
+        else:
+            z = self.arithmetic.sample(self.key_after(after), array.shape, block)
+        if is_qtensor(self.arithmetic.leaf):
+            # Otherwise the 32-bit products of equation (6) that no z enters are made
+            # for all leaves ahead of the loop over evaluations.
+            array = execution_order.delayed(array, after)
+        return self.arithmetic.perturbed(array, z, self.sign, block)
+
+    def factored(
+        self, array: jax.Array, block: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None:
+        """Base, u, v and amplitude of the perturbed array; None without factors."""
+        terms = self.arithmetic.terms(array, self.sign, block)
+        if self.factors is None or terms is None or array.ndim == 0:
+            return None
+        base, amplitude = terms
+        u, v = _factors_of_block(*self.factors, array.shape, block)
+        return base, u, v, amplitude
+
+
+# --------------------------------------------------------------------- many leaves
+
+
+def factors_together(
+    arithmetic: Sequence[Arithmetic], keys: Callable[[Sequence[int]], jax.Array]
+) -> dict[int, Factors]:
+    """The u and v of all leaves whose z is of low rank, by position."""
+    chosen = [i for i, one in enumerate(arithmetic) if one.is_factored]
+    if not chosen:
+        return {}
+    source: Any = arithmetic[chosen[0]].source
+    shapes = [arithmetic[i].shape for i in chosen]
+    pairs = source.factors_together(keys(chosen), shapes)
+    return dict(zip(chosen, pairs, strict=True))
+
+
+def samples_together(
+    arithmetic: Sequence[Arithmetic],
+    chosen: Sequence[int],
+    keys: Callable[[Sequence[int]], jax.Array],
+    factors: dict[int, Factors],
+) -> dict[int, jax.Array]:
+    """z_q of the chosen leaves, by position, made in one loop for each source.
+
+    Args:
+      arithmetic: of all leaves.
+      chosen: positions of the leaves that are sampled.
+      keys: ``keys(positions)`` are the keys of some leaves.
+      factors: of the leaves whose z is of low rank, by position.
+    """
+    samples = {
+        i: perturbations.product(*factors[i]).reshape(arithmetic[i].shape)
+        for i in chosen
+        if i in factors
+    }
+    left = [i for i in chosen if i not in factors]
+    for source in dict.fromkeys(arithmetic[i].source for i in left):
+        group = [i for i in left if arithmetic[i].source == source]
+        shapes = [arithmetic[i].shape for i in group]
+        raw = source.sample_together(keys(group), shapes)
+        for i, words in zip(group, raw, strict=True):
+            samples[i] = arithmetic[i].z_of(words)
+    return samples
+
+
+def _factors_of_block(
+    u: jax.Array, v: jax.Array, shape: tuple[int, ...], block: Any
+) -> Factors:
+    """The factors for one block of a leaf, of one axis or more: blocks share v."""
+    if block is None:
+        return u, v
+    rank = len(u)
+    u = u.reshape(rank, -1, *shape[:-1], 1)[:, block]
+    return u, v.reshape(rank, *[1] * (len(shape) - 1), shape[-1])
+
+
+def _product_of_block(
+    u: jax.Array, v: jax.Array, shape: tuple[int, ...], block: Any
+) -> jax.Array:
+    """The z_q of a leaf, or of one block of it, from the factors of the leaf."""
+    if block is not None and not shape:
+        return perturbations.product(u, v).reshape(-1)[block]
+    u, v = _factors_of_block(u, v, shape, block)
+    return perturbations.product(u, v).reshape(shape)
+
+
+def _whole_steps(steps: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round(steps), 0, 2**30).astype(jnp.int32)
+
+
+def _is_integer(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.integer))

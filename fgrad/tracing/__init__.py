@@ -1,0 +1,1 @@
+"""Traced functions: their graph, what is known of primitives, order of execution."""
