@@ -77,11 +77,11 @@ def exp2_negative(t: jax.Array) -> jax.Array:
       t: int32 array, 0 to 31 * 2**16.
 
     Returns:
-      int32 array, 0 to 2**22; the error is below 2.5 units.
+      int32 array, 0 to 2**22; the error is below 5 units.
 
     Example:
       >>> exp2_negative(jnp.array([0, 2**15, 2**16])) / 2**22
-      Array([1.        , 0.70710683, 0.5       ], dtype=float32)
+      Array([1.       , 0.7071068, 0.5      ], dtype=float32)
     """
     whole, fraction = t >> EXPONENT_BITS, t & 0xFFFF
     index, rest = fraction >> 8, fraction & 0xFF
@@ -105,7 +105,7 @@ def log2(x: jax.Array) -> jax.Array:
 
     Example:
       >>> log2(jnp.array([1, 2, 10])) / 2**16
-      Array([0.       , 1.       , 3.3219147], dtype=float32)
+      Array([0.     , 1.     , 3.32193], dtype=float32)
     """
     zeros = lax.clz(x)
     mantissa = jnp.left_shift(x, zeros - 1)  # 2**30 to 2**31

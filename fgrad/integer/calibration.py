@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from fgrad import graph as tracing
-from fgrad.graph import Graph, Node
+from fgrad.tracing import graph as tracing
+from fgrad.tracing.graph import Graph, Node
+from fgrad.tracing.primitives import scan_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def scan_over(
     Returns:
       The last carry and the stacked outputs.
     """
-    constants, carried = tracing.scan_sizes(node.equation.params)
+    constants, carried = scan_sizes(node.equation.params)
     start = arrays[constants : constants + carried] if carry is None else carry
     return lax.scan(
         lambda state, slices: body(list(arrays[:constants]), list(state), slices),
@@ -114,7 +115,7 @@ def _finite_extremes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _run_scan(node: Node, arrays: Sequence[Any]) -> tuple[list[Any], Any]:
     graph = body_of(node)
-    _, carried = tracing.scan_sizes(node.equation.params)
+    _, carried = scan_sizes(node.equation.params)
 
     def body(constants: list[Any], carry: list[Any], slices: Any) -> Any:
         outputs, found = _run(graph, [*constants, *carry, *slices])

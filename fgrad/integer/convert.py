@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fgrad import fixed_point
-from fgrad import graph as tracing
 from fgrad.fixed_point import QTensor, is_qtensor
-from fgrad.graph import Graph, Node
 from fgrad.integer import calibration, primitives
 from fgrad.integer.primitives import Grids
 from fgrad.integer.ranges import MIDDLE, ConversionError, Fixed, rescale
+from fgrad.tracing import graph as tracing
+from fgrad.tracing.graph import Graph, Node
+from fgrad.tracing.primitives import scan_sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,11 +79,18 @@ class Program:
 
     def decode(self, params: Any, *encoded: Any) -> Any:
         """The results as floats, ``scale * q``."""
-        return jax.tree.map(
-            lambda x: x.q * jnp.float32(x.scale) if _is_fixed(x) else x,
-            self.values(params, *encoded),
-            is_leaf=_is_fixed,
-        )
+        return self._decode(params, *encoded)
+
+    @functools.cached_property
+    def _decode(self) -> Callable[..., Any]:
+        def decoded(params: Any, *encoded: Any) -> Any:
+            return jax.tree.map(
+                lambda x: x.q * jnp.float32(x.scale) if _is_fixed(x) else x,
+                self.values(params, *encoded),
+                is_leaf=_is_fixed,
+            )
+
+        return jax.jit(decoded)
 
     def values(self, params: Any, *encoded: Any) -> Any:
         """The results as `Fixed`, with their scales and bounds."""
@@ -198,7 +206,7 @@ def convert(
     names = tuple(node.name for node in graph.nodes)
     program = Program(fn, qparams, examples, grids, names, scales)
     # Every rule and every proof, before the first run.
-    jax.eval_shape(lambda w, *a: program(w, *a), qparams, *_encoded(program))
+    jax.eval_shape(program, qparams, *_encoded(program))
     return program
 
 
@@ -259,7 +267,7 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
 def _scan(grids: Grids, node: Node, operands: Sequence[Any]) -> list[Any]:
     """A loop over time: what is carried has one grid for all iterations."""
     graph, inside = calibration.body_of(node), grids.inside(node)
-    constants, carried = tracing.scan_sizes(node.equation.params)
+    constants, carried = scan_sizes(node.equation.params)
     operands = [
         primitives.as_fixed(x) if primitives.is_constant(x) else x for x in operands
     ]

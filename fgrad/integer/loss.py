@@ -24,7 +24,8 @@ def softmax_cross_entropy(logits: Fixed, labels: jax.Array) -> Fixed:
 
     One unit is ``2**-16 ln 2`` (1.06e-5) for batches of up to 127 examples, whatever
     their logits; it doubles as often as larger batches need for the sum to fit. The
-    error of an example is below 3.5 of these units beside that of its logits.
+    error of an example is below 3.5 of these units, beside a factor of all logits that
+    is within 2**-15 of 1.
 
     Args:
       logits: [batch, classes].

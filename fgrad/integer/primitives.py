@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fgrad.graph import Node
 from fgrad.integer import products, tables
 from fgrad.integer.calibration import Observed
 from fgrad.integer.ranges import (
@@ -33,6 +32,7 @@ from fgrad.integer.ranges import (
     prove,
     rescale,
 )
+from fgrad.tracing.graph import Node
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 # The scale of what is zero on all of the calibration data.
@@ -112,7 +112,13 @@ def as_fixed(x: Any, bits: int = MIDDLE) -> Fixed:
 
 
 def on_grid(x: np.ndarray, scale: float) -> Fixed:
-    """A constant rounded to a grid; infinities become the ends of 24 bits."""
+    """A constant rounded to a grid; infinities become the ends of 24 bits.
+
+    Raises:
+      ConversionError: if it holds NaN.
+    """
+    if np.any(np.isnan(x)):
+        raise ConversionError("a constant is NaN, which no integer stands for.")
     limit = limit_of(FINE)
     q = np.clip(np.rint(np.asarray(x, np.float64) / scale), -limit, limit)
     low, high = int(q.min(initial=0)), int(q.max(initial=0))
@@ -156,6 +162,7 @@ def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
     "reduce_window_max",
     "reduce_window_min",
     "optimization_barrier",
+    "stop_gradient",
     "cummax",
     "cummin",
 )
@@ -197,6 +204,10 @@ def _concatenate(grids: Grids, node: Node, *parts: Any) -> Fixed:
 @_rule("select_n")
 def _select(grids: Grids, node: Node, which: Any, *cases: Any) -> Fixed:
     bits = _precision(cases)
+    if isinstance(which, np.ndarray) and which.size and np.all(which == which.flat[0]):
+        chosen = as_fixed(cases[int(which.flat[0])], bits)  # the other may be NaN
+        shape = node.equation.outvars[0].aval.shape
+        return chosen.replace(q=jnp.broadcast_to(chosen.q, shape))
     scale = grids.scale(node.outputs[0], bits)
     parts = [aligned(x, scale, bits) for x in cases]
     return _joined(node, parts, bits, before=[which])
@@ -517,16 +528,7 @@ def _linear(grids: Grids, node: Node, lhs: Any, rhs: Any) -> Fixed:
 
 def unsupported(node: Node) -> ConversionError:
     """The error for a primitive that has no rule."""
-    remedies = {
-        "while": "a loop whose end depends on data; use lax.scan, or lax.fori_loop "
-        "with Python integers as bounds",
-        "cond": "a branch; compute both sides and choose by jnp.where",
-        "sort": "an order; leave it out of the program and sort what it returns",
-        "top_k": "an order; leave it out of the program and sort what it returns",
-        "random_bits": "random numbers; pass them as an argument, or turn dropout off",
-        "fft": "a Fourier transform; write it as a product with its matrix",
-    }
-    remedy = remedies.get(
+    remedy = _REMEDIES.get(
         node.name,
         "an operation that is not known here; write it by other ones, or compute it "
         "before the program",
@@ -537,14 +539,24 @@ def unsupported(node: Node) -> ConversionError:
     )
 
 
+_REMEDIES = {
+    "while": "a loop whose end depends on data; use lax.scan, or lax.fori_loop with "
+    "Python integers as bounds",
+    "cond": "a branch; compute both sides and choose by jnp.where",
+    "sort": "an order; leave it out of the program and sort what it returns",
+    "top_k": "an order; leave it out of the program and sort what it returns",
+    "random_bits": "random numbers; pass them as an argument, or turn dropout off",
+    "fft": "a Fourier transform; write it as a product with its matrix",
+}
+
+
 def source_of(node: Node) -> str:
-    """Where the user's code computes an equation, ``file:line``."""
-    traceback = node.equation.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        name = frame.file_name
+    """Where the user's code computes an equation: file, line and function."""
+    traceback: Any = node.equation.source_info.traceback
+    frames: Any = traceback.frames if traceback is not None else ()
+    for frame in frames:
+        name: str = frame.file_name
         if not name.startswith((_LIBRARY, "<")) and "site-packages" not in name:
-            return f"{frame.file_name}:{frame.line_num}, in {frame.function_name}"
-    return "at an unknown line"
-
-
-_LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "fgrad")
+            return f"{name}:{frame.line_num}, in {frame.function_name}"
+    layer = str(node.equation.source_info.name_stack)
+    return f"in {layer}" if layer else "inside a function of a library"

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fgrad.graph import Node
 from fgrad.integer import arithmetic
 from fgrad.integer.ranges import INT32, Fixed, prove
+from fgrad.tracing.graph import Node
 
 
 def product(node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
@@ -31,7 +31,7 @@ def product(node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
     """
     params = node.equation.params
     if node.name == "conv_general_dilated":
-        out, *contracted = params["dimension_numbers"].rhs_spec
+        contracted = params["dimension_numbers"].rhs_spec[1:]
         terms = math.prod(rhs.q.shape[axis] for axis in contracted)
         return _sums(lhs, rhs, terms, _Convolution(params))
     numbers = _tuples(params["dimension_numbers"])

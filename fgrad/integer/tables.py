@@ -2,8 +2,8 @@ r"""Elementwise functions by tables and by powers of two.
 
 A function of a 16-bit value has a table of up to 257 entries over the values that
 calibration saw, with straight lines in between: with entries h apart the error is at
-most :math:`h^2 \max|f''| / 8` and one unit of the result. With up to 256 possible values
-every one has its entry.
+most :math:`h^2 \max|f''| / 8` and one unit of the result. With up to 256 possible
+values every one has its entry.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 r"""QZO-FF in integers: perturb, compare two losses, update.
 
 .. math::
-  w_q^{\pm} &= clip(w_q \pm \lfloor ε_q z_q Δ_z \rceil), \quad ε_q = \lfloor ε/Δ_w \rceil
+  w_q^{\pm} &= clip(w_q \pm \lfloor ε_q z_q Δ_z \rceil), \quad
+  ε_q = \lfloor ε/Δ_w \rceil
 
   c_i &= sign(L(w_q^{+}) - L(w_q^{-}))
 
@@ -472,8 +473,8 @@ def _rounded(
         multiplier, shift = multiplier << digits, shift + digits
     if shift > 46:
         raise ValueError(
-            f"a learning rate of {rate * float(leaf.scale):.2g} a direction never moves "
-            f"the weights of {name!r}: raise it."
+            f"a learning rate of {rate * float(leaf.scale):.2g} for a direction never "
+            f"moves the weights of {name!r}: raise it."
         )
     every = np.arange(256, dtype=np.uint32)
     table = np.asarray(source.decode(jnp.asarray(every)))[::4]
