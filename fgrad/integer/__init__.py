@@ -3,9 +3,11 @@
 from fgrad.integer import audit, loss
 from fgrad.integer.convert import Program, convert, integers
 from fgrad.integer.ranges import ConversionError, Fixed
+from fgrad.integer.to_c import CProgram, to_c
 from fgrad.integer.training import State, TrainStep, train_step
 
 __all__ = [
+    "CProgram",
     "ConversionError",
     "Fixed",
     "Program",
@@ -15,5 +17,6 @@ __all__ = [
     "convert",
     "integers",
     "loss",
+    "to_c",
     "train_step",
 ]

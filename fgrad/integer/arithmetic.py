@@ -28,8 +28,8 @@ EXPONENT_BITS, POWER_BITS, LOG_BITS = 16, 22, 16
 MAX_EXPONENT = 31
 
 _INTERVALS = np.arange(257) / 256
-_POWERS = np.rint(2.0 ** (POWER_BITS - _INTERVALS)).astype(np.int32)
-_LOGS = np.rint(np.log2(1 + _INTERVALS) * 2 ** (LOG_BITS + 4)).astype(np.int32)
+POWERS = np.rint(2.0 ** (POWER_BITS - _INTERVALS)).astype(np.int32)
+LOGS = np.rint(np.log2(1 + _INTERVALS) * 2 ** (LOG_BITS + 4)).astype(np.int32)
 
 
 @jax.jit
@@ -85,7 +85,7 @@ def exp2_negative(t: jax.Array) -> jax.Array:
     """
     whole, fraction = t >> EXPONENT_BITS, t & 0xFFFF
     index, rest = fraction >> 8, fraction & 0xFF
-    table = jnp.asarray(_POWERS)
+    table = jnp.asarray(POWERS)
     here, there = _read(table, index), _read(table, index + 1)
     power = here + (((there - here) * rest + 128) >> 8)
     # Rounded, for what is below one half of a unit is zero.
@@ -110,7 +110,7 @@ def log2(x: jax.Array) -> jax.Array:
     zeros = lax.clz(x)
     mantissa = jnp.left_shift(x, zeros - 1)  # 2**30 to 2**31
     index, rest = (mantissa >> 22) & 0xFF, (mantissa >> 8) & 0x3FFF
-    table = jnp.asarray(_LOGS)
+    table = jnp.asarray(LOGS)
     here, there = _read(table, index), _read(table, index + 1)
     fraction = here + (((there - here) * rest + 0x2000) >> 14)
     return ((31 - zeros) << LOG_BITS) + ((fraction + 8) >> 4)
@@ -139,7 +139,9 @@ def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Ar
 
 
 def _read(table: jax.Array, index: jax.Array) -> jax.Array:
-    return table.at[index].get(mode="promise_in_bounds")
+    return table.at[index].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
 
 
 # ------------------------------------------------------------------------- products

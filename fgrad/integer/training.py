@@ -119,7 +119,9 @@ class Rounded:
         place = (index & np.uint32(self.per_word - 1)) * np.uint32(width)
         field = (words >> place) & np.uint32(2**width - 1)
         table = jnp.asarray(self.table)
-        z = table.at[field.astype(jnp.int32)].get(mode="promise_in_bounds")
+        z = table.at[field.astype(jnp.int32)].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
         return z.astype(jnp.int32)
 
     def perturbed(
@@ -288,7 +290,7 @@ class TrainStep:
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
             return (), self.loss(jax.tree.unflatten(structure, moved), batch)
 
-        signs = jnp.tile(jnp.array([1, -1], jnp.int32), self.num_perturbations)
+        signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
         twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
         _, found = lax.scan(evaluate, (), (signs, twice))
         pairs = found.reshape(self.num_perturbations, 2)
