@@ -95,7 +95,7 @@ class CortexM3:
         script.write_text(_LINKER_SCRIPT)
         command = [sys.executable, "-m", "ziglang", "cc"]
         command += ["-target", "thumb-freestanding-eabi", "-mcpu=cortex_m3"]
-        command += [*_STRICT, optimize, "-ffreestanding", "-nostdlib", "-g0"]
+        command += [*_STRICT, optimize, "-ffreestanding", "-nostdlib", "-g"]
         command += ["-fno-sanitize=all", "-Wl,-T," + str(script), str(program.source)]
         subprocess.run([*command, "-o", str(elf)], check=True)
         self._symbols, segments = _read_elf(elf)
@@ -188,10 +188,10 @@ def pointers(
 _LINKER_SCRIPT = """
 ENTRY(fgrad_step)
 SECTIONS {
-  .text 0x1000 : { *(.text*) *(.rodata*) *(.ARM*) }
+  .text 0x1000 : { *(.text*) *(.rodata*) }
   .data 0x20000000 : { *(.data*) }
   .bss : { *(.bss*) *(COMMON) }
-  /DISCARD/ : { *(.comment) *(.note*) }
+  /DISCARD/ : { *(.ARM*) *(.comment) *(.note*) }
 }
 """
 

@@ -56,10 +56,10 @@ class Buffer:
 class Scope:
     """Lines of C, and the values that they have computed so far."""
 
-    def __init__(self, parent: Scope | None = None):
+    def __init__(self, parent: Scope | None = None, deeper: int = 1):
         """A scope inside another one, whose values it knows."""
         self.lines: list[str] = parent.lines if parent else []
-        self._depth: int = parent._depth + 1 if parent else 1
+        self._depth: int = parent._depth + deeper if parent else 1
         self._known: dict[Any, str] = dict(parent._known) if parent else {}
 
     def add(self, line: str) -> None:
@@ -74,7 +74,7 @@ class Scope:
         for name, count in ranges:
             inner.add(f"for (int32_t {name} = 0; {name} < {count}; ++{name}) {{")
             inner = Scope(inner)
-        yield Scope(inner) if inner is self else inner
+        yield Scope(inner, deeper=0)
         for depth in range(len(ranges) - 1, -1, -1):
             self.lines.append("  " * (self._depth + depth) + "}")
 
@@ -213,6 +213,8 @@ class _Function:
                 raise ConversionError(
                     f"{buffer.name} is read after a result has taken its place."
                 )
+            if buffer.name.startswith("(&") and at == "0":  # a field that is no array
+                return buffer.name[2:-1]
             return f"{buffer.name}[{at}]"
         key = value, tuple(index)
         known = scope.remembered(key)
@@ -728,7 +730,8 @@ class _Function:
             buffer = self.buffers[outside]
             self.writer.touch(buffer)
             if place >= constants:
-                name = f"({buffer.name} + {round_} * {inside.size})"
+                place_ = f"{round_} * {inside.size}" if inside.size > 1 else round_
+                name = f"({buffer.name} + {place_})"
                 buffer = Buffer(name, buffer.lifetime)
             known[inside] = buffer
         return known

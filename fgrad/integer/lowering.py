@@ -157,6 +157,8 @@ def _inline(
         name = equation.params.get("name", "") if called else equation.primitive.name
         if called and name not in (*SCALAR_FUNCTIONS, *PRODUCT_FUNCTIONS):
             outputs = _inline(*called, operands, operations, stack)
+        elif not called and (known := _known(equation, operands)) is not None:
+            outputs = [known]
         else:
             outputs = [_value(v.aval) for v in equation.outvars]
             operation = _operation(name, equation, operands, outputs, stack)
@@ -165,6 +167,20 @@ def _inline(
             operations.append(operation)
         names.update(zip(equation.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _known(equation: core.JaxprEqn, operands: Sequence[Value]) -> Value | None:
+    """The result of an equation that needs no computation at run time."""
+    name = equation.primitive.name
+    if name == "convert_element_type" and operands[0].dtype == equation.params["new_dtype"]:
+        return operands[0]
+    if not operands or any(x.literal is None for x in operands) or name == "scan":
+        return None
+    if any(math.prod(v.aval.shape) != 1 or v.aval.shape for v in equation.outvars):
+        return None
+    arrays = [np.asarray(x.literal, x.dtype) for x in operands]
+    with jax.ensure_compile_time_eval():
+        return _constant(np.asarray(primitives.bind(equation, arrays)[0]))
 
 
 def _operation(

@@ -77,15 +77,21 @@ class Address:
             key = _fold_in(key, jnp.uint32(digest))
         return key
 
-    def indices(self) -> jax.Array:
-        """The place of every value, uint32, from n-d indices: nothing is reshaped."""
-        total = jnp.zeros(self.shape, jnp.uint32)
+    def indices(self, like: jax.Array) -> jax.Array:
+        """The place of every value, uint32, from n-d indices: nothing is reshaped.
+
+        Args:
+          like: a word of one key, or of several along a first axis, which the result
+            has as well.
+        """
+        before = like.shape[:1]
+        shape, terms = (*before, *self.shape), []
         stride = 1
         for axis in range(len(self.shape) - 1, -1, -1):
-            index = lax.broadcasted_iota(jnp.uint32, self.shape, axis)
-            total = total + index * np.uint32(stride)
+            index = lax.broadcasted_iota(jnp.uint32, shape, axis + len(before))
+            terms.append(index * np.uint32(stride) if stride > 1 else index)
             stride *= self.shape[axis]
-        return total
+        return sum(terms[1:], terms[0]) if terms else jnp.zeros(shape, jnp.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Rounded:
         """int32 z of a key's words."""
         del decay
         width = 32 // self.per_word
-        index = self.address.indices()
+        index = self.address.indices(key[0])
         words = _hash(key, index >> (self.per_word.bit_length() - 1))
         place = (index & np.uint32(self.per_word - 1)) * np.uint32(width)
         field = (words >> place) & np.uint32(2**width - 1)
@@ -166,7 +172,7 @@ class OnGrid:
 
     def z(self, key: tuple[jax.Array, jax.Array], decay: Any) -> jax.Array:
         """int32 z of a key's words: -M, 0 or M."""
-        words = _hash(key, self.address.indices())
+        words = _hash(key, self.address.indices(key[0]))
         threshold: Any = np.uint32(self.threshold)
         if decay is not None:  # the probability falls as the square of the rate
             share = (decay * decay >> _RATE_BITS).astype(jnp.uint32)
