@@ -18,7 +18,13 @@ from fgrad.integer import CProgram
 
 _STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2"]
 # Flash from 0, RAM from 0x20000000 as on every Cortex-M, arguments beside them.
-_FLASH, _RAM, _STACK_TOP, _OUTSIDE, _END = 0, 0x20000000, 0x20400000, 0x30000000, 0x3FF00
+_FLASH, _RAM, _STACK_TOP, _OUTSIDE, _END = (
+    0,
+    0x20000000,
+    0x20400000,
+    0x30000000,
+    0x3FF00,
+)
 _MEGABYTE = 1 << 20
 
 
@@ -96,8 +102,8 @@ class CortexM3:
         command = [sys.executable, "-m", "ziglang", "cc"]
         command += ["-target", "thumb-freestanding-eabi", "-mcpu=cortex_m3"]
         command += [*_STRICT, optimize, "-ffreestanding", "-nostdlib", "-g"]
-        command += ["-fno-sanitize=all", "-Wl,-T," + str(script), str(program.source)]
-        subprocess.run([*command, "-o", str(elf)], check=True)
+        command += ["-fno-sanitize=all", f"-Wl,-T,{script},--no-gc-sections"]
+        subprocess.run([*command, str(program.source), "-o", str(elf)], check=True)
         self._symbols, segments = _read_elf(elf)
         machine = unicorn.Uc(
             unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS
@@ -186,11 +192,11 @@ def pointers(
 
 
 _LINKER_SCRIPT = """
-ENTRY(fgrad_step)
+ENTRY(fgrad_predict)
 SECTIONS {
-  .text 0x1000 : { *(.text*) *(.rodata*) }
+  .text 0x1000 : { KEEP(*(.text*)) KEEP(*(.rodata*)) }
   .data 0x20000000 : { *(.data*) }
-  .bss : { *(.bss*) *(COMMON) }
+  .bss 0x20001000 : { *(.bss*) *(COMMON) }
   /DISCARD/ : { *(.ARM*) *(.comment) *(.note*) }
 }
 """
@@ -199,7 +205,7 @@ SECTIONS {
 def _read_elf(
     path: pathlib.Path,
 ) -> tuple[dict[str, int], list[tuple[int, bytes, int]]]:
-    """Symbols, and (address, data, size in memory) of what is loaded, of a 32-bit ELF."""
+    """Symbols of a 32-bit ELF, and (address, data, size) of what takes memory."""
     data = path.read_bytes()
 
     def integer(offset: int, size: int) -> int:

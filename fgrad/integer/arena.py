@@ -1,4 +1,4 @@
-"""One static array for all temporary buffers, shared by those that live at other times."""
+"""One static array for all temporary buffers; what lives at other times shares it."""
 
 from __future__ import annotations
 

@@ -139,9 +139,7 @@ def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Ar
 
 
 def _read(table: jax.Array, index: jax.Array) -> jax.Array:
-    return table.at[index].get(
-        mode="promise_in_bounds", wrap_negative_indices=False
-    )
+    return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 # ------------------------------------------------------------------------- products

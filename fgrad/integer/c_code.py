@@ -118,9 +118,7 @@ class Writer:
         """
         scope = Scope()
         function = _Function(self, block, scope)
-        function.run(
-            dict(zip(block.inputs, map(Buffer, inputs), strict=True)), outputs
-        )
+        function.run(dict(zip(block.inputs, map(Buffer, inputs), strict=True)), outputs)
         return scope.lines
 
     def fresh(self, prefix: str) -> str:
@@ -395,8 +393,6 @@ class _Function:
             "shift_left": "(int32_t)((uint32_t){0} << {1})",
             "shift_right_arithmetic": "{0} >> {1}",
             "shift_right_logical": "(uint32_t){0} >> {1}",
-            "copy": "{0}",
-            "copy_p": "{0}",
         }
         if name == "shift_left" and out.dtype.kind == "u":
             return f"{x[0]} << {x[1]}"
@@ -412,9 +408,13 @@ class _Function:
         axes = operation.params["axes"]
         names = {a: self._counter(operand.shape[a]) for a in axes}
         total = self.writer.fresh("sum")
-        scope.add(f"{c_type(out.dtype)} {total} = {_initial(operation.name, out.dtype)};")
+        scope.add(
+            f"{c_type(out.dtype)} {total} = {_initial(operation.name, out.dtype)};"
+        )
         kept = iter(index)
-        place = [names[a] if a in names else next(kept) for a in range(len(operand.shape))]
+        place = [
+            names[a] if a in names else next(kept) for a in range(len(operand.shape))
+        ]
         with scope.loops(*((names[a], operand.shape[a]) for a in axes)) as inner:
             x = self.element(operand, place, inner)
             inner.add(_accumulate(operation.name, total, x))
@@ -436,7 +436,11 @@ class _Function:
         return at
 
     def _window(self, operation: Operation, index: Index, scope: Scope) -> str:
-        (operand,), out, params = operation.inputs, operation.outputs[0], operation.params
+        (operand,), out, params = (
+            operation.inputs,
+            operation.outputs[0],
+            operation.params,
+        )
         _only_plain(operation, "base_dilation", "window_dilation")
         name = operation.name.replace("_window", "")
         total = self.writer.fresh("sum")
@@ -469,7 +473,9 @@ class _Function:
         offsets = iter(index[a] for a in numbers.offset_dims)
         batch = [x for a, x in enumerate(index) if a not in numbers.offset_dims]
         hidden = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        place = ["0" if a in hidden else next(offsets) for a in range(len(operand.shape))]
+        place = [
+            "0" if a in hidden else next(offsets) for a in range(len(operand.shape))
+        ]
         safe = "PROMISE" in str(params["mode"])
         for column, axis in enumerate(numbers.start_index_map):
             start = f"(int32_t){self.element(indices, [*batch, str(column)], scope)}"
@@ -559,7 +565,9 @@ class _Function:
                 x = self.element(lhs, [left[a] for a in range(len(lhs.shape))], inner)
                 if operation in self.rows:
                     order = _weight_axes(operation)[1:]
-                    at = linear([names[a] for a in order], [rhs.shape[a] for a in order])
+                    at = linear(
+                        [names[a] for a in order], [rhs.shape[a] for a in order]
+                    )
                     w = f"{self.rows[operation]}[{at}]"
                 else:
                     places = {**names, out: channel}
@@ -592,7 +600,9 @@ class _Function:
 
     # --------------------------------------------------------------------- writers
 
-    def _write_concatenate(self, operation: Operation, places: dict[Value, str]) -> None:
+    def _write_concatenate(
+        self, operation: Operation, places: dict[Value, str]
+    ) -> None:
         (value,) = operation.outputs
         target, axis = self._memory(value, places), operation.params["dimension"]
         offset = 0
@@ -644,7 +654,9 @@ class _Function:
         with self.scope.loops(*zip(index, operand.shape, strict=True)) as inner:
             place = [
                 _plus(_times(i, n, gap + 1), n, low)
-                for i, n, (low, _, gap) in zip(index, operand.shape, config, strict=True)
+                for i, n, (low, _, gap) in zip(
+                    index, operand.shape, config, strict=True
+                )
             ]
             x = self.element(operand, index, inner)
             inner.add(f"{target.name}[{linear(place, value.shape)}] = {x};")
@@ -776,13 +788,9 @@ def array(name: str, values: np.ndarray, qualifiers: str = "static const ") -> s
     flat = [literal(int(v), values.dtype).strip("()") for v in values.reshape(-1)]
     if values.dtype == np.int32:
         flat = [literal(int(v), values.dtype) for v in values.reshape(-1)]
-    rows = [
-        ", ".join(flat[i : i + _PER_LINE]) for i in range(0, len(flat), _PER_LINE)
-    ]
+    rows = [", ".join(flat[i : i + _PER_LINE]) for i in range(0, len(flat), _PER_LINE)]
     body = ",\n  ".join(rows)
-    return (
-        f"{qualifiers}{c_type(values.dtype)} {name}[{len(flat)}] = {{\n  {body}\n}};"
-    )
+    return f"{qualifiers}{c_type(values.dtype)} {name}[{len(flat)}] = {{\n  {body}\n}};"
 
 
 def _index(shape: Sequence[int]) -> list[str]:
@@ -873,7 +881,7 @@ def _initial(name: str, dtype: np.dtype[Any]) -> str:
         return "0"
     if name == "reduce_and":
         return "1"
-    ends = np.iinfo(dtype) if dtype != bool else np.iinfo(np.uint8)
+    ends = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
     return literal(int(ends.min if name == "reduce_max" else ends.max), dtype)
 
 

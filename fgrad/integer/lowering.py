@@ -32,7 +32,7 @@ POINTWISE = frozenset(
         *("add", "sub", "mul", "div", "rem", "max", "min", "and", "or", "xor", "not"),
         *("eq", "ne", "lt", "le", "gt", "ge", "sign", "neg", "abs", "clamp"),
         *("shift_left", "shift_right_arithmetic", "shift_right_logical", "select_n"),
-        *("convert_element_type", "population_count", "clz", "copy", "copy_p"),
+        *("convert_element_type", "population_count", "clz"),
     }
 )
 REDUCTIONS = frozenset(
@@ -65,7 +65,7 @@ class Value:
     dtype: np.dtype[Any]
     literal: int | None = None
     constant: np.ndarray | None = None
-    maker: Operation | None = None
+    maker: Operation | None = dataclasses.field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -172,7 +172,10 @@ def _inline(
 def _known(equation: core.JaxprEqn, operands: Sequence[Value]) -> Value | None:
     """The result of an equation that needs no computation at run time."""
     name = equation.primitive.name
-    if name == "convert_element_type" and operands[0].dtype == equation.params["new_dtype"]:
+    same = name == "convert_element_type" and (
+        operands[0].dtype == equation.params["new_dtype"]
+    )
+    if same or name in ("copy", "copy_p", "stop_gradient"):
         return operands[0]
     if not operands or any(x.literal is None for x in operands) or name == "scan":
         return None
@@ -229,7 +232,7 @@ def _constant(array: np.ndarray) -> Value:
 
 
 class Storage:
-    """Which results of a block have memory; the others are computed where they are read.
+    """Which results of a block have memory; others are computed where they are read.
 
     Attributes:
       rows: for each product with a computed weight, that weight: one output channel of

@@ -83,9 +83,13 @@ def to_c(
     outputs = jax.eval_shape(program, weights, *inputs)
     fields["outputs"] = _numbered("y", jax.tree.leaves(outputs))
     block = lowering.lower(program, weights, *inputs)
-    bodies = {"predict": _body(writer, block, fields, ("weights", "inputs"), ("outputs",))}
+    bodies = {
+        "predict": _body(writer, block, fields, ("weights", "inputs"), ("outputs",))
+    }
     if step is not None:
-        labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32) if labels is None else labels
+        labels = (
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32) if labels is None else labels
+        )
         state = step.init()[1]
         fields["state"] = [(n, v) for n, v in zip(State._fields, state, strict=True)]
         fields["batch"] = [*fields["inputs"], *_numbered("labels", [labels])]
@@ -178,7 +182,7 @@ def _header(
         "#define FGRAD_MODEL_H",
         "#include <stdint.h>",
         "",
-        f"/* An input is scale * x, with the scales {_scales(program.input_scales)}. */",
+        f"/* An input is scale * x; scales: {_scales(program.input_scales)}. */",
     ]
     weight_scales = {
         name: leaf.scale
@@ -263,7 +267,7 @@ def _initial(struct: str, members: list[Field]) -> str:
         values = np.asarray(x)
         text = c_code.array(name, values.reshape(-1), "")
         parts.append(
-            f"  /* {name} */ {text[text.index('{'):-1]}"
+            f"  /* {name} */ {text[text.index('{') : -1]}"
             if values.shape
             else f"  /* {name} */ {c_code.literal(int(values), values.dtype)}"
         )

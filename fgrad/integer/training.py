@@ -126,8 +126,8 @@ class Rounded:
         field = (words >> place) & np.uint32(2**width - 1)
         table = jnp.asarray(self.table)
         z = table.at[field.astype(jnp.int32)].get(
-        mode="promise_in_bounds", wrap_negative_indices=False
-    )
+            mode="promise_in_bounds", wrap_negative_indices=False
+        )
         return z.astype(jnp.int32)
 
     def perturbed(
