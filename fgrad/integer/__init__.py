@@ -2,6 +2,7 @@
 
 from fgrad.integer import audit, loss
 from fgrad.integer.convert import Program, convert, integers
+from fgrad.integer.exported import export
 from fgrad.integer.ranges import ConversionError, Fixed
 from fgrad.integer.to_c import CProgram, to_c
 from fgrad.integer.training import State, TrainStep, train_step
@@ -15,6 +16,7 @@ __all__ = [
     "TrainStep",
     "audit",
     "convert",
+    "export",
     "integers",
     "loss",
     "to_c",

@@ -74,7 +74,7 @@ def to_c(
     step = model if isinstance(model, TrainStep) else None
     program = model.program if isinstance(model, TrainStep) else model
     weights = integers(program.params)
-    inputs = _examples(program, batch_size)
+    inputs = examples_of(program, batch_size)
     writer = c_code.Writer()
     fields = {
         "weights": _named_weights(program),
@@ -134,7 +134,8 @@ def _body(
     return writer.function(block, pointers(arguments), pointers(results))
 
 
-def _examples(program: Program, batch_size: int) -> list[Any]:
+def examples_of(program: Program, batch_size: int) -> list[Any]:
+    """Shapes and types of encoded arguments whose first axis has a size."""
     leaves, structure = jax.tree.flatten(program.examples)
     shapes = [
         jax.ShapeDtypeStruct(
