@@ -102,7 +102,10 @@ class CortexM3:
         command = [sys.executable, "-m", "ziglang", "cc"]
         command += ["-target", "thumb-freestanding-eabi", "-mcpu=cortex_m3"]
         command += [*_STRICT, optimize, "-ffreestanding", "-nostdlib", "-g"]
-        command += ["-fno-sanitize=all", f"-Wl,-T,{script},--no-gc-sections"]
+        command += [
+            "-fno-sanitize=all",
+            f"-Wl,-T,{script},--no-gc-sections,--entry=fgrad_predict",
+        ]
         subprocess.run([*command, str(program.source), "-o", str(elf)], check=True)
         self._symbols, segments = _read_elf(elf)
         machine = unicorn.Uc(

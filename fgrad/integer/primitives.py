@@ -163,6 +163,7 @@ def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
     "reduce_window_min",
     "optimization_barrier",
     "stop_gradient",
+    "tile",
     "cummax",
     "cummin",
 )
@@ -194,7 +195,7 @@ def _position(grids: Grids, node: Node, x: Fixed) -> jax.Array:
     return node.evaluate([x.wide])[0]
 
 
-@_rule("concatenate")
+@_rule("concatenate", "stack")
 def _concatenate(grids: Grids, node: Node, *parts: Any) -> Fixed:
     bits = _precision(parts)
     scale = grids.scale(node.outputs[0], bits)
