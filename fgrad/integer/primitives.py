@@ -282,12 +282,12 @@ def _multiply(grids: Grids, node: Node, a: Any, b: Any) -> Fixed:
 
 
 def _product(grids: Grids, node: Node, a: Fixed, b: Fixed) -> Fixed:
-    bits = _precision([a, b])
+    bits, is_square = _precision([a, b]), a.q is b.q
     a, b = (_at_most(x, MIDDLE) for x in (a, b))
     corners = [p * q for p in (a.low, a.high) for q in (b.low, b.high)]
     low, high = min(corners), max(corners)
-    if a.q is b.q:
-        low = max(low, 0)
+    if is_square:  # a variance must be fine where it is small
+        low, bits, b = 0, FINE, a
     prove(low, high, "a product")
     product = Fixed(a.wide * b.wide, a.scale * b.scale, low, high)
     return _settled(grids, node, product, bits)
