@@ -145,7 +145,7 @@ def emulate(
     kind = emulation.structure(written, "weights")
     memory = machine.read(at["weights"], ctypes.sizeof(kind))
     found = emulation.arrays(written, "weights", kind.from_buffer_copy(memory))
-    figures = {
+    figures: dict[str, Any] = {
         "same": all(map(np.array_equal, found, jax.tree.leaves(weights))),
         "step": machine.instructions,
         "stack": machine.stack_bytes,

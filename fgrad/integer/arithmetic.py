@@ -227,9 +227,11 @@ def coarse_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
 def _conv_limbs(
     lhs: jax.Array, rhs: jax.Array, options: dict[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
-    product = functools.partial(
-        lax.conv_general_dilated, **options, preferred_element_type=jnp.int32
-    )
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x, w, **options, preferred_element_type=jnp.int32
+        )
+
     high, low = _limbs(rhs)
     ones = jnp.ones_like(high)
     if options["feature_group_count"] == 1:  # one channel of sums serves all

@@ -26,7 +26,7 @@ def number_types(function: Callable[..., Any], *args: Any) -> frozenset[str]:
       >>> sorted(number_types(lambda x: x / 2 > 1, jnp.int8(3)))
       ['f32', 'i1', 'i8']
     """
-    module = jax.jit(function).lower(*args).compiler_ir("stablehlo")
+    module: Any = jax.jit(function).lower(*args).compiler_ir("stablehlo")
     return frozenset(_types(module.operation))
 
 

@@ -684,7 +684,7 @@ class _Function:
         constants, carried = operation.params["sizes"]
         body = operation.body
         assert body is not None
-        carry = []
+        carry: list[Buffer] = []
         for value, start in zip(
             operation.outputs, operation.inputs[constants:], strict=False
         ):

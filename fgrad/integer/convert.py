@@ -246,9 +246,9 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
     if node.name == "scan":
         with jax.named_scope(_layer(node)):
             return _scan(grids, node, operands)
-    if not any(_is_fixed(x) or primitives.is_constant(x) for x in operands) and not any(
-        jnp.issubdtype(v.aval.dtype, jnp.floating) for v in node.equation.outvars
-    ):
+    avals: list[Any] = [v.aval for v in node.equation.outvars]
+    real = any(_is_fixed(x) or primitives.is_constant(x) for x in operands)
+    if not real and not any(jnp.issubdtype(x.dtype, jnp.floating) for x in avals):
         return node.evaluate(operands)
     if node.name not in primitives.RULES:
         raise primitives.unsupported(node)

@@ -147,7 +147,8 @@ def _inline(
 
     def read(x: Any) -> Value:
         if isinstance(x, core.Literal):
-            return _constant(np.asarray(x.val, x.aval.dtype))
+            aval: Any = x.aval
+            return _constant(np.asarray(x.val, aval.dtype))
         return names[x]
 
     for equation in jaxpr.eqns:
@@ -179,7 +180,8 @@ def _known(equation: core.JaxprEqn, operands: Sequence[Value]) -> Value | None:
         return operands[0]
     if not operands or any(x.literal is None for x in operands) or name == "scan":
         return None
-    if any(math.prod(v.aval.shape) != 1 or v.aval.shape for v in equation.outvars):
+    avals: list[Any] = [v.aval for v in equation.outvars]
+    if any(aval.shape for aval in avals):
         return None
     arrays = [np.asarray(x.literal, x.dtype) for x in operands]
     with jax.ensure_compile_time_eval():

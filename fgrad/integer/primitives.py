@@ -207,8 +207,7 @@ def _select(grids: Grids, node: Node, which: Any, *cases: Any) -> Fixed:
     bits = _precision(cases)
     if isinstance(which, np.ndarray) and which.size and np.all(which == which.flat[0]):
         chosen = as_fixed(cases[int(which.flat[0])], bits)  # the other may be NaN
-        shape = node.equation.outvars[0].aval.shape
-        return chosen.replace(q=jnp.broadcast_to(chosen.q, shape))
+        return chosen.replace(q=jnp.broadcast_to(chosen.q, _shape_of(node)))
     scale = grids.scale(node.outputs[0], bits)
     parts = [aligned(x, scale, bits) for x in cases]
     return _joined(node, parts, bits, before=[which])
@@ -296,7 +295,7 @@ def _product(grids: Grids, node: Node, a: Fixed, b: Fixed) -> Fixed:
 def _times(x: Fixed, factor: float, node: Node) -> Fixed:
     """A product with a number: another scale for the same integers."""
     q = x.q
-    shape = node.equation.outvars[0].aval.shape
+    shape = _shape_of(node)
     if factor == 0:
         return fixed(jnp.zeros(shape, jnp.int32), _ZERO_SCALE, 0, 0, x.bits)
     if q.shape != shape:
@@ -305,6 +304,12 @@ def _times(x: Fixed, factor: float, node: Node) -> Fixed:
         return x.replace(q=q, scale=x.scale * factor)
     negative = fixed(-q.astype(jnp.int32), x.scale, -x.high, -x.low, x.bits)
     return negative.replace(scale=x.scale * -factor, weight=x.weight)
+
+
+def _shape_of(node: Node) -> tuple[int, ...]:
+    """The shape of what an equation makes."""
+    aval: Any = node.equation.outvars[0].aval
+    return tuple(aval.shape)
 
 
 def _uniform(x: np.ndarray) -> float | None:
@@ -401,14 +406,15 @@ def _clamp(grids: Grids, node: Node, low: Any, x: Any, high: Any) -> Fixed:
 
 @_rule("eq", "ne", "lt", "le", "gt", "ge")
 def _compare(grids: Grids, node: Node, a: Any, b: Any) -> jax.Array:
-    x, y = (v if is_constant(v) else as_fixed(v) for v in (a, b))
+    x: Any = a if is_constant(a) else as_fixed(a)
+    y: Any = b if is_constant(b) else as_fixed(b)
     if is_constant(y):
         y = on_grid(y, x.scale)
     elif is_constant(x):
         x = on_grid(x, y.scale)
     else:
         finer = min(x.scale, y.scale)
-        # Neither saturates within 31 bits of the finer grid, or both bounds differ.
+        # 24 bits of the larger one, so that neither saturates.
         scale = max(finer, max(v.scale * v.magnitude for v in (x, y)) / 2**22)
         x, y = rescale(x, scale, FINE), rescale(y, scale, FINE)
     return node.equation.primitive.bind(x.wide, y.wide, **node.equation.params)

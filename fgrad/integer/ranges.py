@@ -144,12 +144,11 @@ def rescale(x: Fixed, scale: float, bits: int = MIDDLE) -> Fixed:
       A `Fixed` of that scale with ``|q| <= 2**(bits - 1) - 1``.
     """
     limit = limit_of(bits)
-    ratio = x.scale / scale
+    multiplier, shift = ratio_of(x.scale / scale)
     # What would be saturated afterwards need not be multiplied.
-    edge = min(math.ceil((limit + 1) / ratio), INT32)
+    edge = min(-(-(limit + 1 << shift) // multiplier), INT32)
     if x.magnitude > edge:
         x = clip(x, -edge, edge)
-    multiplier, shift = ratio_of(ratio)
     q = multiply(x.wide, multiplier, shift, x.magnitude)
     low, high = (_rounded(v * multiplier, shift) for v in (x.low, x.high))
     x = clip(Fixed(q, scale, low, high, x.bits), -limit, limit)
