@@ -7,14 +7,22 @@ kaldi-native-fbank and transformers it is off by less than 1e-4 (in natural
 logarithms of power; see ``tests/test_audio.py``).
 """
 
+import io
 import os
+import pathlib
 from math import gcd
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.data import archives, sound_files
+
+_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+_RATES = (1_000, 384_000)  # Hz
+_BLOCK = 1 << 22  # values that are decoded at once
+_LONGEST = 1 << 27
 # float32's epsilon: the least power, before the logarithm.
 FLOOR = 2.0**-23
 # Of log-mel spectrograms of AudioSet, by which AST's published weights are trained.
@@ -22,7 +30,10 @@ _AST_MEAN, _AST_DEVIATION = -4.2677393, 4.5689974
 
 
 def read(
-    file: str | os.PathLike[str] | BinaryIO, sample_rate: int = 16_000
+    file: str | os.PathLike[str] | BinaryIO,
+    sample_rate: int = 16_000,
+    *,
+    name: str | None = None,
 ) -> np.ndarray:
     """Reads a sound file with one channel, at a sample rate.
 
@@ -30,14 +41,17 @@ def read(
     (SciPy's ``resample_poly``).
 
     Args:
-      file: wav, ogg, flac or another format that libsndfile reads.
+      file: wav, flac or ogg.
       sample_rate: of the result, in Hz.
+      name: of the file, for messages; by default its path.
 
     Returns:
       float32 [samples] in [-1, 1].
 
     Raises:
       ModuleNotFoundError: if the package soundfile is not installed.
+      ValueError: if the file is no such sound, is damaged or truncated, is empty, has a
+        sample that is no number, or is longer than 2**27 samples. The file is named.
 
     Example:
       >>> read("speech.ogg").shape  # doctest: +SKIP
@@ -52,12 +66,46 @@ def read(
         ) from error
     from scipy import signal
 
-    samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    samples = samples.mean(axis=1)
-    if rate != sample_rate:
-        common = gcd(rate, sample_rate)
-        samples = signal.resample_poly(samples, sample_rate // common, rate // common)
-    return np.clip(samples, -1, 1).astype(np.float32)
+    if isinstance(file, (str, os.PathLike)):
+        content = pathlib.Path(file).read_bytes()
+        name = name or str(file)
+    else:
+        content = file.read()
+        name = name or str(getattr(file, "name", "the sound file"))
+    with archives.naming(name):
+        sound_files.check(content)
+        with soundfile.SoundFile(io.BytesIO(content)) as sound:
+            rate = sound.samplerate
+            if not _RATES[0] <= rate <= _RATES[1]:
+                raise ValueError(f"it has {rate} samples a second.")
+            samples = _decoded(sound, sample_rate)
+        if rate != sample_rate:
+            common = gcd(rate, sample_rate)
+            samples = signal.resample_poly(
+                samples, sample_rate // common, rate // common
+            )
+        return np.clip(samples, -1, 1).astype(np.float32)
+
+
+def _decoded(sound: Any, sample_rate: int) -> np.ndarray:
+    """The mean of the channels, read in parts: a header may promise anything."""
+    if sound.format not in _FORMATS:
+        raise ValueError(f"it is a {sound.format} file; make it wav, flac or ogg.")
+    parts, total = [], 0
+    while len(part := sound.read(_BLOCK // sound.channels, "float32", always_2d=True)):
+        total += len(part)
+        # Before and after the resampling.
+        if total * max(sound.channels, sample_rate / sound.samplerate) > _LONGEST:
+            raise ValueError("it is longer than any recording that is read here.")
+        if not np.isfinite(part).all():
+            raise ValueError("it has a sample that is NaN or infinite.")
+        parts.append(part.mean(axis=1))
+    if not total or total < sound.frames:
+        raise ValueError(
+            f"it is truncated or damaged: it has {total} samples, and its header says "
+            f"{sound.frames}."
+        )
+    return np.concatenate(parts)
 
 
 def frames(signal: jax.Array, length: int, hop: int) -> jax.Array:

@@ -2,12 +2,13 @@
 
 A PyTorch file is a pickle, and a pickle is a program. Here it may only say where its
 tensors lie: every global but those that rebuild a tensor is refused, and those stand
-for plain descriptions. The arrays are made afterwards, from checked descriptions.
+for plain descriptions. The arrays are made afterwards, from checked descriptions, and
+what they take is bounded by the size of the file.
 """
 
 from __future__ import annotations
 
-import collections
+import io
 import math
 import os
 import pathlib
@@ -19,16 +20,22 @@ from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
+
+from experiments.data import archives, array_pickles, pickles
 
 # What a legacy file begins with: a pickle of the number PyTorch chose for it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = pickle.dumps(_LEGACY_MAGIC, protocol=2)
 _ZIP_START = b"PK\x03\x04"
 
-# What zipfile and NumPy raise for what they cannot read.
-_BROKEN = (ValueError, OverflowError, EOFError, RuntimeError, zipfile.BadZipFile)
+# Longer names, joined of nested mappings' keys, could fill the memory.
+_LONGEST_NAME = 1000
+# A tensor of stride 0 has more elements than memory. It may have as many bytes as the
+# file, or as this; all tensors together, eight times as many.
+_SMALL = 1 << 20
+_MOST_AXES = 32
+_SHARED = 8
 
 _DTYPES: dict[str, Any] = {
     "torch.BFloat16Storage": ml_dtypes.bfloat16,
@@ -61,7 +68,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Raises:
       ValueError: for a global that a tensor does not need (it is named, and not
-        run); a tensor that reaches beyond its storage; a truncated or unknown file.
+        run); a tensor that reaches beyond its storage; tensors that are much larger
+        than the file; two of one name; a truncated or unknown file.
 
     Example:
       >>> import tempfile
@@ -72,11 +80,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
-        try:
-            return safetensors_numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no valid safetensors file: {error}") from error
-    with path.open("rb") as file:
+        return _load_safetensors(path)
+    with archives.BoundedFile(path) as file:
         start = file.read(len(_LEGACY_START))
         file.seek(0)
         if start.startswith(_ZIP_START):
@@ -89,11 +94,23 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             )
         try:
             content, storages = read(file)
-            return {
-                name: _array(tensor, storages) for name, tensor in _tensors(content)
-            }
-        except _BROKEN as error:
+            return _arrays(content, storages, os.fstat(file.fileno()).st_size)
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile's and NumPy's: whatever damage leads to
             raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _load_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        tensors: dict[str, np.ndarray] = safetensors_numpy.load_file(path)
+        for tensor in tensors.values():
+            array_pickles.check_values(tensor)
+    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no valid safetensors file: {error}") from error
+    return tensors
 
 
 class _Storage(NamedTuple):
@@ -113,88 +130,65 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _RebuildTensor:
-    """Stands for ``torch._utils._rebuild_tensor_v2``.
-
-    No slots, so that a pickle's BUILD can put nothing on it.
-    """
-
-    __slots__ = ()
-
-    def __call__(
-        self,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        strides: Any,
-        requires_grad: Any = False,
-        backward_hooks: Any = None,
-        metadata: Any = None,
-    ) -> _Tensor:
-        del requires_grad, backward_hooks
-        if metadata:
-            raise ValueError(f"a tensor with metadata {metadata!r} is not supported.")
-        return _Tensor(storage, offset, shape, strides)
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any = False,
+    backward_hooks: Any = None,
+    metadata: Any = None,
+) -> _Tensor:
+    """Stands for ``torch._utils._rebuild_tensor_v2``."""
+    del requires_grad, backward_hooks
+    if metadata:
+        raise ValueError("a tensor with metadata is not supported.")
+    return _Tensor(storage, offset, shape, strides)
 
 
-class _RebuildParameter:
+def _rebuild_parameter(
+    data: Any, requires_grad: Any = True, backward_hooks: Any = None
+) -> Any:
     """Stands for ``torch._utils._rebuild_parameter``: its tensor."""
-
-    __slots__ = ()
-
-    def __call__(
-        self, data: Any, requires_grad: Any = True, backward_hooks: Any = None
-    ) -> Any:
-        del requires_grad, backward_hooks
-        return data
+    del requires_grad, backward_hooks
+    return data
 
 
-_ALLOWED: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "torch._utils._rebuild_tensor_v2": _RebuildTensor(),
-    "torch._utils._rebuild_parameter": _RebuildParameter(),
-    # A string is looked up again: a pickle could have written any.
-    **{name: name for name in _DTYPES},
-}
+def _unpickle(source: pickles.Source) -> tuple[Any, dict[str, _Storage]]:
+    """The next pickle of a file, and the storages that it names."""
+    storages: dict[str, _Storage] = {}
 
-
-class _Unpickler(pickle.Unpickler):
-    """Makes mappings and `_Tensor` descriptions, and refuses every other global."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a global."""
-        found = _ALLOWED.get(f"{module}.{name}")
-        if found is None:
-            raise ValueError(
-                f"its pickle asks for {module}.{name}, which no tensor needs, and "
-                "which was not run. Save tensors only: torch.save(model.state_dict(), "
-                "...), or use safetensors."
-            )
-        return found
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        """The storage that ``("storage", type, key, location, size, ...)`` names."""
+    def storage(pid: Any) -> _Storage:
+        """That which ``("storage", type, key, location, size, ...)`` names."""
         match pid:
-            case ("storage", str(dtype), str(key), _, int(size), *view) if (
+            case ("storage", pickles.Name(dtype), str(key), _, int(size), *view) if (
                 dtype in _DTYPES and size >= 0 and view in ([], [None])
             ):
-                return self.storages.setdefault(key, _Storage(key, dtype, size))
-        raise ValueError(f"the storage {pid!r} is of no supported kind.")
+                found = storages.setdefault(key, _Storage(key, dtype, size))
+                if found != (key, dtype, size):
+                    raise ValueError(
+                        f"the storage {pickles.shown(key)} is {found.size} elements of "
+                        f"{found.dtype} and {size} of {dtype}."
+                    )
+                return found
+        raise pickles.RefusedError(
+            f"the storage {pickles.shown(pid)} is of no supported kind."
+        )
 
-
-def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
-    """The next pickle of a file, and the storages that it names."""
-    unpickler = _Unpickler(file)
-    try:
-        return unpickler.load(), unpickler.storages
-    except ValueError:
-        raise
-    except Exception as error:  # a broken pickle raises anything
-        raise ValueError(f"its pickle is broken or truncated: {error!r}") from error
+    vocabulary: dict[str, pickles.Name | pickles.Function] = {
+        "collections.OrderedDict": pickles.ordered(source),
+        "torch._utils._rebuild_tensor_v2": pickles.Function(_rebuild_tensor),
+        "torch._utils._rebuild_parameter": pickles.Function(_rebuild_parameter),
+        **{name: pickles.Name(name) for name in _DTYPES},
+    }
+    content = pickles.read(
+        source,
+        vocabulary,
+        persistent=storage,
+        refusal="which no tensor needs, and which was not run. Save tensors only: "
+        "torch.save(model.state_dict(), ...), or use safetensors.",
+    )
+    return content, storages
 
 
 def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
@@ -208,21 +202,26 @@ def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
     if len(roots) != 1:
         raise ValueError("a PyTorch archive has one data.pkl in its folder.")
     [root] = roots
+    left = os.fstat(file.fileno()).st_size
 
     def member(name: str) -> bytes:
+        nonlocal left
         try:
             info = archive.getinfo(root + name)
         except KeyError as error:
-            raise ValueError(f"the archive has no {root + name}.") from error
+            raise ValueError(f"the archive has no {(root + name)[:200]}.") from error
         # PyTorch never compresses; a few compressed bytes could fill the memory.
         if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"the member {info.filename} is compressed.")
+            raise ValueError(f"the member {info.filename[:200]} is compressed.")
+        # Nor may many members be of the same bytes.
+        left -= info.file_size
+        if left < 0:
+            raise ValueError("the archive's members are larger than the file.")
         return archive.read(info)
 
     if f"{root}byteorder" in archive.namelist() and member("byteorder") != b"little":
         raise ValueError("it was written on a big-endian machine.")
-    with archive.open(f"{root}data.pkl") as pickled:
-        content, _ = _unpickle(pickled)
+    content, _ = _unpickle(pickles.Source(io.BytesIO(member("data.pkl"))))
     data: dict[str, bytes] = {}
 
     def storages(storage: _Storage) -> bytes:
@@ -235,21 +234,22 @@ def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
 
 def _read_legacy(file: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
     """What ``torch.save`` wrote before 1.6: five pickles, and the storages."""
+    source = pickles.Source(file)
     for _ in ("magic number", "version", "sizes of C's integers"):
-        _unpickle(file)
-    content, named = _unpickle(file)
-    keys, _ = _unpickle(file)
+        _unpickle(source)
+    content, named = _unpickle(source)
+    keys, _ = _unpickle(source)
     data: dict[str, bytes] = {}
     for key in keys if isinstance(keys, list) else [keys]:
         if not isinstance(key, str) or key not in named:
-            raise ValueError(f"storage {key!r} belongs to no tensor.")
+            raise ValueError(f"storage {pickles.shown(key)} belongs to no tensor.")
         (count,) = struct.unpack("<q", _exactly(file, 8))
         itemsize = np.dtype(_DTYPES[named[key].dtype]).itemsize
         data[key] = _exactly(file, count * itemsize)
 
     def storages(storage: _Storage) -> bytes:
         if storage.key not in data:
-            raise ValueError(f"it lacks the storage {storage.key}.")
+            raise ValueError(f"it lacks the storage {pickles.shown(storage.key)}.")
         return data[storage.key]
 
     return content, storages
@@ -260,6 +260,26 @@ def _exactly(file: IO[bytes], size: int) -> bytes:
     if not 0 <= size <= left:
         raise ValueError(f"it is truncated: {size} bytes are to come, {left} are left.")
     return file.read(size)
+
+
+def _arrays(
+    content: Any, storages: Callable[[_Storage], bytes], file_size: int
+) -> dict[str, np.ndarray]:
+    """All arrays, whose names differ and which are not much larger than the file."""
+    most = max(file_size, _SMALL)
+    arrays: dict[str, np.ndarray] = {}
+    total = 0
+    for name, tensor in _tensors(content):
+        if name in arrays:
+            raise ValueError(f"two of its tensors have the name {pickles.shown(name)}.")
+        array = arrays[name] = _array(tensor, storages)
+        total += array.nbytes
+        if array.nbytes > most or total > _SHARED * most:
+            raise ValueError(
+                f"its tensors are much larger than it: {pickles.shown(name)} has the "
+                f"shape {array.shape}, of repeated elements."
+            )
+    return arrays
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, _Tensor]]:
@@ -281,31 +301,44 @@ def _tensors(content: Any) -> Iterator[tuple[str, _Tensor]]:
                 raise ValueError(f"the mapping {name!r} occurs twice in it.")
             seen.add(id(value))
             prefix = f"{name}." if name else ""
-            # Not value.items(), which a pickle can hide behind an attribute.
-            for key in reversed(dict.keys(value)):
-                waiting.append((f"{prefix}{key}", dict.__getitem__(value, key)))
+            for key, inner in reversed(value.items()):
+                if not isinstance(inner, (_Tensor, dict)):
+                    continue
+                if len(joined := _joined(prefix, key)) > _LONGEST_NAME:
+                    raise ValueError(f"the name {joined[:60]!r}... is too long.")
+                waiting.append((joined, inner))
+
+
+def _joined(prefix: str, key: Any) -> str:
+    """A name, of which no more is made than is needed to see that it is too long."""
+    if not isinstance(key, (str, int)):
+        raise ValueError(f"a tensor has the name {pickles.shown(key)}.")
+    return prefix + str(key)[: _LONGEST_NAME + 1]
 
 
 def _array(tensor: _Tensor, storages: Callable[[_Storage], bytes]) -> np.ndarray:
     """The read-only view that a description asks for, if it stays in its storage."""
     storage, offset, shape, strides = tensor
     if not isinstance(storage, _Storage):
-        raise ValueError(f"a tensor lies in {storage!r}, which is no storage.")
+        raise ValueError(
+            f"a tensor lies in {pickles.shown(storage)}, which is no storage."
+        )
     if not (
         isinstance(shape, tuple)
         and isinstance(strides, tuple)
-        and len(shape) == len(strides)
-        and all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides))
+        and len(shape) == len(strides) <= _MOST_AXES
+        and all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape, *strides))
     ):
         raise ValueError(
-            f"a tensor has offset {offset!r}, shape {shape!r}, strides {strides!r}."
+            f"a tensor has offset {pickles.shown(offset)}, shape "
+            f"{pickles.shown(shape)}, strides {pickles.shown(strides)}."
         )
     dtype = np.dtype(_DTYPES[storage.dtype])
     data = storages(storage)
     if len(data) != storage.size * dtype.itemsize:
         raise ValueError(
-            f"the storage {storage.key} has {len(data)} bytes and not {storage.size} "
-            f"elements of {dtype.name}."
+            f"the storage {pickles.shown(storage.key)} has {len(data)} bytes and not "
+            f"{pickles.shown(storage.size)} elements of {dtype.name}."
         )
     if not math.prod(shape):
         return np.zeros(shape, dtype)
@@ -315,8 +348,10 @@ def _array(tensor: _Tensor, storages: Callable[[_Storage], bytes]) -> np.ndarray
             f"a tensor of shape {shape}, strides {strides} and offset {offset} reaches "
             f"element {last} of a storage of {storage.size}."
         )
+    elements = np.frombuffer(data, dtype)
+    array_pickles.check_values(elements)
     return np.lib.stride_tricks.as_strided(
-        np.frombuffer(data, dtype)[offset:],
+        elements[offset:],
         shape,
         [stride * dtype.itemsize for stride in strides],
         writeable=False,

@@ -10,7 +10,8 @@ import numpy as np
 
 from experiments.data.arrays import Split
 
-# The least deviation, as a share of the mean one: rare features would be blown up.
+# The least deviation that features are divided by, as a share of the mean deviation.
+# Without it, features that are almost always zero would be blown up.
 FLOOR = 0.1
 
 
@@ -24,10 +25,10 @@ def extract(
 
     Args:
       backbone: makes a function from images [batch, height, width, channels], floats in
-        [0, 1], to features [batch, size]. It is called only if they are to be computed.
+        [0, 1], to features [batch, size]. It is called only if the cache is not there.
       splits: of images.
-      cache: an npz file that is read if it is there, and written if not.
-      batch_size: images at once.
+      cache: an npz file of features that is read if it is there, and written if not.
+      batch_size: images that are computed at once.
 
     Returns:
       Splits whose ``images`` are float32 features [examples, size].
@@ -52,12 +53,13 @@ def extract(
 def batched(
     apply: Callable[[jax.Array], jax.Array], images: jax.Array, batch_size: int = 32
 ) -> np.ndarray:
-    """``apply(images)``, a batch at a time.
+    """Computes ``apply(images)`` a batch at a time.
 
     Args:
-      apply: of a batch, a jitted function.
+      apply: a jitted function of a batch.
       images: [examples, ...].
-      batch_size: of every batch, so that one program serves all.
+      batch_size: of every batch. The last one is padded, so that one program serves
+        all of them.
 
     Returns:
       [examples, ...], in the order of the images.
@@ -74,13 +76,13 @@ def batched(
 
 
 def standardize(splits: Mapping[str, Split], floor: float = FLOOR) -> dict[str, Split]:
-    """Gives features the mean 0 and deviation 1 that they have in the train split.
+    """Shifts and scales features to mean 0 and deviation 1 over the train split.
 
-    It needs no labels, so a new domain can have its own statistics.
+    It needs no labels, so a new domain can have statistics of its own.
 
     Args:
       splits: of features, with one called "train".
-      floor: of the deviations, as a share of their mean.
+      floor: the least deviation, as a share of the mean deviation.
 
     Returns:
       The same splits, standardized.
@@ -93,12 +95,14 @@ def standardize(splits: Mapping[str, Split], floor: float = FLOOR) -> dict[str, 
 
 
 def aligned(features: jax.Array, domain: jax.Array, reference: jax.Array) -> jax.Array:
-    """Gives features the mean and deviation of another domain's, without labels.
+    """Gives features the mean and deviation of another domain, without labels.
 
     Args:
       features: float [examples, size], of a domain.
-      domain: those of its train split, whose statistics these are taken to have.
-      reference: [others, size], features of the domain whose statistics they get.
+      domain: [examples, size], features of the same domain, whose statistics are
+        removed.
+      reference: [others, size], features of another domain, whose statistics replace
+        them.
 
     Returns:
       [examples, size].
@@ -113,14 +117,14 @@ def aligned(features: jax.Array, domain: jax.Array, reference: jax.Array) -> jax
 
 
 def moments(features: jax.Array, floor: float = FLOOR) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation of each feature, the latter with a floor.
+    """Computes the mean and the deviation of each feature.
 
     Args:
       features: [examples, size].
-      floor: the least deviation, as a share of their mean.
+      floor: the least deviation, as a share of the mean deviation.
 
     Returns:
-      Two of [size].
+      The means [size] and the deviations [size].
     """
     deviation = jnp.std(features, axis=0)
     least = floor * jnp.mean(deviation)

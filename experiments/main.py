@@ -3,15 +3,18 @@
 python -m experiments.main --config=experiments/configs/quickstart.py \
         --workdir=workdir/quickstart --config.seeds=0,1,2,3,4
 
-The same command goes on with an experiment that was killed.
+The same command goes on with an experiment that was killed or interrupted.
 """
 
+import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import fewshot_train, landscape, memory, train
+from experiments.drivers import few_shot, landscape_figures, memory_table, training
+from experiments.usage import UsageError, check_names
+from experiments.workdir.runs import InUseError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
@@ -21,11 +24,12 @@ _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
 _DRIVERS = {
-    "few_shot": fewshot_train.run,
-    "landscape": landscape.run,
-    "memory": memory.run,
-    "train": train.run,
+    "few_shot": few_shot.run,
+    "landscape": landscape_figures.run,
+    "memory": memory_table.run,
+    "train": training.run,
 }
+_INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -34,9 +38,40 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    driver = _CONFIG.value.get("driver", "train")
-    _DRIVERS[driver](_CONFIG.value, _WORKDIR.value, _RESUME.value)
+    config = _CONFIG.value
+    driver = config.get("driver", "train")
+    try:
+        check_names("driver", [driver], _DRIVERS)
+        _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
+    except (UsageError, InUseError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. The same command goes on from what {_WORKDIR.value} holds;"
+            " with --noresume it begins anew.",
+            file=sys.stderr,
+        )
+        sys.exit(_INTERRUPTED)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; ends the program with a message if that fails."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        _CONFIG.value.keys()  # a file that cannot be read is told at the first access
+        return rest
+    except flags.Error as error:
+        # What a configuration file raised stands at the end of a traceback.
+        first, *others = str(error).strip().splitlines()
+        what = f"{first} {others[-1].strip()}" if others else first
+        sys.exit(f"error: {what}")
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        sys.exit(f"error: the configuration file cannot be read: {reason}")
+    except (AttributeError, KeyError) as error:  # the text is quoted twice
+        reason = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        sys.exit(f"error: the configuration has no such field: {reason}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

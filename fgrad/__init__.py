@@ -1,6 +1,7 @@
 """Fixed-point forward gradients: adapt networks where backpropagation cannot go."""
 
 from fgrad import (
+    _interchange,
     activity,
     analysis,
     enhancements,
@@ -25,7 +26,9 @@ from fgrad.transform import (
     qzo_ff,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+_interchange.register()
 
 __all__ = [
     "QTensor",

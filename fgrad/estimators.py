@@ -46,7 +46,9 @@ def sign_m_spsa(
       Section 3 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
     del epsilon
-    return jnp.sign(loss_plus - loss_minus).astype(jnp.int32)
+    # A difference could overflow, and a comparison cannot.
+    above, below = loss_plus > loss_minus, loss_plus < loss_minus
+    return above.astype(jnp.int32) - below.astype(jnp.int32)
 
 
 def spsa(
@@ -71,7 +73,8 @@ def spsa(
     Reference:
       Section 3 of Feng et al. 2024; Spall 1992.
     """
-    return ((loss_plus - loss_minus) / (2 * jnp.asarray(epsilon))).astype(jnp.float32)
+    half = half_difference(loss_plus, loss_minus)
+    return (half / jnp.asarray(epsilon)).astype(jnp.float32)
 
 
 def normalized_spsa(
@@ -104,7 +107,7 @@ def normalized_spsa(
       Evolution Strategies", JMLR 2014, applied to pairs.
     """
     del epsilon
-    differences = (loss_plus - loss_minus).astype(jnp.float32)
+    differences = half_difference(loss_plus, loss_minus).astype(jnp.float32)
     finite = jnp.isfinite(differences)
     # Of the largest first, or squares of tiny differences would vanish.
     largest = jnp.max(jnp.abs(differences), where=finite, initial=0.0)
@@ -112,6 +115,35 @@ def normalized_spsa(
     shares = jnp.where(finite & some, differences / jnp.where(some, largest, 1), 0)
     mean_square = jnp.mean(jnp.square(shares), where=finite)
     return shares / jnp.where(some, jnp.sqrt(mean_square), 1)
+
+
+def half_difference(loss_plus: jax.Array, loss_minus: jax.Array) -> jax.Array:
+    """``(L₊ - L₋) / 2``, which is finite for all finite losses.
+
+    The difference itself can be beyond the range of its type: of two int32, or of two
+    floats near the largest.
+
+    Args:
+      loss_plus: losses of a real dtype, any shape.
+      loss_minus: losses of the same dtype and shape.
+
+    Returns:
+      Half of the difference, rounded once: float32, or float64 for such losses.
+
+    Example:
+      >>> half_difference(jnp.int32(2_000_000_000), jnp.int32(-2_000_000_000))
+      Array(2.e+09, dtype=float32)
+    """
+    plus, minus = jnp.asarray(loss_plus), jnp.asarray(loss_minus)
+    if jnp.issubdtype(plus.dtype, jnp.integer):
+        # Modulo 2**32 the magnitude of a difference of two int32 is right as uint32.
+        unsigned = jnp.dtype(f"uint{8 * plus.dtype.itemsize}")
+        above = plus > minus
+        magnitude = jnp.where(above, plus - minus, minus - plus).astype(unsigned)
+        half = magnitude.astype(jnp.float32) / 2
+        return jnp.where(above, half, -half)
+    wide = jnp.promote_types(plus.dtype, jnp.float32)
+    return plus.astype(wide) / 2 - minus.astype(wide) / 2
 
 
 class Estimate(NamedTuple):
@@ -274,16 +306,44 @@ def estimate_from_losses(
     estimator: Estimator,
 ) -> Estimate:
     """The estimate of a step whose losses are known; see `gradient_from_losses`."""
-    finite = jnp.isfinite(plus) & jnp.isfinite(minus)
-    coefficients = jnp.where(finite, estimator(plus, minus, plan.epsilon), 0)
+    coefficients = estimator(plus, minus, plan.epsilon)
+    _check_coefficients(estimator, coefficients, plus)
+    finite = jnp.isfinite(plus) & jnp.isfinite(minus) & jnp.isfinite(coefficients)
+    coefficients = jnp.where(finite, coefficients, 0)
     signs = jnp.where(finite, sign_m_spsa(plus, minus, plan.epsilon), 0)
-    both = jnp.stack([plus, minus]).astype(jnp.float32)
+    differences = 2 * half_difference(plus, minus).astype(jnp.float32)
     return Estimate(
         gradient=plan.gradient(keys, coefficients, signs),
-        loss=jnp.mean(both, where=finite),
-        loss_differences=(plus - minus).astype(jnp.float32),
+        loss=_mean_loss(plus, minus, finite),
+        loss_differences=jnp.where(finite, _saturated(differences), differences),
         nonfinite_pairs=jnp.sum(~finite, dtype=jnp.int32),
     )
+
+
+def _mean_loss(plus: jax.Array, minus: jax.Array, finite: jax.Array) -> jax.Array:
+    """Mean of the finite pairs' losses, float32, also where their sum overflows."""
+    both = jnp.stack([plus, minus]).astype(jnp.float32)
+    mean = jnp.mean(both, where=finite)
+    shares = both / (2 * jnp.maximum(jnp.sum(finite), 1))
+    return jnp.where(jnp.isinf(mean), jnp.sum(shares, where=finite), mean)
+
+
+def _saturated(x: jax.Array) -> jax.Array:
+    largest = jnp.finfo(x.dtype).max
+    return jnp.clip(x, -largest, largest)
+
+
+def _check_coefficients(
+    estimator: Estimator, coefficients: Any, losses: jax.Array
+) -> None:
+    if jnp.shape(coefficients) != losses.shape:
+        name = getattr(estimator, "__name__", repr(estimator))
+        raise ValueError(
+            f"estimator {name} returned coefficients of shape "
+            f"{jnp.shape(coefficients)} for losses of shape {losses.shape}; it takes "
+            "(loss_plus, loss_minus, epsilon) and returns one coefficient for each "
+            "pair."
+        )
 
 
 def _raise_nonfinite(plus: Any, minus: Any, step: Any) -> None:

@@ -3,14 +3,14 @@
 Each layer is Flax's own, with the product exchanged: names and shapes of parameters
 are Flax's, so its checkpoints load. The kernel's type and ``bits`` decide:
 
-=========  ===============  =======================================================
+=========  ===============  ========================================================
 kernel     bits             product
-=========  ===============  =======================================================
+=========  ===============  ========================================================
 float      None             float, as in Flax
 float      (w, a)           float on the grid, straight-through gradient (AQT)
-`QTensor`  (w, a)           int8 products, int32 sums (`fgrad.products`)
+`QTensor`  (w, a)           int8 products, int32 sums (`fgrad.fixed_point.products`)
 `QTensor`  None, (w, None)  float product with the dequantized kernel
-=========  ===============  =======================================================
+=========  ===============  ========================================================
 
 Scales of activations are "static", calibrated once by `calibrate` and kept in the
 variable collection "activation_scales", or "dynamic", taken from each input.
@@ -102,7 +102,10 @@ def calibrate(
 
 
 def _uncalibrated(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The collection of scales, all zero: a scan cannot add it on its way."""
+    """The collection of scales, all zero.
+
+    `calibrate` starts from it, because a scan cannot add a collection on its way.
+    """
     empty: dict[tuple[str, ...], np.float32] = {}
 
     def note(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -118,11 +121,11 @@ def _uncalibrated(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]
     return traverse_util.unflatten_dict(empty)
 
 
-class _Product(nn.Module):
-    """A product whose operands are put on their grids first.
+class _Quantized(nn.Module, kw_only=True):
+    """The settings that all layers here share; each is given by its name.
 
     Attributes:
-      bits: (weights, activations).
+      bits: (bits of weights, bits of activations), or None; see `Dense`.
       activation_scale: "static" or "dynamic".
       calibration: how a scale is found, in `calibrate` or from each input.
     """
@@ -131,7 +134,29 @@ class _Product(nn.Module):
     activation_scale: str = "static"
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
-    operands: ClassVar[tuple[str, ...]] = ("lhs",)  # those that are activations
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        if self.activation_scale not in ("static", "dynamic"):
+            raise ValueError(
+                'activation_scale must be "static" or "dynamic", got '
+                f"{self.activation_scale!r}."
+            )
+        super().__post_init__()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The three settings, for a layer or a product inside this one."""
+        return {
+            "bits": self.bits,
+            "activation_scale": self.activation_scale,
+            "calibration": self.calibration,
+        }
+
+
+class _Product(_Quantized):
+    """A product whose operands are put on their grids first."""
+
+    operands: ClassVar[tuple[str, ...]] = ("lhs",)  # the operands that are activations
 
     @property
     def activation_bits(self) -> int:
@@ -150,6 +175,14 @@ class _Product(nn.Module):
         float_fn: Callable[[jax.Array, jax.Array], jax.Array],
         integer_fn: Callable[[QTensor, QTensor], jax.Array],
     ) -> jax.Array:
+        """The product of an activation and a kernel, by the table of this module.
+
+        Args:
+          lhs: the activation.
+          rhs: the kernel.
+          float_fn: the product of floats.
+          integer_fn: the product of integers.
+        """
         weight_bits = self.bits and self.bits[0]
         if isinstance(rhs, QTensor) and weight_bits not in (None, rhs.bits):
             raise ValueError(
@@ -183,7 +216,7 @@ class _Product(nn.Module):
         name = f"{name}_scale"
         if self.is_mutable_collection(SCALES):
             stored = self.variable(SCALES, name, lambda: jnp.float32(0))
-            # An input of zeros, such as a first hidden state, says nothing of scale.
+            # An input of zeros, such as the first hidden state, has no scale.
             found = jnp.where(jnp.any(x != 0), self._calibrated(x), 0)
             stored.value = jnp.maximum(stored.value, found)
             return None
@@ -287,12 +320,15 @@ def _promote_dtype(
 ) -> list[Any]:
     """Flax's ``promote_dtype``, but a `QTensor` kernel stays what it is."""
     if not is_qtensor(kernel):
-        return dtypes.promote_dtype(inputs, kernel, *rest, dtype=dtype, inexact=inexact)
+        promoted = dtypes.promote_dtype(
+            inputs, kernel, *rest, dtype=dtype, inexact=inexact
+        )
+        return list(promoted)
     inputs, *rest = dtypes.promote_dtype(inputs, *rest, dtype=dtype, inexact=inexact)
     return [inputs, kernel, *rest]
 
 
-class Dense(nn.Dense):
+class Dense(_Quantized, nn.Dense):
     r"""``flax.linen.Dense`` with a float or fixed-point kernel.
 
     .. math:: y = x W + b
@@ -317,17 +353,14 @@ class Dense(nn.Dense):
       (2, 3)
     """
 
-    bits: Bits = None
-    activation_scale: str = "static"
-    calibration: fixed_point.Calibration = fixed_point.abs_max
     promote_dtype: Any = _promote_dtype
 
     def __post_init__(self) -> None:
-        self.dot_general_cls = _product_class(self, DotGeneral)
+        self.dot_general_cls = functools.partial(DotGeneral, **self.settings)
         super().__post_init__()
 
 
-class DenseGeneral(nn.DenseGeneral):
+class DenseGeneral(_Quantized, nn.DenseGeneral):
     """``flax.linen.DenseGeneral`` with a float or fixed-point kernel.
 
     Attributes:
@@ -345,17 +378,14 @@ class DenseGeneral(nn.DenseGeneral):
       (5, 2, 3)
     """
 
-    bits: Bits = None
-    activation_scale: str = "static"
-    calibration: fixed_point.Calibration = fixed_point.abs_max
     promote_dtype: Any = _promote_dtype
 
     def __post_init__(self) -> None:
-        self.dot_general_cls = _product_class(self, DotGeneral)
+        self.dot_general_cls = functools.partial(DotGeneral, **self.settings)
         super().__post_init__()
 
 
-class Conv(nn.Conv):
+class Conv(_Quantized, nn.Conv):
     """``flax.linen.Conv`` with a float or fixed-point kernel.
 
     Strided, dilated, grouped and depthwise (``feature_group_count``), in one, two or
@@ -376,17 +406,16 @@ class Conv(nn.Conv):
       (1, 6, 6, 8)
     """
 
-    bits: Bits = None
-    activation_scale: str = "static"
-    calibration: fixed_point.Calibration = fixed_point.abs_max
     promote_dtype: Any = _promote_dtype
 
     def __post_init__(self) -> None:
-        self.conv_general_dilated_cls = _product_class(self, ConvGeneralDilated)
+        self.conv_general_dilated_cls = functools.partial(
+            ConvGeneralDilated, **self.settings
+        )
         super().__post_init__()
 
 
-class Embed(nn.Embed):
+class Embed(_Quantized, nn.Embed):
     """``flax.linen.Embed`` with a float or fixed-point table.
 
     A look-up gathers integers and dequantizes what it gathered. ``attend`` is a
@@ -407,18 +436,10 @@ class Embed(nn.Embed):
       (2, 4)
     """
 
-    bits: Bits = None
-    activation_scale: str = "static"
-    calibration: fixed_point.Calibration = fixed_point.abs_max
-
-    def __post_init__(self) -> None:
-        _product_class(self, DotGeneral)
-        super().__post_init__()
-
     def setup(self) -> None:
         """Creates Flax's table, and the product that ``attend`` needs."""
         super().setup()
-        self.dot_general = _product_class(self, DotGeneral)()
+        self.dot_general = DotGeneral(**self.settings)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Rows of the table for integer ``inputs`` of any shape."""
@@ -448,7 +469,7 @@ class Embed(nn.Embed):
         return self.dot_general(query, table, (contract, ((), ())))
 
 
-class MultiHeadDotProductAttention(nn.Module):
+class MultiHeadDotProductAttention(_Quantized):
     r"""Multi-head attention with float or fixed-point kernels.
 
     .. math:: softmax(Q K^T / \sqrt{d}) V
@@ -481,13 +502,6 @@ class MultiHeadDotProductAttention(nn.Module):
     out_features: int | None = None
     use_bias: bool = True
     dtype: Any = None
-    bits: Bits = None
-    activation_scale: str = "static"
-    calibration: fixed_point.Calibration = fixed_point.abs_max
-
-    def __post_init__(self) -> None:
-        _product_class(self, DotGeneral)
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -515,25 +529,20 @@ class MultiHeadDotProductAttention(nn.Module):
             raise ValueError(
                 f"qkv_features={features} is no multiple of num_heads={self.num_heads}."
             )
-        settings: dict[str, Any] = {
-            "bits": self.bits,
-            "activation_scale": self.activation_scale,
-            "calibration": self.calibration,
-        }
         dense = functools.partial(
-            DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, **settings
+            DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, **self.settings
         )
         heads = (self.num_heads, features // self.num_heads)
         query = dense(heads, name="query")(inputs_q) / jnp.sqrt(heads[1])
         key = dense(heads, name="key")(inputs_k)
         value = dense(heads, name="value")(inputs_v)
-        # The kernel's type decides the arithmetic here too.
+        # The type of the kernels decides the arithmetic of the two products as well.
         integer = is_qtensor(self.get_variable("params", "query")["kernel"])
 
         batch = tuple(range(query.ndim - 3))
         head = query.ndim - 2
         # [..., queries, heads, d] · [..., keys, heads, d]
-        scores = ActivationDotGeneral(**settings, name="scores")(
+        scores = ActivationDotGeneral(**self.settings, name="scores")(
             query, key, (((head + 1,),) * 2, ((*batch, head),) * 2), integer
         )
         if mask is not None:
@@ -544,7 +553,7 @@ class MultiHeadDotProductAttention(nn.Module):
             ((weights.ndim - 1,), (head - 1,)),
             ((*batch, head - 1), (*batch, head)),
         )
-        mixed = ActivationDotGeneral(**settings, name="mixed")(
+        mixed = ActivationDotGeneral(**self.settings, name="mixed")(
             weights, value, numbers, integer
         )
         mixed = jnp.moveaxis(mixed, -3, -2)
@@ -552,7 +561,7 @@ class MultiHeadDotProductAttention(nn.Module):
         return dense(out_features, axis=(-2, -1), name="out")(mixed)
 
 
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(_Quantized, nn.RNNCellBase):
     r"""An LSTM cell with float or fixed-point kernels.
 
     .. math:: i, f, o = σ(W x + U h + b), \quad g = \tanh(W x + U h + b), \quad
@@ -580,13 +589,6 @@ class LSTMCell(nn.RNNCellBase):
     features: int
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    bits: Bits = None
-    activation_scale: str = "static"
-    calibration: fixed_point.Calibration = fixed_point.abs_max
-
-    def __post_init__(self) -> None:
-        _product_class(self, DotGeneral)
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -599,9 +601,7 @@ class LSTMCell(nn.RNNCellBase):
             self.features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            bits=self.bits,
-            activation_scale=self.activation_scale,
-            calibration=self.calibration,
+            **self.settings,
         )
 
         def gate(name: str) -> jax.Array:
@@ -661,23 +661,8 @@ class RNN(nn.RNN):
         return scan(inputs, **kwargs)
 
 
-def _product_class(layer: Any, product: type[_Product]) -> Callable[[], _Product]:
-    """Makes the product with the layer's settings, which it checks."""
-    _check_bits(layer.bits)
-    if layer.activation_scale not in ("static", "dynamic"):
-        raise ValueError(
-            'activation_scale must be "static" or "dynamic", got '
-            f"{layer.activation_scale!r}."
-        )
-    return functools.partial(
-        product,
-        bits=layer.bits,
-        activation_scale=layer.activation_scale,
-        calibration=layer.calibration,
-    )
-
-
 def _check_bits(bits: Any) -> None:
+    """Raises unless these are bits that a layer can have."""
     if bits is None:
         return
     if not isinstance(bits, tuple | list) or len(bits) != 2:  # Flax makes tuples

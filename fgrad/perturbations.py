@@ -47,6 +47,7 @@ class Perturbation:
       values_per_word: how many values a random word makes.
       decode: ``decode(words) -> z_q``: uint32 [n] to int8 [n * values_per_word].
       generator: makes the random words; `counter_hash` or `threefry_words`.
+      largest: the largest value of z.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Perturbation:
     values_per_word: int
     decode: Callable[[jax.Array], jax.Array] = dataclasses.field(repr=False)
     generator: Generator = dataclasses.field(repr=False)
+    largest: float = 1.0
 
     def sample(
         self, key: jax.Array, shape: tuple[int, ...], block: Any = None
@@ -149,7 +151,7 @@ class LowRank(Perturbation):
       rank: r.
     """
 
-    rank: int
+    rank: int = 1
 
     def factors(
         self, key: jax.Array, shape: tuple[int, ...], block: Any = None
@@ -296,14 +298,18 @@ def pieces(
 
 
 def counter_hash(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """uint32 words that are a hash of their index, keyed by every word of the key.
+    """uint32 words that are a `hashed` index, keyed by every word of the key."""
+    return hashed(jax.random.key_data(key).reshape(-1), indices)
+
+
+def hashed(words: jax.Array, indices: jax.Array) -> jax.Array:
+    """uint32 hashes of indices, keyed by each of the uint32 ``words``.
 
     Each round is a bijection with an avalanche bias near the least possible for two
     multiplications (the constants are Chris Wellons' "lowbias32"). XLA fuses it into
     the addition to the weights.
     """
     x = indices * _GOLDEN
-    words = jax.random.key_data(key).reshape(-1)
     for i in range(words.size):
         x = x ^ words[i]
         x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
@@ -382,7 +388,8 @@ def normal(
         return jnp.asarray(table)[_bytes(words).reshape(-1)]
 
     arguments = "" if bits == 8 and z_max is None else f"bits={bits}, z_max={z_max}"
-    return Perturbation(f"normal({arguments})", step, 4, decode, generator)
+    largest = step * float(np.abs(table).max())
+    return Perturbation(f"normal({arguments})", step, 4, decode, generator, largest)
 
 
 def rademacher(*, generator: Generator = counter_hash) -> Perturbation:
@@ -438,7 +445,7 @@ def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 127:
         raise ValueError(f"rank must be an integer from 1 to 127, got {rank!r}.")
     name = f"low_rank(rank={rank})"
-    return LowRank(name, rank**-0.5, 32, _signs, generator, rank)
+    return LowRank(name, rank**-0.5, 32, _signs, generator, rank**0.5, rank)
 
 
 @functools.lru_cache(maxsize=None, typed=True)
@@ -462,7 +469,7 @@ def binomial(*, generator: Generator = counter_hash) -> Perturbation:
         ones = jax.lax.population_count(_bytes(words)).astype(jnp.int8)
         return (ones[:, ::2] + ones[:, 1::2] - 8).reshape(-1)
 
-    return Perturbation("binomial()", 0.5, 2, decode, generator)
+    return Perturbation("binomial()", 0.5, 2, decode, generator, 4.0)
 
 
 def sample_key(key: jax.Array, step: Any, index: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import _arguments, estimators, fixed_point, perturbations
-from fgrad.fixed_point import as_gradient, is_qtensor, stored, with_stored
+from fgrad.fixed_point import as_update, is_qtensor, stored, with_stored
 from fgrad.leaves import (
     Epsilon,
     Guide,
@@ -35,7 +35,8 @@ class ForwardGradState(NamedTuple):
       loss_differences: float32 [m], ``L₊ - L₋`` of the last step's pairs.
       nonfinite_pairs: int32 scalar, pairs that the last step left out.
       frozen_fraction: float32 scalar, share of the trained weights that the last
-        step's epsilon could not move (``ε_q = 0``).
+        step's epsilon could not move: on a grid ``ε_q = 0``, of floats those to which
+        the largest εz is too little to be added.
       guide: state of the ``guide``, or empty.
     """
 
@@ -173,13 +174,16 @@ def fixed_point_forward_grad(
         _arguments.visible(params)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
         plan = Plan(params, policy, mask=mask, step=state.count)
+        frozen = plan.frozen_fraction()
         names = plan.guidable
         if guide:
             plan = plan.guided(guide.at(state.guide, state.count, names))
         estimate = estimators.estimate(
             functools.partial(loss_fn, **kwargs),
             plan,
-            state.key,
+            # The weights are counted before anything else reads them. A count after
+            # the update would make a donated buffer be copied.
+            execution_order.delayed_key(state.key, frozen),
             estimator=estimator,
             vectorize=vectorize,
             on_nonfinite=on_nonfinite,
@@ -191,7 +195,7 @@ def fixed_point_forward_grad(
             loss=estimate.loss,
             loss_differences=estimate.loss_differences,
             nonfinite_pairs=estimate.nonfinite_pairs,
-            frozen_fraction=plan.frozen_fraction(),
+            frozen_fraction=frozen,
             guide=guide.advance(state.guide, gradient, names) if guide else (),
         )
 
@@ -216,7 +220,9 @@ def _check_together(
         )
 
 
-def quantized_update(*, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
+def quantized_update(
+    *, stochastic_below: int = 16, mask: Mask = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates to the weight grid; the last link of the chain.
 
     .. math:: \bar w_q = \lfloor u / Δ_w \rceil, \quad
@@ -226,7 +232,17 @@ def quantized_update(*, mask: Mask = None) -> optax.GradientTransformationExtraA
     ``optax.apply_updates`` keeps int16 or int8 storage and never leaves the grid. A
     NaN in an update counts as no change. Float leaves pass through.
 
+    Weights of few bits have steps so long that most updates are a fraction of one, and
+    the nearest integer to those is always zero. For them a fraction f is rounded up
+    with probability f, so that they move by their update on average. Whole numbers of
+    steps, which ``fgrad.on_grid`` makes, are taken as they are. Links between the two
+    that rescale updates, such as ``optax.clip_by_global_norm``, or average them leave
+    fractions, and this rounding keeps such chains moving. Its random numbers are a
+    hash of the update itself: the same update is rounded in the same way.
+
     Args:
+      stochastic_below: leaves of fewer bits are rounded in this way; 0 rounds all to
+        the nearest, as the paper does.
       mask: leaves that may move, as in `fixed_point_forward_grad`; the update of any
         other is exactly zero, whatever the links before did.
 
@@ -234,20 +250,24 @@ def quantized_update(*, mask: Mask = None) -> optax.GradientTransformationExtraA
       A transformation whose state holds ``moved_fraction``.
 
     Raises:
-      ValueError: in ``update`` without params.
+      ValueError: here for an impossible ``stochastic_below``; in ``update`` without
+        params.
 
     Example:
-      >>> import dataclasses
-      >>> params = fixed_point.quantize(jnp.array([1.0]), bits=8, headroom=1.0)
+      >>> params = fixed_point.quantize(jnp.array([1.0]), bits=16, headroom=1.0)
       >>> tx = quantized_update()
-      >>> updates = dataclasses.replace(params, qvalue=jnp.array([-0.02]))
+      >>> updates = fixed_point.as_gradient(params, jnp.array([-8e-5]))
       >>> updates, state = tx.update(updates, tx.init(params), params)
-      >>> updates.qvalue, float(state.moved_fraction)  # -0.02 / (1 / 127) = -2.54
+      >>> updates.qvalue, float(state.moved_fraction)  # -8e-5 / (1 / 32767) = -2.6
       (Array([-3], dtype=int32), 1.0)
 
     Reference:
       Equation (8) of Feng et al. 2024.
     """
+    if not 0 <= stochastic_below <= 17:
+        raise ValueError(
+            f"stochastic_below must be 0 to 17 bits, got {stochastic_below}."
+        )
 
     def init_fn(params: Any) -> QuantizedUpdateState:
         trained_leaves(mask, params)
@@ -262,22 +282,21 @@ def quantized_update(*, mask: Mask = None) -> optax.GradientTransformationExtraA
         del state, extra_args
         _arguments.given("quantized_update", params)
         counts: list[jax.Array] = []
-        sizes: list[int] = []
+        sizes: list[float] = []
 
         def leaf_fn(leaf: Any, trained: bool, update: Any) -> Any:
             if not trained:
                 zeros = jnp.zeros_like(stored(update))
-                return as_gradient(
+                return as_update(
                     leaf, zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros
                 )
-            update, moved = _on_the_grid(leaf, update)
+            update, moved = _on_the_grid(leaf, update, stochastic_below)
             count = jnp.sum(moved, dtype=jnp.float32)
             counts.append(count)
-            sizes.append(jnp.size(leaf))
+            sizes.append(float(jnp.size(leaf)))  # it may be beyond int32
             # The update waits for the count. If the count compared with the new weights
             # instead, a donated buffer would be copied to keep the old ones.
-            update = execution_order.delayed(update, count)
-            return as_gradient(leaf, update) if is_qtensor(leaf) else update
+            return as_update(leaf, execution_order.delayed(update, count))
 
         updates = map_leaves(leaf_fn, mask, params, updates)
         moved = sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
@@ -286,14 +305,32 @@ def quantized_update(*, mask: Mask = None) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _on_the_grid(leaf: Any, update: Any) -> tuple[jax.Array, jax.Array]:
+def _on_the_grid(
+    leaf: Any, update: Any, stochastic_below: int
+) -> tuple[jax.Array, jax.Array]:
     """The update that a leaf can take, and for each weight whether it moves."""
     if not is_qtensor(leaf):
         return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
-    steps = jnp.nan_to_num(jnp.round(update.qvalue / leaf.scale), nan=0.0)
+    exact = update.qvalue / leaf.scale
+    stochastic = leaf.bits < stochastic_below
+    steps = _rounded_up_or_down(exact) if stochastic else jnp.round(exact)
+    steps = jnp.nan_to_num(steps, nan=0.0)
     steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
     steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
     return steps, steps != 0
+
+
+def _rounded_up_or_down(exact: jax.Array) -> jax.Array:
+    """Rounds a fraction f up with probability f; what is whole but for noise stays."""
+    nearest, floor = jnp.round(exact), jnp.floor(exact)
+    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.uint32)
+    salt = jnp.sum(bits, dtype=jnp.uint32).reshape(1)
+    places = jax.lax.iota(jnp.uint32, exact.size).reshape(exact.shape)
+    words = perturbations.hashed(salt, places)
+    # 24 bits, all of which a float32 can tell apart.
+    uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
+    drawn = floor + (uniform < exact - floor)
+    return jnp.where(jnp.abs(exact - nearest) < 2.0**-10, nearest, drawn)
 
 
 def on_values(

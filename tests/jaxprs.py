@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from fgrad import products
+from fgrad.fixed_point import products
 
 
 def all_equations(jaxpr):

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments import tasks
+from experiments import registry
 from experiments.data import catalogue, cifar, wake_words
 
 TRAIN, TEST = 100, 160
@@ -107,7 +107,7 @@ def test_tfds_mock_of_cifar_is_read(domain, monkeypatch, tmp_path):
 
 
 def test_clean_cifar_has_its_splits(cifar_dir):
-    splits = tasks.DATASETS["cifar10"]("clean", cifar_dir)
+    splits = registry.DATASETS["cifar10"]("clean", cifar_dir)
     found = {name: numbers(split)[0] for name, split in splits.items()}
     assert {name: len(n) for name, n in found.items()} == {
         "train": 90,
@@ -236,7 +236,7 @@ def coco_dir(tmp_path_factory):
 
 
 def test_wake_words_are_persons_of_some_size(coco_dir):
-    splits = tasks.DATASETS["visual_wake_words"]("8", coco_dir)
+    splits = registry.DATASETS["visual_wake_words"]("8", coco_dir)
     seen = {}
     for name, split in splits.items():
         images = np.asarray(split.images)

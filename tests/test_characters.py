@@ -5,8 +5,8 @@ import pytest
 from scipy import ndimage
 from sklearn import datasets
 
-from experiments import fewshot
 from experiments.data import arrays, characters, digits
+from experiments.learners import episodes
 
 MOST = 4  # letters of each script
 
@@ -25,7 +25,7 @@ def builder(tmp_path_factory):
 
 def test_splits_share_neither_classes_nor_scripts_nor_fonts(builder):
     splits = arrays.load(builder)
-    fewshot.check_disjoint({name: split.labels for name, split in splits.items()})
+    episodes.check_disjoint({name: split.labels for name, split in splits.items()})
     seen = {}
     for name, scripts in characters.SCRIPTS.items():
         examples = list(builder.as_data_source(split=name))

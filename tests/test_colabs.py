@@ -11,6 +11,7 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", COLABS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, monkeypatch):
     # Of the kernel, whose programs are small.

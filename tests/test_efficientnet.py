@@ -73,6 +73,7 @@ def test_features_are_what_the_classifier_sees():
     )
 
 
+@pytest.mark.slow
 @installed
 def test_16w8a_logits_are_close_to_the_float_ones():
     params, images = load("imagenet"), recording.images(2, 96)

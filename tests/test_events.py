@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import events, runs, train
 from experiments.configs import quickstart
 from experiments.data import arrays
+from experiments.drivers.trainer import Trainer
 from experiments.models import linear
+from experiments.workdir import events, runs
 
 
 def read(directory):
@@ -59,7 +60,7 @@ class Setting:
         model = linear.Linear(num_classes=10)
         key = np.zeros(2, np.uint32)
         self.params = model.init(key, split.images[:1])["params"]
-        self.trainer = train.Trainer(
+        self.trainer = Trainer(
             self.config, model.clone, self.params, self.splits, ["accuracy"]
         )
 

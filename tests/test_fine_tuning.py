@@ -6,10 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from lanes import every
 
-from experiments import features, methods, optimizers, tasks, train
+from experiments import features, registry
 from experiments.configs import activity_search, fine_tuning, quickstart
 from experiments.data.arrays import Split
+from experiments.drivers import training
+from experiments.drivers.trainer import Trainer
+from experiments.learners import optimizers
+from experiments.learners.classification import Classification
+from experiments.learners.learner import make_learner
 from experiments.models import efficientnet, vit
 
 NETWORK = functools.partial(
@@ -36,7 +42,7 @@ def method(**changes):
 
 def run(config, steps, rate):
     """The state and the loss on all data before and after some steps."""
-    learner, data = methods.make_learner(config, NETWORK), splits()
+    learner, data = make_learner(config, NETWORK, Classification(config)), splits()
     state = learner.init(pretrained(), data["train"].images, 0)
     data = learner.cached(state, data)
     step = jax.jit(learner.step)
@@ -53,10 +59,11 @@ def run(config, steps, rate):
     return first, state, start, loss(state)
 
 
+@pytest.mark.slow
 def test_the_cosine_of_each_layer_is_told():
     changes = {"adaptation": {"adapter": {}}, "cache_frozen": True, "batch_size": 16}
     sites = {"Block_1/adapter": {"epsilon": 0.03}, **EXACT}
-    trainer = train.Trainer(
+    trainer = Trainer(
         method(**changes, sites=sites), NETWORK, pretrained(), splits(), ["accuracy"]
     )
     cosines = trainer.cosines(pretrained(), 0, 4)
@@ -66,12 +73,10 @@ def test_the_cosine_of_each_layer_is_told():
     assert cosines["Block_1"][1] > 0
     sites["Block_1/adapter"]["synthetic"] = {"site": "Dense_0", "memory": 100}
     config = method(**changes, sites=sites, steps=100)
-    trainer = train.Trainer(config, NETWORK, pretrained(), splits(), ["accuracy"])
+    trainer = Trainer(config, NETWORK, pretrained(), splits(), ["accuracy"])
     assert trainer.cosines(pretrained(), 0, 4)["Block_1"][0] > cosines["Block_1"][0]
     backward = {"gradient": "backward", **changes}
-    trainer = train.Trainer(
-        method(**backward), NETWORK, pretrained(), splits(), ["accuracy"]
-    )
+    trainer = Trainer(method(**backward), NETWORK, pretrained(), splits(), ["accuracy"])
     assert trainer.cosines(pretrained(), 0, 4) == {}
 
 
@@ -95,7 +100,9 @@ def test_an_exact_head_is_trained_like_by_backpropagation():
 
 
 @pytest.mark.parametrize("synthetic", [{}, {"synthetic": {"site": "Dense_0"}}])
-@pytest.mark.parametrize("changes", [{}, {"bits": (16, 8)}], ids=["float", "16w8a"])
+@pytest.mark.parametrize(
+    "changes", every(2, [{}, {"bits": (16, 8)}]), ids=["float", "16w8a"]
+)
 def test_an_adapter_is_trained_by_its_activation(changes, synthetic):
     sites = {"Block_1/adapter": {"epsilon": 0.05, **synthetic}, **EXACT}
     config = method(**ADAPTER, sites=sites, num_perturbations=8, **changes)
@@ -110,6 +117,7 @@ def test_an_adapter_is_trained_by_its_activation(changes, synthetic):
     jax.tree.map(np.testing.assert_array_equal, first.frozen, state.frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"bits": (16, 8)}], ids=["float", "16w8a"])
 def test_two_adapters_are_trained_greedily(changes):
     head = EXACT["Dense_0"]
@@ -139,7 +147,7 @@ def test_two_adapters_are_trained_greedily(changes):
     if changes:
         return
     # Heads are exact, each for its own loss.
-    learner = methods.make_learner(config, NETWORK)
+    learner = make_learner(config, NETWORK, Classification(config))
     data = learner.cached(start, splits())["train"]
     gradient = jax.grad(learner.loss_fn)(start.params, start.frozen, {}, data)
     estimate = learner.estimate(start, jax.random.key(0), data)
@@ -181,6 +189,7 @@ def test_forward_passes_of_a_step():
 # ------------------------------------------------------------ a domain's statistics
 
 
+@pytest.mark.slow
 def test_a_standardized_network_sees_a_domains_statistics():
     images = jax.random.normal(jax.random.key(0), (6, 32, 32, 3))
     plain = efficientnet.EfficientNetLite0(num_classes=3)
@@ -190,14 +199,14 @@ def test_a_standardized_network_sees_a_domains_statistics():
         efficientnet.EfficientNetLite0, num_classes=3, standardized=True
     )
     data = {"train": Split(images, jnp.zeros(6, int))}
-    found = tasks.with_statistics(network(), params, data, 0.1)
+    found = registry.with_statistics(network(), params, data, 0.1)
     apply = jax.jit(functools.partial(network().apply, stop=-1))
     seen = apply({"params": found}, images)
     expected = features.standardize({"train": Split(raw, None)})["train"].images
     np.testing.assert_allclose(seen, expected, atol=1e-4)
-    again = tasks.with_statistics(network(), found, data, 0.1)
+    again = registry.with_statistics(network(), found, data, 0.1)
     jax.tree.map(np.testing.assert_array_equal, again, found)
-    assert tasks.with_statistics(plain, params, data, 0.1) is params
+    assert registry.with_statistics(plain, params, data, 0.1) is params
 
 
 # ------------------------------------------------------------- the experiment itself
@@ -223,6 +232,7 @@ def test_the_configuration_compares_at_equal_passes():
         assert 0.99 * activity_search.PASSES < spent <= activity_search.PASSES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(
         importlib.util.find_spec(package) is None
@@ -233,7 +243,7 @@ def test_the_configuration_compares_at_equal_passes():
 def test_smoke(tmp_path):
     config = fine_tuning.get_config("smoke")
     config.run = ("adapter_activity", "adapter_synthetic")
-    results = train.run(config, str(tmp_path))
+    results = training.run(config, str(tmp_path))
     for name in config.run:
         scores = results[name]["scores"]["auc"]
         assert len(scores) == 2

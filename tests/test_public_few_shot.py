@@ -10,12 +10,13 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from lanes import some
 from PIL import Image
 from tensorflow_datasets.image_classification import caltech_birds
 from test_catalogue import prepared
-from test_fewshot_train import Tiny
+from test_few_shot import Tiny
 
-from experiments import fewshot, fewshot_train, tasks
+from experiments import registry
 from experiments.configs import fewshot_audio, fewshot_vision
 from experiments.data import (
     archives,
@@ -25,6 +26,8 @@ from experiments.data import (
     sound_events,
     sounds,
 )
+from experiments.drivers import few_shot
+from experiments.learners import episodes
 
 
 def grey(level, size=8, mode="RGB"):
@@ -54,7 +57,7 @@ class Pooled(Tiny):
 
 @pytest.fixture(autouse=True)
 def pooled_network(monkeypatch):
-    monkeypatch.setitem(tasks.NETWORKS, "tiny", Pooled)
+    monkeypatch.setitem(registry.NETWORKS, "tiny", Pooled)
 
 
 def smoke(kind, dataset, data_dir, **changes):
@@ -67,7 +70,7 @@ def smoke(kind, dataset, data_dir, **changes):
     for name, value in changes.items():
         config[name] = value
     with tempfile.TemporaryDirectory() as workdir:
-        results = fewshot_train.run(config, workdir)
+        results = few_shot.run(config, workdir)
     assert list(results) == ["zero_shot", "lp_backprop", "lp_16w8a"]
     assert all(len(result["accuracies"]) == 4 for result in results.values())
 
@@ -99,10 +102,11 @@ def cifar_dir(tmp_path_factory):
     return str(data_dir), names
 
 
+@pytest.mark.slow
 def test_cifar_fs_has_its_published_classes(cifar_dir):
     data_dir, names = cifar_dir
     splits = few_shot_images.load("cifar_fs", data_dir)
-    fewshot.check_disjoint({name: split.labels for name, split in splits.items()})
+    episodes.check_disjoint({name: split.labels for name, split in splits.items()})
     sizes = {name: len(set(s.labels.tolist())) for name, s in splits.items()}
     assert sizes == {"train": 64, "validation": 16, "test": 20}
     found = [pair for split in splits.values() for pair in levels(split)]
@@ -140,6 +144,7 @@ def test_cub_is_split_by_number(tmp_path):
     smoke("vision", "cub", tmp_path, domain="cub_8")
 
 
+@pytest.mark.slow
 def test_omniglot_is_split_by_alphabets(tmp_path):
     # Two letters of each alphabet.
     alphabets = [f"alphabet_{i:02d}" for i in range(12)]
@@ -215,7 +220,7 @@ def zipped(folder):
     folder.rmdir()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", some([False, True], [True]))
 def test_mini_imagenet_is_split_by_its_files(packed, tmp_path):
     folder = manual(tmp_path) / "miniImageNet"
     write_mini(folder)
@@ -235,6 +240,7 @@ def test_mini_imagenet_is_split_by_its_files(packed, tmp_path):
         smoke("vision", "mini_imagenet", tmp_path, n_way=2)
 
 
+@pytest.mark.slow
 def test_tiered_imagenet_is_split_by_its_files(tmp_path):
     folder = manual(tmp_path) / "tiered-imagenet"
     folder.mkdir()
@@ -326,6 +332,7 @@ def heard(builder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_esc50_is_read(packed, tmp_path):
     root = manual(tmp_path) / "ESC-50-master"
@@ -350,6 +357,7 @@ def test_esc50_is_read(packed, tmp_path):
         smoke("audio", "esc50", tmp_path, n_way=2)
 
 
+@pytest.mark.slow
 def test_fsdkaggle2018_is_read(tmp_path):
     folder, number = manual(tmp_path), 0
     expected = {"train": [], "validation": [], "test": []}
@@ -403,3 +411,95 @@ def test_missing_archives_are_named(builder, match, tmp_path):
     config = next(iter(builder.builder_configs))
     with pytest.raises(FileNotFoundError, match=match):
         builder(config=config, data_dir=str(tmp_path)).download_and_prepare()
+
+
+def test_names_that_lead_out_of_a_folder_are_refused(tmp_path):
+    """A table must not make a file of elsewhere part of a dataset."""
+    folder = manual(tmp_path)
+    (folder / "secret.wav").write_bytes(b"secret")
+    (folder / "ESC-50-master" / "audio").mkdir(parents=True)
+    path = folder / "ESC-50-master" / "meta" / "esc50.csv"
+    write_csv(path, ["filename", "category"], [["../../secret.wav", "dog"]])
+    refused = r"esc50\.csv: the name '\.\./\.\./secret\.wav' leads out"
+    with pytest.raises(ValueError, match=refused):
+        sound_events.Esc50(data_dir=str(tmp_path)).recordings(folder)
+
+    for part in ("audio_train", "audio_test"):
+        (folder / f"FSDKaggle2018.{part}").mkdir()
+    for name in ("train_post_competition", "test_post_competition_scoring_clips"):
+        path = folder / "FSDKaggle2018.meta" / f"{name}.csv"
+        write_csv(path, ["fname", "label"], [[str(folder / "secret.wav"), "dog"]])
+    with pytest.raises(ValueError, match=r"competition\.csv: .* leads out"):
+        sound_events.FsdKaggle2018(data_dir=str(tmp_path)).recordings(folder)
+
+    for name in ("train", "val", "test"):
+        path = folder / "miniImageNet" / f"{name}.csv"
+        write_csv(path, ["filename", "label"], [["../../secret.wav", "n01"]])
+    with pytest.raises(ValueError, match=r"train\.csv: .* leads out"):
+        imagenet_subsets.MiniImageNet(data_dir=str(tmp_path)).pictures(folder)
+
+
+def test_a_class_split_of_other_than_names_is_refused(tmp_path):
+    doubling = []
+    for _ in range(60):  # its text has 2**60 parts
+        doubling = [doubling, doubling]
+    for part, match in (
+        (doubling, "a part that is no list of names"),
+        ([1, 2], "a part that is no list of names"),
+        ("dog", "a part that is no list of names"),
+        (None, "a part that is no list of names"),
+    ):
+        array = np.empty(3, object)
+        array[:] = [["dog"], part, ["cow"]]
+        np.save(tmp_path / "s.npy", array, allow_pickle=True)
+        with pytest.raises(ValueError, match=rf"s\.npy has {match}"):
+            sound_events.class_split(tmp_path, "s.npy", sorted(KINDS), "")
+    for array in (np.array("dog"), np.array(["dog", "cow"]), np.zeros((3, 2, 2))):
+        np.save(tmp_path / "s.npy", array)
+        with pytest.raises(ValueError, match=r"s\.npy is not of three lists"):
+            sound_events.class_split(tmp_path, "s.npy", sorted(KINDS), "")
+
+
+def test_a_class_split_of_equal_lengths_is_read(tmp_path):
+    parts = [["dog", "rain"], ["cow", "owl"], ["bell", "wind"]]
+    expected = dict(zip(("train", "validation", "test"), parts, strict=True))
+    for array in (np.array(parts), np.array(parts, object)):
+        np.save(tmp_path / "s.npy", array, allow_pickle=True)
+        found = sound_events.class_split(tmp_path, "s.npy", sorted(KINDS), "")
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"label_specific": [0, "1"]},
+        {"label_specific": np.array([-1, 0])},
+        {"label_specific": np.array([0.5, 1])},
+        {"label_specific": np.array([[0, 1]])},
+        {"label_specific": np.array([0, 2**40])},
+        {"label_specific": []},
+        {"label_general": [0]},
+        [0, 1],
+    ],
+)
+def test_labels_that_are_none_are_refused(labels, tmp_path):
+    folder = manual(tmp_path) / "tiered-imagenet"
+    folder.mkdir()
+    (folder / "train_labels.pkl").write_bytes(pickle.dumps(labels))
+    match = r"train_labels\.pkl: its \"label_specific\" is no list of labels"
+    with pytest.raises(ValueError, match=match):
+        imagenet_subsets.TieredImageNet(data_dir=str(tmp_path)).pictures(folder.parent)
+
+
+@pytest.mark.parametrize("images", [[b"x"], "xy", {"a": 1}, [[0], [1]], [None, None]])
+def test_pictures_that_are_none_are_refused(images, tmp_path):
+    folder = manual(tmp_path) / "tiered-imagenet"
+    folder.mkdir()
+    for name in ("train", "val", "test"):
+        labels = pickle.dumps({"label_specific": np.array([0, 1])})
+        (folder / f"{name}_labels.pkl").write_bytes(labels)
+    (folder / "train_images_png.pkl").write_bytes(pickle.dumps(images))
+    builder = imagenet_subsets.TieredImageNet(data_dir=str(tmp_path))
+    found = builder.pictures(folder.parent)
+    with pytest.raises(ValueError, match=r"train_images_png\.pkl: it"):
+        list(found["train"])

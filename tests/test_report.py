@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from experiments import report
+from experiments.workdir import report
 
 
 def result(accuracy, **fields):

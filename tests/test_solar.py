@@ -174,3 +174,25 @@ def test_the_real_cells_are_elpvs(tmp_path):
     for image, probability in zip(images, probabilities, strict=True):
         small = Image.fromarray(image).resize((32, 32), Image.Resampling.LANCZOS)
         assert found[np.asarray(small).tobytes()] == round(probability)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ("../../secret.png 0.0 mono", "leads out of its folder"),
+        ("/etc/passwd 0.0 mono", "leads out of its folder"),
+        ("images/cell0001.png nan mono", "is of no cell"),
+        ("images/cell0001.png 2.0 mono", "is of no cell"),
+        ("images/cell0001.png many mono", "could not convert"),
+        ("images/cell0001.png 0.0 thin", "is of no cell"),
+        ("images/cell0001.png 0.0", "not enough values"),
+        ("images/cell0002.png 0.0 mono", "names a file twice"),
+        ("images/none.png 0.0 mono", "no such file"),
+    ],
+)
+def test_rows_that_are_none_are_refused(row, match, package, tmp_path):
+    table = solar._package_files() / "labels.csv"
+    rows = table.read_text().splitlines()
+    table.write_text("\n".join([row, *rows[1:]]))
+    with pytest.raises(ValueError, match=rf"(labels\.csv|none\.png): .*{match}"):
+        load("mono_32", tmp_path)

@@ -7,8 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from experiments import audio, fewshot
+from experiments import audio
 from experiments.data import sounds, voices
+from experiments.learners import episodes
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -104,7 +105,7 @@ def builder(data_dir):
 
 def test_sets_are_in_the_split_of_their_language(data_dir):
     splits = sounds.load(builder(data_dir), num_mels=8, hop_seconds=0.1)
-    fewshot.check_disjoint({name: split.labels for name, split in splits.items()})
+    episodes.check_disjoint({name: split.labels for name, split in splits.items()})
     assert all(split.images.shape[1:] == (10, 8, 1) for split in splits.values())
     found = {}
     for name, split in splits.items():

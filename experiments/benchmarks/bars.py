@@ -1,5 +1,6 @@
 """The bars: what the library promises for a vision transformer, held or missed."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -122,20 +123,7 @@ def tables(smoke: bool) -> Iterator[Table]:
 def _bars(
     memory: dict[str, Memory], times: dict[tuple[str, ...], dict[str, Times]]
 ) -> Iterator[Bar]:
-    def of_times(
-        arithmetic: str,
-        name: str,
-        over: str,
-        under: str,
-        bound: float,
-        *,
-        scale: float = 1.0,
-        at_least: bool = False,
-    ) -> Bar:
-        both = next(t for group, t in times.items() if {over, under} <= set(group))
-        ratio = both[over].ratio(both[under], scale)
-        return Bar(name, arithmetic, ratio["median"], bound, at_least, ratio["min"])
-
+    of_times = functools.partial(_of_times, times)
     for a, trained in BACKPROP.items():
         step, inference, low_rank, vmap = (
             memory[f"{what} {a}"] for what in ("step", "inference", "low-rank", "vmap")
@@ -186,3 +174,20 @@ def _bars(
             "inference float32",
             bound,
         )
+
+
+def _of_times(
+    times: dict[tuple[str, ...], dict[str, Times]],
+    arithmetic: str,
+    name: str,
+    over: str,
+    under: str,
+    bound: float,
+    *,
+    scale: float = 1.0,
+    at_least: bool = False,
+) -> Bar:
+    """The bar of one time over ``scale`` times another that was taken beside it."""
+    both = next(group for names, group in times.items() if {over, under} <= set(names))
+    ratio = both[over].ratio(both[under], scale)
+    return Bar(name, arithmetic, ratio["median"], bound, at_least, ratio["min"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.subjects import Problem
+from experiments.benchmarks.problem import Problem
 
 
 class Sizes(NamedTuple):

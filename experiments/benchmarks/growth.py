@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.benchmarks import measure, programs, subjects
 from experiments.benchmarks.measure import Effort, Program
-from experiments.benchmarks.subjects import Problem
+from experiments.benchmarks.problem import Problem
 from experiments.benchmarks.table import Table, mib
 from fgrad.analysis import Memory
 

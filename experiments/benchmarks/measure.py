@@ -24,7 +24,11 @@ _MIN_SECONDS = 0.02
 
 
 class Program:
-    """A function and the arguments that it is called with."""
+    """A function and the arguments that it is called with.
+
+    Attributes:
+      seconds: what its trace, its lowering and, once done, its compilation took.
+    """
 
     def __init__(
         self, fn: Callable[..., Any], *arguments: Any, carries: bool = False
@@ -40,7 +44,12 @@ class Program:
         if carries:
             arguments = (jax.tree.map(jnp.copy, arguments[0]), *arguments[1:])
         jitted = jax.jit(fn, donate_argnums=(0,) if carries else ())
-        self._lowered = jitted.lower(*arguments)
+        start = time.perf_counter()
+        traced = jitted.trace(*arguments)
+        self.seconds = {"trace": time.perf_counter() - start}
+        start = time.perf_counter()
+        self._lowered = traced.lower()
+        self.seconds["lowering"] = time.perf_counter() - start
         self._arguments, self._carries = arguments, carries
         self._compiled: Any = None
 
@@ -48,7 +57,13 @@ class Program:
         """Makes the program ready to be called, if it is not yet."""
         if self._compiled is None:
             options = {} if optimize else quick_options()
+            start = time.perf_counter()
             self._compiled = self._lowered.compile(options)
+            self.seconds["compilation"] = time.perf_counter() - start
+
+    def text(self) -> str:
+        """The compiled program as the compiler writes it, optimized."""
+        return self._compiled.as_text()
 
     def plan(self) -> Memory:
         """What the compiler plans for a call."""

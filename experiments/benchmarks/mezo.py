@@ -1,7 +1,7 @@
 """MeZO in PyTorch: a step that perturbs the weights in place.
 
 Written from the published algorithm, for the vision transformer of
-`experiments.models.vit`. It is measured in full float32 beside the same network's
+`experiments.models.vit`. It is measured beside the same network's
 inference in PyTorch.
 
 Reference:
@@ -72,7 +72,13 @@ class Mezo:
     """
 
     def __init__(
-        self, network: vit.ViT, input_shape: tuple[int, ...], batch_size: int
+        self,
+        network: vit.ViT,
+        input_shape: tuple[int, ...],
+        batch_size: int,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Builds the network with random weights and data.
 
@@ -80,14 +86,17 @@ class Mezo:
           network: the Flax module to be like.
           input_shape: height, width and channels of an image.
           batch_size: images of a batch.
+          device: of PyTorch, where all of it lies.
+          dtype: of the weights and the images.
         """
         torch.manual_seed(0)
         height, width, channels = input_shape
         # Without dropout, eval() changes nothing but the speed: it admits PyTorch's
         # fused encoder layer.
-        self._model = DeiT(network, input_shape).eval()
-        self._images = torch.randn(batch_size, channels, height, width)
-        self._labels = torch.randint(network.num_classes, (batch_size,))
+        self._model = DeiT(network, input_shape).eval().to(device, dtype)
+        images = torch.randn(batch_size, channels, height, width)
+        self._images = images.to(device, dtype)
+        self._labels = torch.randint(network.num_classes, (batch_size,)).to(device)
         self._seed = 0
         self.num_parameters = sum(p.numel() for p in self._model.parameters())
 
@@ -111,7 +120,13 @@ class Mezo:
 
     def _perturb(self, scale: float) -> None:
         """Adds ``scale * z`` to the weights, with the z of this step's seed."""
-        generator = torch.Generator().manual_seed(self._seed)
+        like = next(self._model.parameters())
+        generator = torch.Generator(like.device).manual_seed(self._seed)
         for parameter in self._model.parameters():
-            z = torch.randn(parameter.shape, generator=generator)
+            z = torch.randn(
+                parameter.shape,
+                generator=generator,
+                device=like.device,
+                dtype=like.dtype,
+            )
             parameter.add_(z, alpha=scale)

@@ -14,7 +14,8 @@ import optax
 
 from experiments.benchmarks import block, measure, programs, subjects
 from experiments.benchmarks.measure import Effort, Program
-from experiments.benchmarks.subjects import Problem, Subject
+from experiments.benchmarks.problem import Problem
+from experiments.benchmarks.subjects import Subject
 from experiments.benchmarks.table import NOTHING, Table, mib
 
 _INSTALL = {
@@ -48,9 +49,9 @@ def tables(smoke: bool) -> Iterator[Table]:
     else:
         yield _network("vit", subjects.SUBJECTS["vit"], 16, 8, Effort(rounds=5))
         # It runs on the CPU.
-        if jax.default_backend() == "cpu" and _installed("torch"):
+        if jax.default_backend() == "cpu" and installed("torch"):
             yield _torch(subjects.SUBJECTS["vit"], 16, Effort(rounds=5))
-    if _installed("shardes"):
+    if installed("shardes"):
         if smoke:
             yield _block(block.Sizes(4, 2, 8, 3), 2, 2, measure.SMOKE)
         else:
@@ -66,7 +67,7 @@ def _network(
     entries = _fgrad(problem, large, pairs)
     # A backward pass counts as two evaluations, as everywhere in this project.
     entries["optax, backprop"] = Entry(programs.backprop_step(problem), 3)
-    if _installed("evosax"):
+    if installed("evosax"):
         entries[f"evosax, Open_ES({2 * pairs})"] = Entry(
             evosax_generation(problem, 2 * pairs), 2 * pairs
         )
@@ -221,7 +222,7 @@ def _table(about: str, entries: dict[str, Entry], effort: Effort) -> Table:
     )
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     """Whether a package is there; if not, prints how to get it."""
     if importlib.util.find_spec(package):
         return True

@@ -13,7 +13,7 @@ import optax
 
 import fgrad
 from experiments.benchmarks.measure import Program
-from experiments.benchmarks.subjects import Problem
+from experiments.benchmarks.problem import Problem
 from fgrad import fixed_point, perturbations
 
 LEARNING_RATE = 1e-4
@@ -161,6 +161,6 @@ def _moved(params: Any, direction: Any, scale: Any) -> Any:
         value = jnp.asarray(leaf) + scale * direction
         if fixed_point.is_qtensor(leaf):
             return fixed_point.quantize_to_scale(value, leaf.scale, leaf.bits)
-        return value
+        return value.astype(jnp.result_type(leaf))
 
     return jax.tree.map(leaf_fn, params, direction, is_leaf=fixed_point.is_qtensor)

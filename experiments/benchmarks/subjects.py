@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ import optax
 
 import fgrad
 from experiments.benchmarks import measure
+from experiments.benchmarks.problem import Problem
 from experiments.models import cnn, efficientnet, lstm, mlp, resnet, vit
 from fgrad import layers
 
@@ -83,26 +84,6 @@ class Batch(NamedTuple):
 
     inputs: jax.Array
     labels: jax.Array
-
-
-class Problem(NamedTuple):
-    """A subject in some arithmetic with a batch of data.
-
-    Attributes:
-      loss_fn: ``loss_fn(params, **data) -> scalar``, the mean cross-entropy.
-      params: weights, float or `fgrad.QTensor`.
-      data: the ``scales`` of activations and the ``batch``.
-    """
-
-    loss_fn: Callable[..., jax.Array]
-    params: Any
-    data: Mapping[str, Any]
-
-    @property
-    def num_parameters(self) -> int:
-        """How many weights there are."""
-        leaves = jax.tree.leaves(self.params, is_leaf=fgrad.fixed_point.is_qtensor)
-        return sum(leaf.size for leaf in leaves)
 
 
 def problem(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import fgrad
-from experiments.benchmarks import bars, growth, memory, peers, timing
+from experiments.benchmarks import bars, compile_time, growth, memory, peers, timing
 from experiments.benchmarks.table import Table
 
 # tables(smoke) yields them as they are finished.
@@ -20,7 +20,11 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "time": timing.tables,
     "peers": peers.tables,
     "growth": growth.tables,
+    "compile": compile_time.tables,
+    "compile_deep": compile_time.deep,
 }
+# What is made unless others are named: the deep networks take a quarter of an hour.
+DEFAULT = [name for name in TABLES if name != "compile_deep"]
 
 
 def run(workdir: str, only: Sequence[str], smoke: bool = False) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from experiments.benchmarks import measure, programs, subjects
 from experiments.benchmarks.measure import Effort, Program, Times
-from experiments.benchmarks.subjects import Problem
+from experiments.benchmarks.problem import Problem
 from experiments.benchmarks.table import NOTHING, Table
 
 METHODS: dict[str, Callable[[Problem, int], Program]] = {

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
-from experiments.optimizers import forward_passes
+from experiments.learners.optimizers import forward_passes
 
 BUDGETS = {"digits": 22_400, "mnist": 11_200}  # forward passes of a run
 IMPORTANCE_PAIRS = 16  # of the score that chooses sparse weights, once a run

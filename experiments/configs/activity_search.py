@@ -21,8 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import optimizers
 from experiments.configs import fine_tuning, quickstart
+from experiments.learners import optimizers
 
 PASSES = 11_000
 _SITE = {"epsilon": 0.03}

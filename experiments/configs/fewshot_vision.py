@@ -3,17 +3,17 @@ r"""Few-shot learning of images: the paper's table 2, on data that needs no down
 A network is pre-trained on the classes of meta-train by backpropagation, then adapted
 to 5-way 5-shot tasks of classes that it has not seen (of digits: 3-way), by full
 fine-tuning ("ft") and by a linear probe ("lp"), each by backpropagation and by forward
-gradients in float32 and in 16w8a; see `experiments.fewshot_train`. ProtoNet's distances
-are the head. All methods have the same tasks, and the same three learning rates to
-choose from on ten tasks of the validation split (twenty of digits). Tasks of the
-embedded data are 60, and full fine-tuning has 200 forward passes (800 on digits): what
-two processor cores manage.
+gradients in float32 and in 16w8a; see `experiments.drivers.few_shot`. The head compares
+by ProtoNet's distances. All methods have the same tasks, and the same three learning
+rates to choose from on ten tasks of the validation split (twenty of digits). Tasks of
+the embedded data are 60, and full fine-tuning has 200 forward passes (800 on digits):
+what two processor cores manage.
 
     python -m experiments.main \
         --config=experiments/configs/fewshot_vision.py --workdir=workdir/fewshot_vision
 
 runs all cells and writes one table. One cell, of any dataset and network in
-`experiments.tasks`, such as the paper's, whose data TFDS or you provide:
+`experiments.registry`, such as the paper's, whose data TFDS or you provide:
 
     --config=experiments/configs/fewshot_vision.py:characters,resnet12_small
     --config=experiments/configs/fewshot_vision.py:cub,resnet18
@@ -85,9 +85,9 @@ def common(
     """A cell of the table.
 
     Args:
-      dataset: key of `experiments.tasks.DATASETS`.
+      dataset: key of `experiments.registry.DATASETS`.
       domain: of it.
-      network: key of `experiments.tasks.NETWORKS`.
+      network: key of `experiments.registry.NETWORKS`.
       variant: "full", or "smoke" for a run of some seconds that shows no result.
       changes: fields of the configuration with other values.
     """
@@ -125,28 +125,7 @@ def common(
     config.pretrain.batch_size = 64
     config.pretrain.input_noise = 0.1  # with 0.3 the ResNets stay at chance
 
-    backward, forward = quick.methods.backprop, quick.methods.forward_fp32
-    backward.optimizer = "sgd"
-    backward.steps = 2 if smoke else 50
-    forward.epsilon = 1e-2
-    forward.calibration_images = 256
-    config.methods = ConfigDict()
-    for way, adaptation in WAYS.items():
-        pairs, steps = (2, 2) if smoke else BUDGET[way]
-        budget = {"num_perturbations": pairs, "steps": steps}
-        for kind, method, more in (
-            ("backprop", backward, {}),
-            ("fp32", forward, budget),
-            ("16w8a", forward, {**budget, "bits": (16, 8)}),
-        ):
-            config.methods[f"{way}_{kind}"] = quickstart.changed(
-                method,
-                {
-                    "adaptation": adaptation,
-                    "learning_rates": RATES[:1] if smoke else RATES,
-                    **more,
-                },
-            )
+    config.methods = _methods(quick, smoke)
     # In the order of the table.
     ways, kinds = tuple(WAYS), ("backprop", "fp32", "16w8a")
     if smoke:
@@ -157,3 +136,30 @@ def common(
     if smoke:
         config.tasks, config.tuning_tasks = 4, 2
     return config
+
+
+def _methods(quick: ConfigDict, smoke: bool) -> ConfigDict:
+    """The three kinds of methods for each way to adapt, by "<way>_<kind>"."""
+    backward, forward = quick.methods.backprop, quick.methods.forward_fp32
+    backward.optimizer = "sgd"
+    backward.steps = 2 if smoke else 50
+    forward.epsilon = 1e-2
+    forward.calibration_images = 256
+    methods = ConfigDict()
+    for way, adaptation in WAYS.items():
+        pairs, steps = (2, 2) if smoke else BUDGET[way]
+        budget = {"num_perturbations": pairs, "steps": steps}
+        for kind, method, more in (
+            ("backprop", backward, {}),
+            ("fp32", forward, budget),
+            ("16w8a", forward, {**budget, "bits": (16, 8)}),
+        ):
+            methods[f"{way}_{kind}"] = quickstart.changed(
+                method,
+                {
+                    "adaptation": adaptation,
+                    "learning_rates": RATES[:1] if smoke else RATES,
+                    **more,
+                },
+            )
+    return methods

@@ -39,6 +39,13 @@ from experiments.configs import quickstart
 ADAPTER = "blocks_15/adapter"
 HEAD = {"classifier": {"exact": True, "epsilon": 0.01}}
 SYNTHETIC = {"epsilon": 0.03, "synthetic": {"site": "classifier"}}
+_PROBE: dict[str, Any] = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
+# The head sees 1,280 features, so it moves the logits as much at a lower rate.
+_ADAPTED: dict[str, Any] = {
+    "adaptation": {"adapter": {}},
+    "cache_frozen": True,
+    "rate_factors": {"classifier": 0.3},
+}
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -60,25 +67,36 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.tuning_seeds = (100, 101, 102)
         config.tuning_fraction, config.wider_tuning = 0.5, 1
 
-    probe = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
-    # The head sees 1,280 features and moves the logits as much at a lower rate.
-    adapter = {
-        "adaptation": {"adapter": {}},
-        "cache_frozen": True,
-        "rate_factors": {"classifier": 0.3},
-    }
     pretrain = {
         "learning_rate": 1e-3,
         "steps": 30 if smoke else 500,
         "input_shift": 0,
         "input_noise": 0.0,
     }
-    config.pretrain = quickstart.changed(config.pretrain, {**probe, **pretrain})
+    config.pretrain = quickstart.changed(config.pretrain, {**_PROBE, **pretrain})
+    config.methods = ConfigDict(
+        {**_backward_methods(config), **_forward_methods(config, smoke)}
+    )
+    # Each compiles for some seconds.
+    short = ("adapter_backprop", "probe_sign", "adapter_synthetic_16w8a")
+    config.run = short if smoke else tuple(config.methods)
+    return config
 
+
+def _backward_methods(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Backpropagation through the head alone, and through the adapter as well."""
     backprop = quickstart.changed(
         config.methods.backprop,
         {"optimizer": "adam", "learning_rates": (1e-3, 3e-3, 1e-2), "batch_size": 32},
     )
+    return {
+        "probe_backprop": quickstart.changed(backprop, _PROBE),
+        "adapter_backprop": quickstart.changed(backprop, _ADAPTED),
+    }
+
+
+def _forward_methods(config: ConfigDict, smoke: bool) -> dict[str, ConfigDict]:
+    """Methods that perturb activations or weights, and the exact head."""
     activity = quickstart.changed(
         config.methods.forward_fp32,
         {
@@ -93,36 +111,28 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     through = {"sites": {ADAPTER: {"epsilon": 0.03}, **HEAD}}
     predicted = {"sites": {ADAPTER: SYNTHETIC, **HEAD}, "num_perturbations": 4}
-    config.methods = ConfigDict(
-        {
-            "probe_backprop": quickstart.changed(backprop, probe),
-            "adapter_backprop": quickstart.changed(backprop, adapter),
-        }
-    )
     changes: dict[str, dict[str, Any]] = {
-        # A pass of its steps is one pass; it has the others' passes in steps.
+        # A step costs one forward pass, so it may take as many steps as the others
+        # have forward passes.
         "probe_exact": {
-            **probe,
+            **_PROBE,
             "sites": HEAD,
             "steps": 5 if smoke else 33_000,
             "learning_rates": (3e-5, 1e-4, 3e-4),
         },
         "probe_sign": {
-            **probe,
+            **_PROBE,
             "gradient": "forward",
             "batch_size": 256,
             "estimator": "sign_m_spsa",
             "epsilon_unit": "weights",
         },
-        "adapter_activity": {**adapter, **through},
-        "adapter_activity_16w8a": {**adapter, **through, "bits": (16, 8)},
-        "adapter_synthetic": {**adapter, **predicted},
-        "adapter_synthetic_16w8a": {**adapter, **predicted, "bits": (16, 8)},
-        "adapter_weights": {**adapter, "sites": HEAD, "others": True},
+        "adapter_activity": {**_ADAPTED, **through},
+        "adapter_activity_16w8a": {**_ADAPTED, **through, "bits": (16, 8)},
+        "adapter_synthetic": {**_ADAPTED, **predicted},
+        "adapter_synthetic_16w8a": {**_ADAPTED, **predicted, "bits": (16, 8)},
+        "adapter_weights": {**_ADAPTED, "sites": HEAD, "others": True},
     }
-    for name, change in changes.items():
-        config.methods[name] = quickstart.changed(activity, change)
-    # Each compiles for some seconds.
-    short = ("adapter_backprop", "probe_sign", "adapter_synthetic_16w8a")
-    config.run = short if smoke else tuple(config.methods)
-    return config
+    return {
+        name: quickstart.changed(activity, change) for name, change in changes.items()
+    }

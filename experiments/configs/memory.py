@@ -20,8 +20,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Name: (key of experiments.tasks.NETWORKS, shape of an input, the paper's scratch in MB
-# by method). MetaAudio's and AST's inputs are 500 and 1,024 frames of 128 mel bins.
+# Name: (key of experiments.registry.NETWORKS, shape of an input, the paper's scratch in
+# MB by method). MetaAudio's and AST's inputs are 500 and 1,024 frames of 128 mel bins.
 NETWORKS = {
     "ViT-tiny": (
         "vit_tiny",

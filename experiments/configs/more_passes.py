@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
-from experiments.optimizers import forward_passes
+from experiments.learners.optimizers import forward_passes
 
 BUDGET = 67_200  # forward passes of a run, three times the quickstart's
 

@@ -3,7 +3,7 @@ r"""Out of distribution: a vision transformer adapts to corrupted images, three 
 A ViT of 28,682 parameters is pre-trained on 3,600 clean images of MNIST and adapted to
 others in the fifteen corruptions of CIFAR-10-C, at severity 1 (easy), 3 (medium) and 5
 (hard): by a linear probe of one or of three layers, or by deep visual prompts and the
-head (`experiments.adapt`). Each by backpropagation and by forward gradients
+head (`experiments.learners.adapt`). Each by backpropagation and by forward gradients
 (``normalized_spsa``) in float32, in 16w8a, and in 16w8a with 10% of the weights, chosen
 by a zeroth-order importance score. Controls without training are the source's network
 ("zero_shot") and the same with features that have the source's mean and deviation

@@ -45,76 +45,39 @@ def get_config(variant: str = "full") -> ConfigDict:
     # and deviation, for which no labels are needed; a network with stages can.
     config.realigned = False
     config.deviation_floor = 0.1  # of features, as a share of their mean deviation
-    config.metrics = ("accuracy",)  # of experiments.metrics; the first one decides
+    # Names in experiments.learners.metrics; the first one decides.
+    config.metrics = ("accuracy",)
     config.seeds = (0, 1) if smoke else (0, 1, 2)  # batches and perturbations
-    config.tuning_seeds = (100,)  # runs of their own choose the learning rates
-    config.tuning_fraction = 0.3  # its length, as a share of a run's steps
-    config.wider_tuning = 0  # further rates to try while the best is the last in order
-    config.parallel_runs = 2  # methods at a time, one run each
-    config.snapshot_seconds = 30.0  # of a run; a killed one goes on from the last
-    config.event_files = False  # TensorBoard's, of every run, under <workdir>/runs
-    config.num_evals = 2 if smoke else 10  # points of the curves
-    config.early_stopping = False  # tell scores where validation was best as well
-    # How many estimates of each method to compare with the gradient; 0: none.
+    # Short runs with these seeds choose the learning rates.
+    config.tuning_seeds = (100,)
+    config.tuning_fraction = 0.3  # their length, as a share of a run's steps
+    # How many further rates may be tried while the best one is the smallest or largest.
+    config.wider_tuning = 0
+    config.parallel_runs = 2  # methods that train at a time, each with one run
+    # Seconds between two snapshots of a run; a killed run goes on from the last one.
+    config.snapshot_seconds = 30.0
+    config.event_files = False  # for TensorBoard, of every run, in <workdir>/runs
+    config.num_evals = 2 if smoke else 10  # points of a curve after its start
+    # Whether to tell also the test scores where the validation score was best.
+    config.early_stopping = False
+    # How many estimates of each method to compare with the gradient; 0 for none.
     config.gradient_estimates = 0
     config.figure = "curves"  # or "dots", for many methods
 
-    # Factors of the layers of the network that is adapted, which leave its function as
-    # it is; see `experiments.models.cnn.rescaled`.
+    # Factors that the layers of the network are multiplied with before it is adapted;
+    # its function stays the same, see `experiments.models.cnn.rescaled`.
     config.layer_scales = ()
 
-    # One pre-trained network, where all runs start. Shifts, noise and soft labels make
-    # its minimum wide, which forward gradients need more than backpropagation does.
-    config.pretrain = ConfigDict()
-    config.pretrain.seed = 0
-    config.pretrain.gradient = "backward"
-    config.pretrain.optimizer = "adam"
-    config.pretrain.learning_rate = 3e-3  # decays linearly to 0, like all here
-    config.pretrain.steps = 30 if smoke else 800
-    config.pretrain.batch_size = 128
-    config.pretrain.input_shift = 1  # pixels at most, each way
-    config.pretrain.input_noise = 0.3  # standard deviation; pixels lie in [0, 1]
-    config.pretrain.label_smoothing = 0.1
+    config.pretrain = _pretrain(smoke)
+    backward, forward = _backward(smoke), _forward(smoke)
 
-    backward = ConfigDict()
-    backward.gradient = "backward"
-    backward.optimizer = "momentum"  # SGD with momentum 0.9
-    backward.bits = None  # float32
-    backward.steps = 20 if smoke else 300
-    backward.batch_size = 128
-    backward.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
-
-    forward = ConfigDict()
-    forward.gradient = "forward"
-    forward.optimizer = "sgd"
-    forward.bits = None
-    forward.steps = 20 if smoke else 700
-    forward.batch_size = 64
-    forward.learning_rates = (2e-2, 3e-2, 4e-2)
-    forward.num_perturbations = 2 if smoke else 16  # m; a step costs 2m forward passes
-    forward.vectorize = 1  # perturbations evaluated at once
-    forward.perturbation = "normal"  # or another name in fgrad.perturbations
-    forward.rank = 1  # of "low_rank" only
-    forward.estimator = "normalized_spsa"  # or another name in fgrad.estimators
-    forward.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
-    forward.epsilon = 3e-2
-    # Of gradient "activity": settings of each perturbed layer, and whether all other
-    # weights that train are perturbed as well; see fgrad.activity_forward_grad.
-    forward.sites = ConfigDict()
-    forward.others = False
-    forward.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
-    forward.low_bit = True  # weights of less than 16 bits move by sparse grid steps
-    forward.per_channel = False  # one weight scale per output channel
-    forward.headroom = 1.5  # weights may grow to this multiple of max|w|
-    forward.zero_bound = 0.05  # the max|w| that weights which are all zero count with
-    forward.activation_headroom = 1.5  # and activations
-    forward.calibration_images = 4096  # at most, the first of the train split
-
-    # Ways to adapt, names in experiments.adapt, and their options; by default all
-    # weights train. What is frozen before them can run once for all steps.
+    # Ways to adapt, names in experiments.learners.adapt, and their options; by default
+    # all weights train. With cache_frozen, the frozen stages before the weights that
+    # train run once for all steps.
     for method in (backward, forward):
         method.adaptation = ConfigDict()
-        method.rate_factors = ConfigDict()  # of the learning rate, by names of layers
+        # Factors of the learning rate, by the names of layers.
+        method.rate_factors = ConfigDict()
         method.cache_frozen = False
 
     # Methods to run, in the order of the table.
@@ -129,8 +92,72 @@ def get_config(variant: str = "full") -> ConfigDict:
     return config
 
 
+def _pretrain(smoke: bool) -> ConfigDict:
+    """The training of the network from which all runs start.
+
+    Shifts, noise and soft labels make its minimum wide, which forward gradients need
+    more than backpropagation does.
+    """
+    pretrain = ConfigDict()
+    pretrain.seed = 0
+    pretrain.gradient = "backward"
+    pretrain.optimizer = "adam"
+    pretrain.learning_rate = 3e-3  # decays linearly to 0, like all here
+    pretrain.steps = 30 if smoke else 800
+    pretrain.batch_size = 128
+    pretrain.input_shift = 1  # pixels at most, each way
+    pretrain.input_noise = 0.3  # standard deviation; pixels lie in [0, 1]
+    pretrain.label_smoothing = 0.1
+    return pretrain
+
+
+def _backward(smoke: bool) -> ConfigDict:
+    """The method of backpropagation in float32."""
+    method = ConfigDict()
+    method.gradient = "backward"
+    method.optimizer = "momentum"  # SGD with momentum 0.9
+    method.bits = None  # float32
+    method.steps = 20 if smoke else 300
+    method.batch_size = 128
+    method.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
+    return method
+
+
+def _forward(smoke: bool) -> ConfigDict:
+    """The method of forward gradients in float32."""
+    method = ConfigDict()
+    method.gradient = "forward"
+    method.optimizer = "sgd"
+    method.bits = None
+    method.steps = 20 if smoke else 700
+    method.batch_size = 64
+    method.learning_rates = (2e-2, 3e-2, 4e-2)
+    method.num_perturbations = 2 if smoke else 16  # m; a step costs 2m forward passes
+    method.vectorize = 1  # perturbations evaluated at once
+    # Other names are in experiments.learners.optimizers.
+    method.perturbation = "normal"
+    method.rank = 1  # of "low_rank" only
+    method.estimator = "normalized_spsa"
+    method.enhancements = ConfigDict()  # names in fgrad.enhancements, and arguments
+    method.epsilon = 3e-2
+    # For the gradient "activity": the settings of each layer whose output is perturbed,
+    # and whether all other weights that train are perturbed as well; see
+    # fgrad.activity_forward_grad.
+    method.sites = ConfigDict()
+    method.others = False
+    method.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
+    method.low_bit = True  # weights of less than 16 bits move by sparse grid steps
+    method.per_channel = False  # one weight scale per output channel
+    method.headroom = 1.5  # weights may grow to this multiple of max|w|
+    method.zero_bound = 0.05  # taken for max|w| where all weights are zero
+    method.activation_headroom = 1.5  # the same for activations
+    # At most so many images, the first of the train split, calibrate activations.
+    method.calibration_images = 4096
+    return method
+
+
 def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of a method with some fields changed; theirs may change in type."""
+    """Copies a method with some fields changed, which may also change in type."""
     method = method.copy_and_resolve_references()
     with method.ignore_type():
         for field, value in changes.items():
@@ -139,6 +166,6 @@ def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def rates_around(middle: float) -> tuple[float, float, float]:
-    """Three learning rates to choose from, of five to a decade."""
+    """Three learning rates to choose from, each 1.6 times the one before."""
     low, high = (float(f"{middle * factor:.2g}") for factor in (1 / 1.6, 1.6))
     return low, float(f"{middle:.2g}"), high

@@ -5,20 +5,18 @@ class splits are read from the files beside the images; none is written down her
 """
 
 import abc
-import csv
 import dataclasses
-import io
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from experiments.data import archives
+from experiments.data import archives, pictures
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
+_MOST_CLASSES = 21_841  # ImageNet's
 _LICENSE = "ImageNet's terms of access: non-commercial research and education."
 
 
@@ -82,13 +80,12 @@ class _Subset(
         return {name: self._generate_examples(split) for name, split in splits.items()}
 
     def _generate_examples(
-        self, pictures: Iterator[_Picture]
+        self, found: Iterator[_Picture]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        size = (self.builder_config.size,) * 2
-        for picture in pictures:
-            with Image.open(io.BytesIO(picture.encoded)) as image:
-                square = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-            yield picture.key, {"image": np.asarray(square), "label": picture.label}
+        size = self.builder_config.size
+        for key, encoded, label in found:
+            square = pictures.square(encoded, key, "RGB", size)
+            yield key, {"image": square, "label": label}
 
 
 class MiniImageNet(_Subset):
@@ -133,16 +130,17 @@ class MiniImageNet(_Subset):
         root = archives.root(folder, "miniImageNet", self.MANUAL_DOWNLOAD_INSTRUCTIONS)
         rows = {}
         for split, name in _SPLITS.items():
-            with (root / f"{name}.csv").open(encoding="utf-8") as file:
-                rows[split] = [
-                    (r["filename"], r["label"]) for r in csv.DictReader(file)
-                ]
+            path = root / f"{name}.csv"
+            rows[split] = [
+                (archives.inside(root / "images", file, path), label)
+                for file, label in archives.table(path, "filename", "label")
+            ]
         names = sorted({label for split in rows.values() for _, label in split})
 
-        def of_split(split: list[tuple[str, str]]) -> Iterator[_Picture]:
+        def of_split(split: list[tuple[Any, str]]) -> Iterator[_Picture]:
             for file, label in split:
-                encoded = (root / "images" / file).read_bytes()
-                yield _Picture(file, encoded, names.index(label))
+                encoded = archives.content(file)
+                yield _Picture(file.name, encoded, names.index(label))
 
         return {split: of_split(found) for split, found in rows.items()}
 
@@ -184,15 +182,43 @@ class TieredImageNet(_Subset):
         )
         labels, start = {}, 0
         for split, name in _SPLITS.items():
-            with (root / f"{name}_labels.pkl").open("rb") as file:
-                own = np.asarray(archives.load_pickle(file)["label_specific"])
+            with archives.opened(root / f"{name}_labels.pkl") as file:
+                own = _labels(archives.load_pickle(file))
             labels[split] = start + own
             start += int(own.max()) + 1
 
         def of_split(split: str) -> Iterator[_Picture]:
-            with (root / f"{_SPLITS[split]}_images_png.pkl").open("rb") as file:
+            path = root / f"{_SPLITS[split]}_images_png.pkl"
+            with archives.opened(path) as file:
                 encoded = archives.load_pickle(file)
-            for i, (png, label) in enumerate(zip(encoded, labels[split], strict=True)):
-                yield _Picture(f"{split}_{i}", np.asarray(png).tobytes(), int(label))
+                own = labels[split]
+                if not isinstance(encoded, list) or len(encoded) != len(own):
+                    raise ValueError(f"it is no list of {len(own)} pictures.")
+            for i, (png, label) in enumerate(zip(encoded, own, strict=True)):
+                # A column of bytes, as OpenCV makes it, or the bytes.
+                if isinstance(png, np.ndarray) and png.dtype == np.uint8:
+                    png = png.tobytes()
+                if not isinstance(png, bytes):
+                    raise ValueError(
+                        f"cannot read {path}: its number {i} is no picture."
+                    )
+                yield _Picture(f"{split}_{i} of {path.name}", png, int(label))
 
         return {split: of_split(split) for split in _SPLITS}
+
+
+def _labels(content: Any) -> np.ndarray:
+    """The label of each picture, from 0 on."""
+    found = content.get("label_specific") if isinstance(content, dict) else None
+    if isinstance(found, list) and all(type(label) is int for label in found):
+        found = np.array(found, np.int64)
+    if not (
+        isinstance(found, np.ndarray)
+        and found.ndim == 1
+        and found.size
+        and found.dtype.kind in "iu"
+        and found.min() >= 0
+        and found.max() < _MOST_CLASSES
+    ):
+        raise ValueError('its "label_specific" is no list of labels.')
+    return found.astype(np.int64)

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from PIL import Image
 from sklearn import model_selection
+
+from experiments.data import archives, pictures
 
 _SPLIT_SEED = 0
 _INSTALL = "pip install 'elpv-dataset>=1.0.0.post1'"
 _LICENSE = "CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/)"
+_TABLE = "labels.csv"
 _TYPES = {"mono": ("mono",), "poly": ("poly",), "all": ("mono", "poly")}
 
 
@@ -118,11 +120,11 @@ class SolarCells(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, files: Any, paths: np.ndarray, labels: np.ndarray, indices: list[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        size = (self.builder_config.size,) * 2
+        size = self.builder_config.size
         # One at a time: the package's own loader holds all of them, twice.
         for index in indices:
-            with (files / paths[index]).open("rb") as file, Image.open(file) as image:
-                image = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+            path = archives.inside(files, paths[index], files / _TABLE)
+            image = pictures.square(archives.content(path), path, "L", size)
             yield index, {"image": image[..., None], "label": labels[index]}
 
 
@@ -139,11 +141,18 @@ def _package_files() -> Any:
 
 def _read_table(files: Any) -> np.ndarray:
     """Path, probability of a defect, and type of each cell."""
-    with (files / "labels.csv").open(encoding="utf-8") as file:
-        rows = [line.split() for line in file if line.strip()]
+    content = archives.content(files / _TABLE)
+    with archives.naming(files / _TABLE):
+        rows = []
+        for line in filter(str.strip, content.decode().splitlines()):
+            path, probability, cells = line.split()
+            if not 0 <= float(probability) <= 1 or (cells,) not in _TYPES.values():
+                raise ValueError(f"the row {line[:80]!r} is of no cell.")
+            rows.append((path, float(probability), cells))
+        if len({path for path, _, _ in rows}) < len(rows):
+            raise ValueError("it names a file twice.")
     return np.array(
-        [(path, float(probability), cells) for path, probability, cells in rows],
-        dtype=[("path", object), ("probability", float), ("type", "U4")],
+        rows, dtype=[("path", object), ("probability", float), ("type", "U4")]
     )
 
 

@@ -4,7 +4,6 @@ Their class splits are those of MetaAudio, which are read from the file that its
 published; none is written down here.
 """
 
-import csv
 import io
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -50,8 +49,10 @@ def class_split(
         raise FileNotFoundError(f"{folder} has no {name}. {instructions}")
     with path.open("rb") as file:
         parts = archives.load_objects(file)
+    if parts.ndim not in (1, 2) or len(parts) != 3:
+        raise ValueError(f"{path} is not of three lists of names: it is {parts.shape}.")
     found = {
-        split: [str(label) for label in part]
+        split: _names(part, path)
         for split, part in zip(("train", "validation", "test"), parts, strict=True)
     }
     named = [label for part in found.values() for label in part]
@@ -65,10 +66,22 @@ def class_split(
     return found
 
 
+def _names(part: Any, path: pathlib.Path) -> list[str]:
+    """A list of names, of a list or an array."""
+    listed = part.tolist() if isinstance(part, np.ndarray) else part
+    if not isinstance(listed, (list, tuple)) or not all(
+        isinstance(name, str) for name in listed
+    ):
+        raise ValueError(f"{path} has a part that is no list of names.")
+    return [str(name) for name in listed]
+
+
 def _divided(
     folder: pathlib.Path, name: str, rows: list[tuple[Any, str]], instructions: str
 ) -> dict[str, Iterator[sounds.Recording]]:
     """Recordings of each split, of files and the names of their classes."""
+    if len({file.name for file, _ in rows}) < len(rows):
+        raise ValueError(f"{folder} has tables that name a file twice.")
     classes = sorted({label for _, label in rows})
     split = class_split(folder, name, classes, instructions)
 
@@ -81,7 +94,8 @@ def _divided(
 
 
 def _read(file: Any) -> np.ndarray:
-    return audio.read(io.BytesIO(file.read_bytes()), sounds.SAMPLE_RATE)
+    content = io.BytesIO(archives.content(file))
+    return audio.read(content, sounds.SAMPLE_RATE, name=str(file))
 
 
 class Esc50(sounds.Sounds):
@@ -119,11 +133,11 @@ class Esc50(sounds.Sounds):
         """Those of each split."""
         instructions = self.MANUAL_DOWNLOAD_INSTRUCTIONS
         root = archives.root(folder, "ESC-50-master", instructions)
-        with (root / "meta" / "esc50.csv").open(encoding="utf-8") as file:
-            rows = [
-                (root / "audio" / row["filename"], row["category"])
-                for row in csv.DictReader(file)
-            ]
+        path = root / "meta" / "esc50.csv"
+        rows = [
+            (archives.inside(root / "audio", name, path), label)
+            for name, label in archives.table(path, "filename", "category")
+        ]
         return _divided(folder, ESC_SPLIT, rows, instructions)
 
 
@@ -173,7 +187,8 @@ class FsdKaggle2018(sounds.Sounds):
             ("test", "test_post_competition_scoring_clips.csv"),
         ):
             files = archives.root(folder, f"FSDKaggle2018.audio_{part}", instructions)
-            with (meta / table).open(encoding="utf-8") as file:
-                found = csv.DictReader(file)
-                rows += [(files / row["fname"], row["label"]) for row in found]
+            rows += [
+                (archives.inside(files, name, meta / table), label)
+                for name, label in archives.table(meta / table, "fname", "label")
+            ]
         return _divided(folder, FSD_SPLIT, rows, instructions)

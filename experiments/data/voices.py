@@ -13,12 +13,12 @@ The recordings are read from Debian's packages, which this project does not pass
 import io
 import pathlib
 import re
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from experiments import audio
 from experiments.data import archives, sounds
+from experiments.data.debian import files
 
 PACKAGES = (
     "klettres-data",
@@ -128,7 +128,8 @@ def _read(found: Mapping[str, bytes], label: int) -> Iterator[sounds.Recording]:
     count = min(_MOST, len(names))
     for index in range(count):
         name = names[index * len(names) // count]
-        samples = audio.read(io.BytesIO(found[name]), sounds.SAMPLE_RATE)
+        content = io.BytesIO(found[name])
+        samples = audio.read(content, sounds.SAMPLE_RATE, name=name)
         yield sounds.Recording(name, samples, label)
 
 
@@ -139,31 +140,3 @@ def _package(folder: pathlib.Path, package: str) -> pathlib.Path:
             f"{folder} has no {package}_*.deb. {Voices.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
     return paths[-1]
-
-
-def files(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    """The files that a Debian package installs; nothing of it is run.
-
-    Args:
-      path: of the package.
-
-    Yields:
-      Name, such as "usr/share/klettres/de/alpha/a.ogg", and content.
-
-    Raises:
-      ValueError: if the file is no Debian package.
-    """
-    with path.open("rb") as archive:
-        if archive.read(8) != b"!<arch>\n":
-            raise ValueError(f"{path} is no Debian package; download it again.")
-        # Each member has a header of 60 bytes: its name, ..., its size, an end.
-        while len(header := archive.read(60)) == 60:
-            name, size = header[:16].decode().rstrip(" /"), int(header[48:58])
-            content = archive.read(size + size % 2)[:size]
-            if name.startswith("data.tar"):
-                with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-                    for member in tar:
-                        if file := tar.extractfile(member):
-                            yield member.name.removeprefix("./"), file.read()
-                return
-    raise ValueError(f"{path} has no data.tar, so it is no whole Debian package.")

@@ -1,12 +1,13 @@
-"""Gradients of a layer's weights from the gradient at its output: local rules.
+"""Gradients of a layer's weights from the gradient at its output.
 
 A layer's output y is linear in its weights: ``y = x · W`` for a product of any kind.
-Given dL/dy, the rule needs the layer's own input and nothing behind or before it,
+Given dL/dy, the gradient of the weights needs the layer's own input and nothing that
+lies before or behind the layer,
 
     dL/dW = xᵀ · dL/dy,
 
-which is the product transposed. Of an integer layer all of it is integers: the input
-as it is, int8, and dL/dy on a grid of 8 bits.
+which is the product transposed. The gradient of an integer layer is computed in
+integers: its input is int8 already, and dL/dy is put on a grid of 8 bits.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import numpy as np
 from jax import lax
 
 from fgrad import fixed_point
-from fgrad.fixed_point import products
+from fgrad.fixed_point import products, windows
+from fgrad.fixed_point.windows import Window
 from fgrad.tracing import graph
 from fgrad.tracing.graph import Graph, Node
 
 
 class Layer(NamedTuple):
-    """How a leaf enters the network.
+    """A leaf of the parameters and the layer that it is a weight of.
 
     Attributes:
       leaf: number of the leaf's values in the graph.
@@ -48,9 +50,10 @@ class Layer(NamedTuple):
 def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
     """Finds the layer that a leaf belongs to, and its output.
 
-    From the leaf on, equations are followed while they are linear. The output is the
-    first activation through which all of the leaf's effect passes, moved on through
-    what is added to it (a bias, a residual) and the like: the layer's pre-activation.
+    From the leaf on, equations are followed while they are linear. The first activation
+    through which all of the leaf's effect passes is the layer's product. Equations that
+    still belong to the layer, such as the addition of a bias or a residual, are
+    followed as well; the output is the layer's pre-activation.
 
     Args:
       program: the traced loss.
@@ -64,7 +67,7 @@ def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
     Raises:
       ValueError: if there is no such activation; the text says what was in the way.
     """
-    left = program.uses()
+    left = program.uses()  # how many uses of each value have not been followed yet
     if not left.get(leaf):
         raise ValueError("the loss does not use it")
     reached, nodes = {leaf}, []
@@ -83,8 +86,9 @@ def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
             break
         nodes.append(node)
         reached.update(node.outputs)
-        for i in inputs:
-            left[node.inputs[i]] -= 1  # type: ignore[index]
+        for x in (node.inputs[i] for i in inputs):
+            if isinstance(x, int):
+                left[x] -= 1
         open_ends = [value for value in reached if left.get(value)]
         if len(open_ends) == 1 and _is_activation(
             program, open_ends[0], data, examples
@@ -101,6 +105,7 @@ def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
 
 
 def _is_activation(program: Graph, value: int, data: set[int], examples: int) -> bool:
+    """Whether a value is a float array [examples, ...] that depends on data."""
     aval = program.avals[value]
     return (
         value in data
@@ -111,9 +116,12 @@ def _is_activation(program: Graph, value: int, data: set[int], examples: int) ->
 
 
 def _is_linear(program: Graph, node: Node, inputs: Sequence[int]) -> bool:
-    """Whether a node is linear in these of its operands."""
+    """Whether a node is linear in these of its operands, and can be transposed.
+
+    Integers may be moved about on their way into a product. What computes with them
+    has to make floats.
+    """
     one_of_two = len(inputs) == 1 and inputs[0] in node.facts.linear_in
-    # Integer weights may be moved about before their product.
     computes = one_of_two and node.name not in ("dynamic_slice", "gather")
     to_floats = all(
         jnp.issubdtype(program.avals[value].dtype, jnp.floating)
@@ -141,7 +149,7 @@ def _belongs(
 def gradient(
     program: Graph, layer: Layer, values: dict[int, Any], dy: jax.Array
 ) -> jax.Array:
-    """The local rule: dL/dW from dL/dy.
+    """dL/dW from dL/dy: the layer, a linear function of its weights, transposed.
 
     Args:
       program: the traced loss.
@@ -156,7 +164,7 @@ def gradient(
     is_float = jnp.issubdtype(aval.dtype, jnp.floating)
     dtype = aval.dtype if is_float else jnp.dtype(jnp.float32)
 
-    def linear(weight: jax.Array) -> jax.Array:
+    def linear(weight: jax.Array) -> Any:
         local: dict[int, Any] = {layer.leaf: weight}
         for node in layer.nodes:
             local.update(
@@ -165,6 +173,7 @@ def gradient(
         return local[layer.output]
 
     transpose = jax.linear_transpose(linear, jax.ShapeDtypeStruct(aval.shape, dtype))
+    result: jax.Array
     (result,) = transpose(dy.astype(program.avals[layer.output].dtype))
     return result
 
@@ -172,34 +181,44 @@ def gradient(
 def _linear_part(
     node: Node, local: dict[int, Any], values: dict[int, Any]
 ) -> Sequence[Any]:
-    """A node's outputs as a linear function of the local values."""
+    """A node's outputs as a linear function of the values that depend on the weights.
+
+    Args:
+      node: an equation of the layer.
+      local: the values that depend on the layer's weights, by number.
+      values: all values of an evaluation, by number.
+    """
     arrays = graph.operands(node, {**values, **local})
     inputs = [i for i, x in enumerate(node.inputs) if x in local]
     if node.name in ("add", "add_any", "sub") and len(inputs) == 1:
-        # What is added makes no difference.
+        # The other operand is a constant, which has no part in a linear function.
         part = arrays[inputs[0]]
         part = -part if node.name == "sub" and inputs[0] == 1 else part
         out: Any = node.equation.outvars[0].aval
         return [jnp.broadcast_to(part, out.shape)]
     if node.name == "convert_element_type":
         dtype = node.equation.params["new_dtype"]
-        if jnp.issubdtype(dtype, jnp.floating):
-            return [arrays[0].astype(dtype)]
-        return [arrays[0]]
+        # Integer weights are floats here, and stay floats.
+        floats = jnp.issubdtype(dtype, jnp.floating)
+        return [arrays[0].astype(dtype) if floats else arrays[0]]
     if node.name in _INTEGER_GRADIENTS:
-        x, weight = arrays
-        rule = _INTEGER_GRADIENTS[node.name]
-        parameters = node.equation.params
-
-        def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-            out: Any = node.equation.outvars[0].aval
-            return jnp.zeros(out.shape, jnp.float32)  # never run: only transposed
-
-        def transposed(x: jax.Array, dy: jax.Array) -> jax.Array:
-            return rule(x, dy, weight.shape, **parameters)
-
-        return [jax.custom_derivatives.linear_call(product, transposed, x, weight)]
+        return [_integer_product(node, *arrays)]
     return node.evaluate(arrays)
+
+
+def _integer_product(node: Node, x: jax.Array, weight: jax.Array) -> Any:
+    """An integer product as a linear function of its weight, to be transposed only."""
+    gradient_of = _INTEGER_GRADIENTS[node.name]
+    parameters = node.equation.params
+    out: Any = node.equation.outvars[0].aval
+
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.zeros(out.shape, jnp.float32)  # never run
+
+    def transposed(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return gradient_of(x, dy, weight.shape, **parameters)
+
+    return jax.custom_derivatives.linear_call(product, transposed, x, weight)
 
 
 def integer_dot_gradient(
@@ -210,7 +229,7 @@ def integer_dot_gradient(
     dimension_numbers: Any,
     bits: int = 8,
 ) -> jax.Array:
-    r"""The local rule of an integer ``dot_general``, in integers.
+    r"""The gradient of the weight of an integer ``dot_general``, in integers.
 
     .. math:: dW = Δ \; x_q^T \lfloor dy / Δ \rceil, \quad Δ = \max|dy| / 127
 
@@ -254,8 +273,9 @@ def integer_dot_gradient(
     )
     # [*batch, *contracted axes in the order of x, *free axes of the weight]
     contracted = [rhs_contract[lhs_contract.index(a)] for a in sorted(lhs_contract)]
-    axes = [*rhs_batch, *contracted, *rhs_free]
-    return sums.transpose(np.argsort(axes)).astype(jnp.float32) * dy_q.scale
+    order = np.argsort([*rhs_batch, *contracted, *rhs_free])
+    gradient: jax.Array = sums.transpose(order).astype(jnp.float32) * dy_q.scale
+    return gradient
 
 
 def integer_conv_gradient(
@@ -271,7 +291,9 @@ def integer_conv_gradient(
     feature_group_count: int,
     bits: int = 8,
 ) -> jax.Array:
-    """The local rule of an integer convolution, in integers: a product for each tap.
+    """The gradient of the kernel of an integer convolution, in integers.
+
+    It is one product for each tap of the kernel, of what the tap sees and dy.
 
     Args:
       x: int8 activations.
@@ -294,40 +316,39 @@ def integer_conv_gradient(
     del bits
     numbers, groups = dimension_numbers, feature_group_count
     out_feature, in_feature, *spatial = numbers.rhs_spec
-    window = [shape[axis] for axis in spatial]
-    batch, feature, *image = numbers.lhs_spec
-    x = x.transpose((batch, *image, feature))
-    edges = [(*p, d - 1) for p, d in zip(padding, lhs_dilation, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    size = [shape[axis] for axis in spatial]
+    window = Window(size, window_strides, padding, rhs_dilation, lhs_dilation)
+    image = window.padded(windows.features_last(x, numbers.lhs_spec))
     dy_q = _to_8_bits(dy)
-    batch, feature, *image = numbers.out_spec
-    out = dy_q.qvalue.transpose((batch, *image, feature))
+    out = windows.features_last(dy_q.qvalue, numbers.out_spec)
     _check_terms(math.prod(out.shape[:-1]))
-    out = out.reshape(-1, groups, out.shape[-1] // groups)
-
-    def tap(position: Sequence[int]) -> jax.Array:
-        """[inputs of a group, outputs]."""
-        start = [p * d for p, d in zip(position, rhs_dilation, strict=True)]
-        size = [dy.shape[axis] for axis in image]
-        stop = [
-            s + (n - 1) * stride + 1
-            for s, n, stride in zip(start, size, window_strides, strict=True)
+    out = _by_group(out, groups)
+    taps = jnp.stack(
+        [
+            _tap_gradient(_by_group(window.seen_by(tap, image), groups), out)
+            for tap in window.taps()
         ]
-        seen = lax.slice(
-            x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *window_strides, 1)
-        ).reshape(-1, groups, x.shape[-1] // groups)
-        if seen.shape[-1] == 1:  # depthwise: no product, but a sum for each channel
-            wide = seen.astype(jnp.int32) * out.astype(jnp.int32)
-            return wide.sum(0).reshape(1, -1)
-        sums = lax.dot_general(
-            seen, out, (((0,), (0,)), ((1,), (1,))), preferred_element_type=jnp.int32
-        )
-        return sums.transpose(1, 0, 2).reshape(seen.shape[-1], -1)
+    )
+    sums = taps.reshape(*size, *taps.shape[1:])
+    order = np.argsort([*spatial, in_feature, out_feature])
+    gradient: jax.Array = sums.transpose(order).astype(jnp.float32) * dy_q.scale
+    return gradient
 
-    taps = jnp.stack([tap(position) for position in np.ndindex(*window)])
-    sums = taps.reshape(*window, *taps.shape[1:])
-    axes = [*spatial, in_feature, out_feature]
-    return sums.transpose(np.argsort(axes)).astype(jnp.float32) * dy_q.scale
+
+def _by_group(array: jax.Array, groups: int) -> jax.Array:
+    """[N, *image, features] as [N * image, groups, features of a group]."""
+    return array.reshape(-1, groups, array.shape[-1] // groups)
+
+
+def _tap_gradient(seen: jax.Array, out: jax.Array) -> jax.Array:
+    """The gradient of one tap of a kernel: [inputs of a group, outputs]."""
+    if seen.shape[-1] == 1:  # depthwise: no product, but a sum for each channel
+        wide = seen.astype(jnp.int32) * out.astype(jnp.int32)
+        return wide.sum(0).reshape(1, -1)
+    sums = lax.dot_general(
+        seen, out, (((0,), (0,)), ((1,), (1,))), preferred_element_type=jnp.int32
+    )
+    return sums.transpose(1, 0, 2).reshape(seen.shape[-1], -1)
 
 
 _INTEGER_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
@@ -337,6 +358,7 @@ _INTEGER_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
 
 
 def _to_8_bits(dy: jax.Array) -> fixed_point.QTensor:
+    """A gradient on the 8-bit grid that its largest value spans."""
     dy = dy.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(dy), initial=0), 1e-30) / 127
     return fixed_point.quantize_to_scale(dy, scale, 8)

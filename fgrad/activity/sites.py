@@ -1,4 +1,4 @@
-"""Which layers a perturbation of activations is about."""
+"""Sites: the layers whose activations are perturbed, found by their names."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ class Site:
     """Layers whose output is perturbed, and how.
 
     Attributes:
-      names: of layers or of their parameters, such as ``"blocks_3/project"``, as in
-        the paths of the parameters joined by slashes. Several are perturbed at the
-        same time, which costs no more evaluations but adds to the noise.
+      names: names of layers or of their parameters, such as ``"blocks_3/project"``:
+        the beginning of a parameter's path, joined by slashes. Several layers are
+        perturbed at the same time, which costs no more evaluations but adds to the
+        noise.
       epsilon: perturbation scale in units of the activation's rms.
       num_perturbations: K, the number of directions; ``activity_forward_grad``'s by
         default.
-      exact: whether to take each coordinate of the output in turn instead of random
-        directions. For narrow outputs near the end: the logits' gradient costs two
-        evaluations of the loss function alone for each class, has no noise, and is
-        exact up to ε². ``epsilon`` is then in the units of the activation.
+      exact: whether to perturb each coordinate of the output in turn, instead of
+        along random directions. This suits narrow outputs near the end: the gradient
+        by the logits costs two evaluations of the loss function alone for each class,
+        has no noise, and is exact up to ε². ``epsilon`` is then in the units of the
+        activation.
       loss: the name of this site's loss where ``value_fn`` returns several, such as
         the local loss of a block.
-      synthetic: a `SyntheticGradient` that takes most of the noise away; for a site of
-        one activation.
+      synthetic: a `SyntheticGradient`, which takes most of the noise away. The site
+        must then be one activation.
 
     Example:
       >>> Site("adapter", "norm/scale", epsilon=0.05).names
@@ -125,12 +127,18 @@ def as_site(site: str | Site) -> Site:
 
 
 def _matches(name: str, path: tuple[Any, ...]) -> bool:
+    """Whether a leaf is the one of this name, or in the layer of this name."""
     text = fixed_point.path_str(path)
     return text == name or text.startswith(name + "/")
 
 
 def site_leaves(sites: Sequence[Site], params: Any) -> dict[Site, list[str]]:
-    """The paths of the leaves of each site; raises for none, or one of two sites."""
+    """The paths of the leaves of each site.
+
+    Raises:
+      ValueError: for a name of no parameter, and for a leaf of two sites.
+      TypeError: for a leaf of integers that is no `QTensor`.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
     found: dict[Site, list[str]] = {}
     owner: dict[str, Site] = {}
@@ -163,7 +171,11 @@ def site_leaves(sites: Sequence[Site], params: Any) -> dict[Site, list[str]]:
 
 
 def exact_site(site: Site, sites: Sequence[Site]) -> Site:
-    """The site that a synthetic gradient names; raises if there is none."""
+    """The exact site that a site's synthetic gradient names.
+
+    Raises:
+      ValueError: if there is none, or if it has another loss.
+    """
     assert site.synthetic is not None
     name = site.synthetic.site
     exact = [s for s in sites if s.exact]
@@ -184,9 +196,13 @@ def exact_site(site: Site, sites: Sequence[Site]) -> Site:
 
 
 def mean_jacobians(sites: Sequence[Site], params: Any) -> dict[str, jax.Array]:
-    """Zeros [outputs, channels] for each site with a synthetic gradient, by its name.
+    """The first running means: zeros, by the first name of each site that has one.
 
-    Both are the last axes of the sites' leaves.
+    The shape is [outputs, channels], the last axes of the leaves of the exact site and
+    of the site itself.
+
+    Raises:
+      ValueError: if the leaves of a site end in different axes.
     """
     if not jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
         return {s.names[0]: jnp.zeros((0, 0)) for s in sites if s.synthetic is not None}

@@ -1,9 +1,10 @@
-r"""Synthetic gradients: what past perturbations say about the next one's answer.
+r"""Synthetic gradients: gradients predicted from the perturbations of past steps.
 
-The gradient by an activation deep inside is :math:`δ_i J_i`: the loss's gradient by the
-logits, which is exact and cheap, times the Jacobian of what lies between, which differs
-from example to example around a mean. A running mean over the perturbations of many
-steps predicts a good part of every gradient without any noise of this step's u.
+The gradient by an activation deep inside a network is :math:`δ_i J_i`. Here
+:math:`δ_i` is the loss's gradient by the logits, which is exact and cheap, and
+:math:`J_i` is the Jacobian of what lies between the two, which differs from example to
+example around a mean. A running mean of it over the perturbations of many steps
+predicts a good part of every gradient, without any noise of this step's u.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class SyntheticGradient:
       \frac{dL}{dy_i} ≈ \frac{1}{B} (g_i + c \, r_i)
 
     where d are the losses' differences. :math:`g_i` is the same at all positions. What
-    the differences say beyond it, averaged over positions, moves the mean at step t:
+    the differences say beyond it is :math:`r_i`. Averaged over positions, it moves the
+    mean at step t:
 
     .. math::
       \bar J \leftarrow \bar J + \frac{η \sum_i δ_i^T r_i}{\sum_i |δ_i|^2}, \quad
@@ -38,11 +40,12 @@ class SyntheticGradient:
     Attributes:
       site: a name of the exact site, such as "head", whose output is [examples,
         outputs].
-      memory: number of steps of the running mean. With many classes each of them
-        is seen in a part of the batch only, and it takes as many times more.
-      correction: c. With 1 the prediction is a control variate: the mean over u is the
-        gradient, as without it. With less, the noise of u shrinks by c, and of the
-        prediction's error the share 1 - c stays.
+      memory: number of steps that the running mean goes back. With many classes each
+        of them is seen in a part of the batch only, and the mean needs as many times
+        more steps.
+      correction: c. With c = 1 the prediction is a control variate: the mean over u is
+        the gradient, as it is without a prediction. With a smaller c, the noise of u
+        shrinks by c, and the share 1 - c of the prediction's error stays.
 
     Raises:
       ValueError: for no name, a negative memory, or a correction outside [0, 1].
@@ -54,7 +57,7 @@ class SyntheticGradient:
     Reference:
       Jaderberg et al., "Decoupled neural interfaces using synthetic gradients", ICML
       2017; Fournier et al., "Can forward gradient match backpropagation?", ICML 2023,
-      for guesses that a forward gradient corrects.
+      for predictions that a forward gradient corrects.
     """
 
     site: str
@@ -80,8 +83,9 @@ class Evidence(NamedTuple):
     """What a site's gradient is predicted from.
 
     Attributes:
-      jacobian: [outputs, channels], the running mean.
-      signal: [examples, outputs], of each example's own loss.
+      jacobian: [outputs, channels], the running mean of the Jacobian.
+      signal: [examples, outputs], the gradient of each example's own loss by the
+        output of the exact site.
       count: int32 scalar, steps taken.
     """
 
@@ -105,7 +109,14 @@ def learned(
     memory: float,
     num_perturbations: int,
 ) -> jax.Array:
-    """The running mean after a step; ``excess`` is r [examples, …, channels]."""
+    """The running mean after a step.
+
+    Args:
+      evidence: what the step's prediction was made from.
+      excess: r, what the step found beyond its prediction, [examples, …, channels].
+      memory: see `SyntheticGradient`.
+      num_perturbations: K, the number of directions.
+    """
     jacobian, signal, count = evidence
     examples, channels = excess.shape[0], excess.shape[-1]
     excess = excess.reshape(examples, -1, channels).mean(1)

@@ -1,7 +1,7 @@
 r"""Gradients from perturbed activations, for layers deep inside a network.
 
-A perturbation of a million weights says little about each. An activation at a narrow
-site is perturbed for every example by itself instead,
+A perturbation of a million weights says little about each of them. Here, an activation
+at a narrow site is perturbed instead, for every example by itself,
 
 .. math:: y' = y \pm ε s u, \quad s = rms(y),
 
@@ -11,23 +11,31 @@ and each example's own loss answers:
   \frac{dL}{dy_i} ≈ \frac{1}{KB} \sum_k \frac{l_i^+ - l_i^-}{2εs} u_{ik}, \quad
   \frac{dL}{dW} = x^T \frac{dL}{dy}.
 
-The second is the layer's own rule (`fgrad.local_rules`), and only what comes after the
-site is evaluated again. The site is found in the traced loss by the name of the layer's
-parameters, so models stay as they are.
+The second step needs the layer's own input only (`fgrad.activity.layer_gradients`), and
+only what comes after the site is evaluated again. The site is found in the traced loss
+by the name of the layer's parameters, so models stay as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, estimators, fixed_point, perturbations
-from fgrad.activity.example_losses import Estimate, Tapped, named_losses
+from fgrad import _arguments, estimators, perturbations
+from fgrad.activity.example_losses import ExampleLosses, named_losses
+from fgrad.activity.layer_gradients import Layer
+from fgrad.activity.site_gradients import (
+    Directions,
+    SiteGradient,
+    evidence_for,
+    site_gradient,
+)
 from fgrad.activity.sites import (
     Site,
     as_site,
@@ -35,7 +43,7 @@ from fgrad.activity.sites import (
     mean_jacobians,
     site_leaves,
 )
-from fgrad.fixed_point import as_gradient, is_qtensor
+from fgrad.fixed_point import as_gradient, is_qtensor, path_str
 from fgrad.tracing import primitives
 
 
@@ -133,39 +141,28 @@ def activity_forward_grad(
       Ren et al., "Scaling forward gradient with local losses", ICLR 2023, section 3.
     """
     _arguments.key(key)
-    chosen = [as_site(site) for site in sites]
-    if not chosen:
-        raise ValueError('sites is empty; name layers, for example sites=["head"].')
-    perturbation = _arguments.perturbation(perturbation, perturbations.rademacher)
-    estimator = estimators.spsa if estimator is None else estimator
-    if not callable(estimator):
-        raise TypeError(
-            f"estimator must be a function, got {estimator!r}; use "
-            "fgrad.estimators.spsa or sign_m_spsa."
-        )
-    _arguments.count("num_perturbations", num_perturbations)
-    _arguments.count("vectorize", vectorize)
-    for site in chosen:
-        if site.synthetic is not None:
-            exact_site(site, chosen)
-            if estimator is not estimators.spsa:
-                raise ValueError(
-                    f"site {site.names} has a synthetic gradient, which is corrected "
-                    "by differences of losses; leave out estimator."
-                )
-    rest = None if others is None else _arguments.transformation(others)
+    options = _Options(
+        sites=[as_site(site) for site in sites],
+        num_perturbations=num_perturbations,
+        perturbation=_arguments.perturbation(perturbation, perturbations.rademacher),
+        estimator=_arguments.estimator(
+            estimator, estimators.spsa, "fgrad.estimators.spsa or sign_m_spsa"
+        ),
+        vectorize=vectorize,
+        others=None if others is None else _arguments.transformation(others),
+    )
 
     def init_fn(params: Any) -> ActivityForwardGradState:
         _arguments.visible(params)
         if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
-            site_leaves(chosen, params)
+            site_leaves(options.sites, params)
         return ActivityForwardGradState(
             key=jnp.array(key, copy=True),
             count=jnp.zeros([], jnp.int32),
             loss=jnp.array(jnp.inf, jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
-            others=() if rest is None else rest.init(params),
-            jacobians=mean_jacobians(chosen, params),
+            others=() if options.others is None else options.others.init(params),
+            jacobians=mean_jacobians(options.sites, params),
         )
 
     def update_fn(
@@ -180,64 +177,102 @@ def activity_forward_grad(
         loss_fn = _arguments.loss("activity_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
-        if rest is None:
+        if options.others is None:
             gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
         else:
-            gradient, others_state = rest.update(
+            gradient, others_state = options.others.update(
                 updates, state.others, params, value_fn=_mean_of(loss_fn), **extra_args
             )
-        traced = Tapped(loss_fn, params, chosen, kwargs)
-        step_key = functools.partial(perturbations.sample_key, state.key, state.count)
-        estimates: dict[Site, Estimate] = {}
-        # A synthetic gradient is predicted from an exact site.
-        for site in sorted(chosen, key=lambda site: not site.exact):
-            evidence = None
-            if site.synthetic is not None:
-                exact = exact_site(site, chosen)
-                jacobian = state.jacobians[site.names[0]]
-                evidence = traced.evidence(
-                    site, exact, estimates[exact], jacobian, state.count
-                )
-            estimates[site] = traced.estimate(
-                site,
-                step_key,
-                count=site.num_perturbations or num_perturbations,
-                perturbation=perturbation,
-                estimator=estimator,
-                vectorize=vectorize,
-                evidence=evidence,
-            )
-        in_order = [estimates[site] for site in chosen]
-        found = {k: v for e in in_order for k, v in e.gradients.items()}
-
-        def place(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
-            value = found.get(fixed_point.path_str(path))
-            if value is None:
-                return other
-            if is_qtensor(leaf):
-                # Per unit of the weight's value, not per grid step.
-                return as_gradient(leaf, value / leaf.scale)
-            return as_gradient(leaf, value)
-
-        gradient = jax.tree_util.tree_map_with_path(
-            place, params, gradient, is_leaf=is_qtensor
-        )
-        return gradient, ActivityForwardGradState(
+        losses = ExampleLosses(loss_fn, params, options.sites, kwargs)
+        found = _site_gradients(options, losses, state)
+        return _with_gradients(params, gradient, found), ActivityForwardGradState(
             key=state.key,
             count=optax.safe_increment(state.count),
-            loss=sum({e.name: e.loss for e in in_order}.values(), jnp.float32(0)),
+            loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),
             nonfinite_pairs=sum(
-                (e.nonfinite_pairs for e in in_order), jnp.zeros([], jnp.int32)
+                (f.nonfinite_pairs for f in found), jnp.zeros([], jnp.int32)
             ),
             others=others_state,
             jacobians={
-                site.names[0]: estimate.jacobian
-                for site, estimate in estimates.items()
-                if estimate.jacobian is not None
+                site.names[0]: f.jacobian
+                for site, f in zip(options.sites, found, strict=True)
+                if f.jacobian is not None
             },
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Options:
+    """The arguments of `activity_forward_grad`, checked."""
+
+    sites: Sequence[Site]
+    num_perturbations: int
+    perturbation: perturbations.Perturbation
+    estimator: estimators.Estimator
+    vectorize: int
+    others: optax.GradientTransformationExtraArgs | None
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ValueError('sites is empty; name layers, for example sites=["head"].')
+        _arguments.count("num_perturbations", self.num_perturbations)
+        _arguments.count("vectorize", self.vectorize)
+        for site in self.sites:
+            if site.synthetic is None:
+                continue
+            exact_site(site, self.sites)
+            if self.estimator is not estimators.spsa:
+                raise ValueError(
+                    f"site {site.names} has a synthetic gradient, which is corrected "
+                    "by differences of losses; leave out estimator."
+                )
+
+    def directions(self, site: Site, state: ActivityForwardGradState) -> Directions:
+        """The random directions of a site in this step."""
+        return Directions(
+            step_key=functools.partial(
+                perturbations.sample_key, state.key, state.count
+            ),
+            count=site.num_perturbations or self.num_perturbations,
+            perturbation=self.perturbation,
+            estimator=self.estimator,
+            vectorize=self.vectorize,
+        )
+
+
+def _site_gradients(
+    options: _Options, losses: ExampleLosses, state: ActivityForwardGradState
+) -> list[SiteGradient]:
+    """What each site found, in the order of the sites."""
+    found: dict[Site, SiteGradient] = {}
+    # Exact sites come first, because synthetic gradients are predicted from them.
+    for site in sorted(options.sites, key=lambda site: not site.exact):
+        evidence = None
+        if site.synthetic is not None:
+            exact = exact_site(site, options.sites)
+            jacobian = state.jacobians[site.names[0]]
+            evidence = evidence_for(
+                losses, site, exact, found[exact], jacobian, state.count
+            )
+        directions = options.directions(site, state)
+        found[site] = site_gradient(losses, site, directions, evidence)
+    return [found[site] for site in options.sites]
+
+
+def _with_gradients(params: Any, others: Any, found: Sequence[SiteGradient]) -> Any:
+    """The gradients of the sites' leaves, and those of the other leaves as they are."""
+    gradients = {k: v for one in found for k, v in one.gradients.items()}
+
+    def leaf_fn(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
+        value = gradients.get(path_str(path))
+        if value is None:
+            return other
+        # Per unit of the weight's value, not per grid step.
+        return as_gradient(leaf, value / leaf.scale if is_qtensor(leaf) else value)
+
+    return jax.tree_util.tree_map_with_path(leaf_fn, params, others, is_leaf=is_qtensor)
 
 
 class PerturbedActivation(NamedTuple):
@@ -292,34 +327,39 @@ def explain(
     lines: list[PerturbedActivation] = []
 
     def collect(params: Any, kwargs: Any) -> None:
-        traced = Tapped(value_fn, params, chosen, kwargs)
-        program = traced.program
-        total = primitives.multiply_adds(n.equation for n in program.nodes)
-        for site in chosen:
-            for output, layers in traced.outputs(site).items():
-                aval = program.avals[output]
-                after = program.depending([output]) - {output}
-                equations = [
-                    n.equation for n in program.nodes if not after.isdisjoint(n.outputs)
-                ]
-                again = primitives.multiply_adds(equations)
-                lines.append(
-                    PerturbedActivation(
-                        leaves=tuple(layers),
-                        primitives=max((x.path for x in layers.values()), key=len),
-                        shape=aval.shape,
-                        bytes=aval.size * aval.dtype.itemsize,
-                        evaluated_again=again
-                        / max(total, 1),
-                    )
-                )
+        losses = ExampleLosses(value_fn, params, chosen, kwargs)
+        lines.extend(
+            _explained(losses, output, layers)
+            for site in chosen
+            for output, layers in losses.outputs(site).items()
+        )
 
     jax.eval_shape(collect, params, kwargs)
     return lines
 
 
+def _explained(
+    losses: ExampleLosses, output: int, layers: Mapping[str, Layer]
+) -> PerturbedActivation:
+    """What `explain` says of one activation."""
+    program = losses.program
+    total = primitives.multiply_adds(n.equation for n in program.nodes)
+    after = program.depending([output]) - {output}
+    again = primitives.multiply_adds(
+        n.equation for n in program.nodes if not after.isdisjoint(n.outputs)
+    )
+    aval = program.avals[output]
+    return PerturbedActivation(
+        leaves=tuple(layers),
+        primitives=max((layer.path for layer in layers.values()), key=len),
+        shape=aval.shape,
+        bytes=aval.size * aval.dtype.itemsize,
+        evaluated_again=again / max(total, 1),
+    )
+
+
 def _mean_of(value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """The mean over examples, of several losses their sum, as a scalar loss."""
+    """A scalar loss: the mean over examples, summed over the losses if several."""
 
     @functools.wraps(value_fn)
     def mean(params: Any, **kwargs: Any) -> jax.Array:

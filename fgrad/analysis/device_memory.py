@@ -17,87 +17,9 @@ from fgrad.tracing import graph, primitives
 from fgrad.tracing.graph import Graph, Node
 
 Method = Literal["inference", "forward", "backward"]
-METHODS = ("inference", "forward", "backward")
+_METHODS = ("inference", "forward", "backward")
 
-# Equations whose result lies where an operand lies.
-_VIEWS = {
-    "broadcast_in_dim",
-    "copy",
-    "copy_p",
-    "expand_dims",
-    "optimization_barrier",
-    "reshape",
-    "rev",
-    "slice",
-    "squeeze",
-    "stop_gradient",
-    "transpose",
-}
 _LOOPS = {"cond", "scan", "while"}
-# Equations whose derivative needs the operand, the result, or nothing.
-_NEED_OPERAND = {
-    "abs",
-    "clamp",
-    "cos",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "expm1",
-    "integer_pow",
-    "log",
-    "log1p",
-    "pow",
-    "sign",
-    "sin",
-    "square",
-}
-_NEED_RESULT = {
-    "cbrt",
-    "exp",
-    "exp2",
-    "logistic",
-    "max",
-    "min",
-    "rsqrt",
-    "sqrt",
-    "tanh",
-}
-_LINEAR_ELEMENTWISE = {"add", "add_any", "convert_element_type", "neg", "sub"}
-_COMPARISONS = {"eq", "ge", "gt", "is_finite", "le", "lt", "ne", "and", "or", "not"}
-_ROUNDING = {"ceil", "floor", "round", "nextafter"}
-_ELEMENTWISE = {
-    *_NEED_OPERAND,
-    *_NEED_RESULT,
-    *_LINEAR_ELEMENTWISE,
-    *_COMPARISONS,
-    *_ROUNDING,
-    "div",
-    "mul",
-    "select_n",
-}
-_REDUCTIONS = {
-    "argmax",
-    "argmin",
-    "reduce_and",
-    "reduce_max",
-    "reduce_or",
-    "reduce_sum",
-}
-_LINEAR = {
-    *_VIEWS,
-    *_LINEAR_ELEMENTWISE,
-    *_COMPARISONS,
-    *_ROUNDING,
-    "argmax",
-    "argmin",
-    "concatenate",
-    "cumsum",
-    "iota",
-    "pad",
-    "reduce_sum",
-    "reduce_window_sum",
-    "tile",
-}
 
 
 class DeviceBudget(NamedTuple):
@@ -105,11 +27,12 @@ class DeviceBudget(NamedTuple):
 
     Attributes:
       weights: the parameters.
-      activations: the most that lies at one time; for backpropagation all that is
-        stored for the backward pass, and the gradients at one layer.
-      gradients: of the weights that train.
-      state: of the optimizer.
-      layer: shape of the activation that is made when the most lies.
+      activations: the most bytes of activations that are needed at one time. For
+        backpropagation, all that is stored for the backward pass counts, and the
+        gradients at one layer.
+      gradients: gradients of the weights that train.
+      state: state of the optimizer.
+      layer: shape of the activation that is made when most bytes are needed.
     """
 
     weights: int
@@ -120,7 +43,7 @@ class DeviceBudget(NamedTuple):
 
     @property
     def scratch(self) -> int:
-        """What is not the model: activations and gradients."""
+        """Activations and gradients: what is needed beside the model."""
         return self.activations + self.gradients
 
     @property
@@ -255,8 +178,8 @@ def _leaf_bits(leaf: Any, default: int) -> int:
 def _check(
     method: str, bits: tuple[int, int], gradient_bits: int | None, density: float
 ) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {_METHODS}, got {method!r}.")
     for value in (*bits, gradient_bits or 1):
         if not 1 <= value <= 64:
             raise ValueError(f"bits must be from 1 to 64, got {value}.")
@@ -300,7 +223,7 @@ class _Event:
     @property
     def in_place(self) -> bool:
         """Whether it may write over what it reads."""
-        return self.node.name in _ELEMENTWISE
+        return self.node.facts.elementwise
 
 
 class _Body(NamedTuple):
@@ -335,7 +258,7 @@ def _bodies(node: Node) -> list[_Body]:
 
 
 def _reached(program: Graph, trained: set[int]) -> set[int]:
-    """The values that weights which train have an effect on, and the weights."""
+    """The weights that train, and all values that they have an effect on."""
     reached = set(trained)
     for node in program.nodes:
         if node.name != "stop_gradient" and not reached.isdisjoint(
@@ -346,7 +269,10 @@ def _reached(program: Graph, trained: set[int]) -> set[int]:
 
 
 def _inside(program: Graph, body: _Body, chosen: set[int]) -> set[int]:
-    """The inputs of a body that come from chosen values, and then what it carries."""
+    """The inputs of a body that come from chosen values.
+
+    If there are any, the values that the body carries are counted among them.
+    """
     pairs = zip(program.inputs, body.operands, strict=True)
     found = {inside for inside, outside in pairs if outside in chosen}
     return found | set(program.inputs[body.carry]) if found else found
@@ -378,12 +304,12 @@ class _Flows:
             (first, *_) = node.outputs
             after = readers.get(first, [])
             fused = (
-                node.name in _ELEMENTWISE
+                node.facts.elementwise
                 and first not in kept
                 and len(after) == 1
-                and after[0].name in _ELEMENTWISE | _REDUCTIONS
+                and (after[0].facts.elementwise or after[0].facts.reduction)
             )
-            if fused or node.name in _VIEWS:
+            if fused or node.facts.view:
                 self._buffers[first] = reads
                 continue
             self._buffers.update({v: frozenset((v,)) for v in writes})
@@ -391,10 +317,10 @@ class _Flows:
             self._events.append(_Event(node, reads, writes, inside, stored))
 
     def peak(self, for_backward: bool = False) -> tuple[int, tuple[int, ...]]:
-        """The most bytes that lie at one time, and the shape made then.
+        """The most bytes that are needed at one time, and the shape made then.
 
         Args:
-          for_backward: whether what the backward pass needs stays.
+          for_backward: whether what the backward pass reads is kept.
         """
         last: dict[int, int] = {}
         for step, event in enumerate(self._events):
@@ -432,7 +358,7 @@ class _Flows:
         return needed
 
     def widest(self) -> int:
-        """The most bytes of an equation's result and largest operand together."""
+        """The largest sum of an equation's result and its largest operand, in bytes."""
 
         def both(event: _Event) -> int:
             operands = () if event.in_place else event.reads
@@ -443,11 +369,12 @@ class _Flows:
 
     def _needs(self, node: Node) -> Iterable[Any]:
         """The values that an equation's derivative reads."""
-        if node.name in _LINEAR or node.name in _LOOPS:
+        derivative = "nothing" if node.facts.linear else node.facts.derivative
+        if derivative == "nothing" or node.name in _LOOPS:
             return ()
-        if node.name in _NEED_OPERAND:
+        if derivative == "operands":
             return node.inputs
-        if node.name in _NEED_RESULT:
+        if derivative == "result":
             return node.outputs
         if node.name == "select_n":
             return node.inputs[:1]
@@ -474,7 +401,7 @@ class _Flows:
         return peak, stored
 
     def _lie(self, values: Iterable[Any]) -> frozenset[int]:
-        """The buffers of some values; weights lie elsewhere."""
+        """The buffers of some values. Weights have none here."""
         known = (self._buffers.get(v) for v in values if isinstance(v, int))
         return frozenset().union(*(found for found in known if found))
 

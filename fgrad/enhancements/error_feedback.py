@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import _arguments
-from fgrad.fixed_point import is_qtensor
+from fgrad.fixed_point import is_qtensor, stored, with_stored
 from fgrad.leaves import Mask, map_leaves
 
-# The residual counts in shares of a weight step, so that half a step is in int8.
-PARTS = 256
+# The residual counts in 256ths of a weight step, so that half a step fits into int8.
+_PARTS = 256
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -36,11 +35,11 @@ def error_feedback(
     .. math:: t = \lfloor 256\, u / Δ_w \rceil + r, \quad
       \bar w_q = \lfloor t / 256 \rceil, \quad r \leftarrow t - 256\, \bar w_q
 
-    An update of less than half a step, which `fgrad.quantized_update` alone rounds to
-    nothing, moves its weight once enough of them have come together. It stands between
-    the optimizer and ``quantized_update``, which then has nothing left to round, and
-    costs one byte for each weight. Weights trained by ``fgrad.on_grid`` take whole
-    steps and need none of it.
+    `fgrad.quantized_update` alone rounds an update of less than half a step to nothing.
+    Here such updates add up, and move their weight once they make a step together. The
+    link stands between the optimizer and ``quantized_update``, which then has nothing
+    left to round. It costs one byte for each weight. Weights trained by
+    ``fgrad.on_grid`` take whole steps and do not need it.
 
     Args:
       below: `QTensor` leaves of fewer bits have a residual; all others pass through.
@@ -54,6 +53,7 @@ def error_feedback(
       ValueError: here for an impossible ``below``; in ``update`` without params.
 
     Example:
+      >>> import dataclasses
       >>> import fgrad
       >>> params = fgrad.quantize(jnp.array([1.0]), bits=8, headroom=1.0)
       >>> tx = optax.chain(error_feedback(), fgrad.quantized_update())
@@ -106,12 +106,12 @@ def error_feedback(
 
 
 def _round(leaf: Any, update: Any, residual: Any) -> tuple[Any, Any]:
-    """The update as a whole number of steps, in units of the weights; and the rest."""
+    """The update as whole steps, in units of the weights, and what is left of it."""
     if residual is None:
         return update, None
-    parts = jnp.nan_to_num(jnp.round(update.qvalue * (PARTS / leaf.scale)), nan=0.0)
-    limit = PARTS * 2.0**22
+    parts = jnp.nan_to_num(jnp.round(stored(update) * (_PARTS / leaf.scale)), nan=0.0)
+    limit = _PARTS * 2.0**22
     total = jnp.clip(parts, -limit, limit).astype(jnp.int32) + residual
-    steps = (total + PARTS // 2) // PARTS
-    rest = (total - PARTS * steps).astype(jnp.int8)
-    return dataclasses.replace(update, qvalue=steps * leaf.scale), rest
+    steps = (total + _PARTS // 2) // _PARTS
+    rest = (total - _PARTS * steps).astype(jnp.int8)
+    return with_stored(update, steps * leaf.scale), rest

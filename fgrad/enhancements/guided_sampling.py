@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrad._trees import is_concrete
-from fgrad.fixed_point import is_qtensor
+from fgrad.fixed_point import is_qtensor, stored
 from fgrad.leaves import Guidance, map_leaves
 from fgrad.leaves.epsilon import Schedule
 from fgrad.leaves.guidance import GUIDED_STEP
@@ -18,7 +18,7 @@ from fgrad.leaves.guidance import GUIDED_STEP
 
 @dataclasses.dataclass(frozen=True)
 class MomentumGuide:
-    """See `momentum_guided_sampling`.
+    """The ``guide`` that `momentum_guided_sampling` makes.
 
     Attributes:
       alpha: α, or a schedule of it.
@@ -39,27 +39,27 @@ class MomentumGuide:
         )
 
     def at(self, state: Any, count: jax.Array, names: Sequence[str]) -> Guidance:
-        """The shares of noise and direction in a step."""
+        """The directions of a step, and the shares of noise and direction in its z."""
         alpha, beta = (
             jnp.asarray(x(count) if callable(x) else x, jnp.float32)
             for x in (self.alpha, self.beta)
         )
-        # There is no direction before the first step.
+        # Before the first step there is no direction to be drawn to.
         pull = jnp.where(count > 0, 1 - beta, 0)
         noise = jnp.sqrt(beta**2 * alpha + (1 - beta) ** 2 * (1 - alpha))
-        # Neither, which β = 1 and α = 0 ask for, is no direction to move in.
+        # β = 1 and α = 0 ask for neither noise nor direction, which would be z = 0.
         noise = jnp.where(noise + pull > 0, noise, 1)
         length = jnp.sqrt(noise**2 + pull**2)
         directions = dict(zip(names, jax.tree.leaves(state), strict=True))
         return Guidance(directions, noise / length, pull / length)
 
     def advance(self, state: Any, gradient: Any, names: Sequence[str]) -> Any:
-        """Directions of unit mean square; a gradient of zero keeps the last one."""
+        """The next directions: the gradient, scaled to unit mean square in each leaf.
+
+        A leaf whose gradient is zero keeps its last direction.
+        """
         leaves = jax.tree_util.tree_leaves_with_path(gradient, is_leaf=is_qtensor)
-        values = {
-            jax.tree_util.keystr(path): leaf.qvalue if is_qtensor(leaf) else leaf
-            for path, leaf in leaves
-        }
+        values = {jax.tree_util.keystr(path): stored(leaf) for path, leaf in leaves}
 
         def direction(last: jax.Array, name: str) -> jax.Array:
             g = values[name].astype(jnp.float32)
@@ -82,9 +82,9 @@ def momentum_guided_sampling(
       z = β z_1 + (1 - β) z_2
 
     z_t is the aggregated direction ``Σᵢ cᵢ zᵢ`` of the last step, scaled to unit mean
-    square in each leaf, and z is scaled back to unit variance. With β = 1 there is no
-    guidance. The direction takes one byte for each trained weight, and z is mixed in
-    integers of 32 bits.
+    square in each leaf. The mixture z is scaled back to unit variance. With β = 1 there
+    is no guidance. The direction takes one byte for each trained weight, and z is mixed
+    in integers of 32 bits.
 
     Args:
       alpha: α, the variance of the undirected noise, 0 to 1, or a schedule of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from fgrad import _arguments, fixed_point
 from fgrad.fixed_point import is_qtensor, words
 from fgrad.leaves import Mask, map_leaves, trained_leaves
 
-# Norm of a gradient below which it counts as zero: the square of anything smaller is
-# no normal float32.
+# A gradient of a smaller norm counts as zero: the square of anything smaller is no
+# normal float32.
 _TINY = 1e-18
 
 
@@ -27,11 +28,11 @@ def kernel_normalization(
     .. math:: ĝ(w^i) \leftarrow \frac{ĝ(w^i)}{‖ĝ(w^i)‖} ‖w^i‖
 
     It follows ``fixed_point_forward_grad``. With m = 1 this is the paper's
-    ``ĝ(wⁱ) = sign(L₊ − L₋) zⁱ/‖zⁱ‖ · ‖wⁱ‖``; with m > 1 the direction that is
-    normalised is that of the mean, not each of the m.
+    ``ĝ(wⁱ) = sign(L₊ − L₋) zⁱ/‖zⁱ‖ · ‖wⁱ‖``. With m > 1 the mean of the m directions is
+    normalised, not each of them.
 
-    ``‖w‖`` of a `QTensor` is exact up to one float32 rounding for each scale: the sum
-    of ``w_q²`` in two 32-bit words and its integer square root, times the scale. A
+    ``‖w‖`` of a `QTensor` is exact up to one float32 rounding for each scale: it is the
+    integer square root of the sum of ``w_q²``, in two 32-bit words, times the scale. A
     learning rate after this link is relative: 0.01 moves a layer by 1% of its norm.
 
     Args:
@@ -44,9 +45,9 @@ def kernel_normalization(
         any other passes as it is.
 
     Returns:
-      A transformation without state, of gradients like ``params``: floats, or
-      `QTensor` with float32 ``qvalue`` in loss per unit of weight. It makes gradients
-      in units of the weights, of the same dtypes.
+      A transformation without state. It takes gradients like ``params`` (floats, or
+      `QTensor` with float32 ``qvalue``) in loss per unit of weight, and makes gradients
+      of the same dtypes in units of the weights.
 
     Raises:
       ValueError: for an unknown ``per`` or a ``floor`` that is not positive; in
@@ -113,21 +114,22 @@ def _axes(leaf: Any, per: str) -> tuple[int, ...]:
 
 
 def _float_norm(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The norm of an array, which keeps the axes with length 1."""
     squares = jnp.square(array.astype(jnp.float32))
     return jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
 
 def _weight_norms(leaves: Sequence[Any], per: str) -> list[jax.Array]:
-    """``‖w‖`` of each leaf, float32, with its axes and 1 for those taken over.
+    """``‖w‖`` of each leaf, float32; an axis that it is taken over has length 1.
 
-    All integer roots come from one loop: one for each leaf would cost more than the
-    sums.
+    One loop makes the integer roots of all leaves. A loop for each leaf would cost more
+    than the sums.
     """
     sums = [_grid_sums(leaf, per) for leaf in leaves if is_qtensor(leaf)]
     roots: list[jax.Array] = []
     if sums:
         high, low = (jnp.concatenate([s[i].reshape(-1) for s in sums]) for i in (0, 1))
-        ends = [int(n) for n in _running_total([s[0].size for s in sums])]
+        ends = list(itertools.accumulate(s[0].size for s in sums))
         parts = jnp.split(words.square_root(high, low), ends[:-1])
         roots = [p.reshape(s[0].shape) for p, s in zip(parts, sums, strict=True)]
     root = iter(roots)
@@ -139,24 +141,13 @@ def _weight_norms(leaves: Sequence[Any], per: str) -> list[jax.Array]:
     ]
 
 
-def _running_total(sizes: Sequence[int]) -> list[int]:
-    total, ends = 0, []
-    for size in sizes:
-        total += size
-        ends.append(total)
-    return ends
-
-
 def _grid_sums(leaf: fixed_point.QTensor, per: str) -> tuple[jax.Array, jax.Array]:
     """Exact ``Σ w_q²`` over the axes of the norm along which the scale is shared."""
-    shared = [a for a in _axes(leaf, per) if leaf.scale.ndim == 0 or _is_one(leaf, a)]
+    scale: tuple[int, ...] = leaf.scale.shape
+    shared = [a for a in _axes(leaf, per) if not scale or scale[a] == 1]
     high, low = words.sum_of_squares(leaf.qvalue, tuple(shared))
     shape = [1 if a in shared else n for a, n in enumerate(leaf.shape)]
     return high.reshape(shape), low.reshape(shape)
-
-
-def _is_one(leaf: fixed_point.QTensor, axis: int) -> bool:
-    return leaf.scale.shape[axis] == 1
 
 
 def _scaled(leaf: fixed_point.QTensor, root: jax.Array, per: str) -> jax.Array:

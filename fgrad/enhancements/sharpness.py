@@ -16,8 +16,8 @@ from fgrad.evaluation import TracedLoss, evaluate_pairs
 from fgrad.leaves import LeafEpsilon, Mask, Plan
 from fgrad.leaves.epsilon import Schedule
 
-# Index of the ascent's z: no estimator has so many perturbations, so that the same
-# key here and in the estimator still gives other directions.
+# The index of the ascent's z. No estimator has so many perturbations, so the same key
+# gives other directions here than in the estimator.
 _ASCENT = np.uint32(2**32 - 1)
 
 
@@ -54,19 +54,20 @@ def sharpness_aware(
     .. math:: c_0 = sign(L(w + ρz_0) - L(w - ρz_0)), \quad
       u = \text{inner}(w;\; w' \mapsto L(w' + ρ c_0 z_0))
 
-    The first pair of forward calls finds the way up; every evaluation of ``inner`` is
-    then made from there, and its update is applied to the original weights. No second
-    copy of the weights exists: each leaf gets ``ρ c_0 z_0`` where the loss uses it, on
-    top of the perturbation of ``inner``. In fixed point both are added by equation
-    (6), one after the other, and clipped and, for a Δ_z that is no power of two,
-    rounded after each.
+    The first pair of forward calls finds which side has the larger loss. Every
+    evaluation of ``inner`` is then made from the neighbour on that side, and the update
+    of ``inner`` is applied to the original weights. No second copy of the weights
+    exists: each leaf gets ``ρ c_0 z_0`` where the loss uses it, on top of the
+    perturbation of ``inner``. In fixed point the two are added one after the other, by
+    equation (6). After each the sum is clipped and, for a Δ_z that is no power of two,
+    rounded.
 
     Args:
       inner: a transformation that contains ``fixed_point_forward_grad``. The loss in
         its state is that of the neighbour.
-      key: PRNG key of z₀; with the step it addresses z₀.
-      rho: length ρ of the ascent in units of the weights, for each of them, or an
-        optax schedule of it.
+      key: PRNG key; z₀ is a function of it and the step.
+      rho: ρ, how far the ascent moves each weight for a unit of z₀, in units of the
+        weights; or an optax schedule of it.
       perturbation: where z₀ comes from; ``perturbations.normal()`` by default.
       mask: leaves that take part in the ascent, as in ``fixed_point_forward_grad``.
 
@@ -130,7 +131,7 @@ def sharpness_aware(
         plus, minus = evaluate_pairs(lambda p: loss_fn(p, **named), plan, keys)
         finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
         ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
-        neighbour_fn = shifted(loss_fn, z_key, ascent, plan_of)
+        neighbour_fn = _shifted(loss_fn, z_key, ascent, plan_of)
         updates, inner_state = inner.update(
             updates, state.inner_state, params, value_fn=neighbour_fn, **extra_args
         )
@@ -145,7 +146,7 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def shifted(
+def _shifted(
     value_fn: Callable[..., jax.Array],
     z_key: jax.Array,
     sign: jax.Array,
@@ -168,12 +169,12 @@ def shifted(
     Example:
       >>> from fgrad.leaves import Policy
       >>> plan_of = lambda params: Plan(params, Policy(0.5))
-      >>> there = shifted(lambda w: w**2, jax.random.key(0), jnp.int32(0), plan_of)
+      >>> there = _shifted(lambda w: w**2, jax.random.key(0), jnp.int32(0), plan_of)
       >>> there(jnp.float32(3))
       Array(9., dtype=float32)
     """
 
-    # With the signature of value_fn, which says what extra arguments it is given.
+    # `wraps` passes on the signature, which says what extra arguments the loss takes.
     @functools.wraps(value_fn, updated=())
     def neighbour_fn(params: Any, **kwargs: Any) -> jax.Array:
         plan = plan_of(params)
@@ -184,6 +185,7 @@ def shifted(
 
 
 def _check_rho(plan: Plan) -> None:
+    """Raises if ρ rounds to zero on the grid of a leaf."""
     try:
         plan.check_epsilon()
     except ValueError as error:
@@ -191,7 +193,7 @@ def _check_rho(plan: Plan) -> None:
 
 
 def _forward_passes(state: Any) -> Any:
-    """Evaluations of the last step, by what the states of the links say."""
+    """How many evaluations of the loss the links of ``inner`` made in the last step."""
     if isinstance(state, transform.ForwardGradState):
         return 2 * state.loss_differences.size
     if isinstance(state, SharpnessAwareState):

@@ -14,23 +14,26 @@ import optax
 from jax import lax
 
 from fgrad import _arguments, estimators, fixed_point, perturbations
-from fgrad.evaluation import evaluate_pairs
-from fgrad.fixed_point import is_qtensor
-from fgrad.leaves import Epsilon, Mask, Plan
+from fgrad.evaluation import evaluate_pairs, integer_reads
+from fgrad.fixed_point import is_qtensor, stored, with_stored
+from fgrad.leaves import Epsilon, Mask, Plan, Policy
 from fgrad.leaves.arithmetic import Arithmetic
 from fgrad.perturbations import LeafKeys
 from fgrad.tracing import execution_order
 
-# score(after) is one number per value of a leaf, made no sooner than ``after``.
-Score = Callable[[jax.Array], jax.Array]
+_LossFn = Callable[..., jax.Array]
+# score(after) is one number for each value of a leaf. It is computed no sooner than
+# the array ``after``.
+_Score = Callable[[jax.Array], jax.Array]
 
-CRITERIA = ("magnitude", "random", "threshold", "importance")
+_CRITERIA = ("magnitude", "random", "threshold", "importance")
 
-# Index under which the key of the choice is derived: no estimator has so many
-# perturbations, so that the same key here and there gives other random numbers.
+# The index from which the key of the choice is derived. No estimator has so many
+# perturbations, so the same key gives other random numbers here than there.
 _CHOICE = np.uint32(2**32 - 2)
 
-# The indices are sorted, different from each other and inside the leaf.
+# What `jax.numpy` may assume of indices here: they are sorted, differ from each other
+# and lie inside the leaf.
 _KNOWN_INDICES: dict[str, Any] = {
     "mode": "promise_in_bounds",
     "unique_indices": True,
@@ -138,196 +141,186 @@ def sparse_update(
       Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024; for importance
       Chen et al., "DeepZero", ICLR 2024 (arXiv 2310.02025).
     """
-    inner = _arguments.transformation(inner)
-    policy = _arguments.policy(epsilon, num_perturbations, perturbation)
-    if isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(
-            f"density must lie in (0, 1], got {density}: it is the share of weights "
-            "that are trained, 0.1 for 90% sparsity."
-        )
-    if criterion not in CRITERIA:
-        raise ValueError(
-            f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}."
-        )
-    if key is not None:
-        _arguments.key(key)
-    elif criterion in ("random", "importance"):
-        raise ValueError(
-            f"criterion={criterion!r} draws random numbers and got no key: give "
-            "key=jax.random.key(0)."
-        )
-    if (threshold is not None) != (criterion == "threshold"):
-        raise ValueError(
-            f"threshold={threshold} with criterion={criterion!r}: give both "
-            'criterion="threshold" and threshold=, or neither.'
-        )
-    if threshold is not None and not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}.")
-    if reselect_every is not None:
-        _arguments.count("reselect_every", reselect_every)
-        if criterion == "threshold":
-            raise ValueError(
-                f"reselect_every={reselect_every} with a threshold: how many weights "
-                'are above it is known in init only. Use criterion="magnitude", or '
-                "call init again."
-            )
-
-    def score_functions(
-        params: Any, key: Any, count: jax.Array, loss_fn: Any
-    ) -> list[Score]:
-        """For each leaf what makes its score."""
-        with_paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
-        leaves = [leaf for _, leaf in with_paths]
-        names = [jax.tree_util.keystr(path) for path, _ in with_paths]
-        if criterion in ("magnitude", "threshold"):
-            return [functools.partial(_magnitude, leaf) for leaf in leaves]
-        now = perturbations.sample_key(key, count, _CHOICE)
-        if criterion == "random":
-            keys = perturbations.leaf_keys(now, names)
-            return [
-                functools.partial(_random_words, keys[name], jnp.size(leaf))
-                for name, leaf in zip(names, leaves, strict=True)
-            ]
-        plan = Plan(params, policy, mask=mask, step=count)
-        keys = plan.keys(now)
-        plus, minus = evaluate_pairs(loss_fn, plan, keys)
-        finite = jnp.isfinite(plus) & jnp.isfinite(minus)
-        coefficients = estimators.spsa(plus, minus, plan.epsilon)
-        coefficients = jnp.where(finite, coefficients, 0)
-        return [
-            functools.partial(
-                _importance, plan.arithmetic.get(name), keys, name, coefficients
-            )
-            for name in names
-        ]
+    options = _Options(
+        inner=_arguments.transformation(inner),
+        density=density,
+        criterion=criterion,
+        key=key,
+        threshold=threshold,
+        reselect_every=reselect_every,
+        mask=mask,
+        policy=_arguments.policy(epsilon, num_perturbations, perturbation),
+    )
 
     def init_fn(params: Any) -> SparseUpdateState:
-        plan = Plan(params, policy, mask=mask)
-        leaves = plan.leaves
-        sizes = [
-            _share(density, jnp.size(leaf)) if on else 0
-            for leaf, on in zip(leaves, plan.trained, strict=True)
-        ]
-        count = jnp.zeros([], jnp.int32)
-        if criterion == "threshold":
-            assert threshold is not None
-            sizes = [
-                min(k, _number_above(leaf, threshold)) if k else 0
-                for k, leaf in zip(sizes, leaves, strict=True)
-            ]
-        if not any(sizes) and jax.tree.leaves(params):
-            raise ValueError(
-                "no weight is chosen, so nothing would be trained: "
-                + (
-                    f"none is above threshold={threshold}; lower it."
-                    if criterion == "threshold"
-                    else "mask leaves out every leaf that has values."
-                )
-            )
-        if criterion == "importance":
-            plan.check_epsilon()
-            chosen = [jnp.arange(k, dtype=jnp.int32) for k in sizes]
-        else:
-            functions = score_functions(params, key, count, None)
-            chosen = _largest(functions, sizes)
-        indices = _unflatten(params, chosen)
-        return SparseUpdateState(
-            key=None if key is None else jnp.array(key, copy=True),
-            count=count,
-            indices=indices,
-            importance_passes=jnp.zeros([], jnp.int32),
-            inner_state=inner.init(_as_floats(_compress(params, indices))),
-        )
+        return _init(options, params)
 
     def update_fn(
         updates: Any,
         state: SparseUpdateState,
         params: Any = None,
         *,
-        value_fn: Callable[..., jax.Array] | None = None,
-        obj_fn: Callable[..., jax.Array] | None = None,
+        value_fn: _LossFn | None = None,
+        obj_fn: _LossFn | None = None,
         **extra_args: Any,
     ) -> tuple[Any, SparseUpdateState]:
         del updates
         loss_fn = _arguments.loss("sparse_update", params, value_fn, obj_fn)
-        named = _arguments.named_arguments(loss_fn, extra_args)
-
-        def choose() -> tuple[Any, Any]:
-            functions = score_functions(
-                params, state.key, state.count, lambda p: loss_fn(p, **named)
-            )
-            sizes = [index.size for index in jax.tree.leaves(state.indices)]
-            indices = _unflatten(params, _largest(functions, sizes))
-            fresh = inner.init(_as_floats(_compress(params, indices)))
-            momenta = _momenta(inner, _compress(params, indices), fresh)
-            return indices, _restarted(state.inner_state, fresh, momenta)
-
-        due = _due(state.count, reselect_every, at_first=criterion == "importance")
-        indices, inner_state = state.indices, state.inner_state
-        if due is not None:
-            indices, inner_state = lax.cond(
-                due, choose, lambda: (state.indices, state.inner_state)
-            )
-        chosen = _compress(params, indices)
-
-        # With the signature of the loss, which says what extra arguments it is given.
-        @functools.wraps(loss_fn, updated=())
-        def sparse_fn(values: Any, **kwargs: Any) -> jax.Array:
-            return loss_fn(_put_back(params, indices, values), **kwargs)
-
-        changes, inner_state = inner.update(
-            jax.tree.map(jnp.zeros_like, chosen),
-            inner_state,
-            chosen,
-            value_fn=sparse_fn,
-            **extra_args,
-        )
-        passes = jnp.zeros([], jnp.int32)
-        if due is not None and criterion == "importance":
-            passes = due * jnp.int32(2 * num_perturbations)
-        return _spread(params, indices, changes), SparseUpdateState(
-            key=state.key,
-            count=optax.safe_increment(state.count),
-            indices=indices,
-            importance_passes=passes,
-            inner_state=inner_state,
-        )
+        return _update(options, state, params, loss_fn, extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Options:
+    """The arguments of `sparse_update`, checked.
+
+    Attributes:
+      policy: how the importance score perturbs the leaves.
+    """
+
+    inner: optax.GradientTransformationExtraArgs
+    density: float
+    criterion: str
+    key: jax.Array | None
+    threshold: float | None
+    reselect_every: int | None
+    mask: Mask
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, bool) or not 0 < self.density <= 1:
+            raise ValueError(
+                f"density must lie in (0, 1], got {self.density}: it is the share of "
+                "weights that are trained, 0.1 for 90% sparsity."
+            )
+        if self.criterion not in _CRITERIA:
+            raise ValueError(
+                f"criterion must be one of {', '.join(_CRITERIA)}, got "
+                f"{self.criterion!r}."
+            )
+        if self.key is not None:
+            _arguments.key(self.key)
+        elif self.criterion in ("random", "importance"):
+            raise ValueError(
+                f"criterion={self.criterion!r} draws random numbers and got no key: "
+                "give key=jax.random.key(0)."
+            )
+        if (self.threshold is not None) != (self.criterion == "threshold"):
+            raise ValueError(
+                f"threshold={self.threshold} with criterion={self.criterion!r}: give "
+                'both criterion="threshold" and threshold=, or neither.'
+            )
+        if self.threshold is not None and not self.threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {self.threshold}.")
+        if self.reselect_every is not None:
+            _arguments.count("reselect_every", self.reselect_every)
+        if self.reselect_every is not None and self.threshold is not None:
+            raise ValueError(
+                f"reselect_every={self.reselect_every} with a threshold: how many "
+                'weights are above it is known in init only. Use criterion="magnitude"'
+                ", or call init again."
+            )
+
+    def due(self, count: jax.Array) -> jax.Array | None:
+        """Whether the weights are chosen in the step ``count``; None if never."""
+        at_first = self.criterion == "importance"
+        if self.reselect_every is None:
+            return count == 0 if at_first else None
+        return (count % self.reselect_every == 0) & ((count > 0) | at_first)
+
+
+def _init(options: _Options, params: Any) -> SparseUpdateState:
+    plan = Plan(params, options.policy, mask=options.mask)
+    sizes = _sizes(options, plan)
+    if not any(sizes) and plan.leaves:
+        raise ValueError(
+            "no weight is chosen, so nothing would be trained: "
+            + (
+                f"none is above threshold={options.threshold}; lower it."
+                if options.criterion == "threshold"
+                else "mask leaves out every leaf that has values."
+            )
+        )
+    count = jnp.zeros([], jnp.int32)
+    if options.criterion == "importance":  # the first update chooses
+        plan.check_epsilon()
+        chosen = [jnp.arange(k, dtype=jnp.int32) for k in sizes]
+    else:
+        chosen = _largest(_scores(options, params, options.key, count), sizes)
+    indices = _unflatten(params, chosen)
+    return SparseUpdateState(
+        key=None if options.key is None else jnp.array(options.key, copy=True),
+        count=count,
+        indices=indices,
+        importance_passes=jnp.zeros([], jnp.int32),
+        inner_state=options.inner.init(_as_floats(_compress(params, indices))),
+    )
+
+
+def _update(
+    options: _Options,
+    state: SparseUpdateState,
+    params: Any,
+    loss_fn: _LossFn,
+    extra_args: dict[str, Any],
+) -> tuple[Any, SparseUpdateState]:
+    loss_of = functools.partial(
+        loss_fn, **_arguments.named_arguments(loss_fn, extra_args)
+    )
+    indices, inner_state = state.indices, state.inner_state
+    due = options.due(state.count)
+    if due is not None:
+        indices, inner_state = lax.cond(
+            due,
+            lambda: _chosen_anew(options, state, params, loss_of),
+            lambda: (state.indices, state.inner_state),
+        )
+    chosen = _compress(params, indices)
+    changes, inner_state = options.inner.update(
+        jax.tree.map(jnp.zeros_like, chosen),
+        inner_state,
+        chosen,
+        value_fn=_loss_of_chosen(loss_fn, params, indices),
+        **extra_args,
+    )
+    passes = jnp.zeros([], jnp.int32)
+    if due is not None and options.criterion == "importance":
+        passes = due * jnp.int32(2 * options.policy.num_perturbations)
+    return _spread(params, indices, changes), SparseUpdateState(
+        key=state.key,
+        count=optax.safe_increment(state.count),
+        indices=indices,
+        importance_passes=passes,
+        inner_state=inner_state,
+    )
+
+
+def _loss_of_chosen(loss_fn: _LossFn, params: Any, indices: Any) -> _LossFn:
+    """The loss as a function of the chosen values alone."""
+
+    # `wraps` passes on the signature, which says what extra arguments the loss takes.
+    @functools.wraps(loss_fn, updated=())
+    def of_chosen(values: Any, **kwargs: Any) -> jax.Array:
+        checked_fn = integer_reads.checked(lambda p: loss_fn(p, **kwargs))
+        return checked_fn(_put_back(params, indices, values))
+
+    return of_chosen
 
 
 # ------------------------------------------------------------------- the choice
 
 
-def _share(density: float, size: int) -> int:
-    return min(size, max(1, round(density * size)))
-
-
-def _magnitude(leaf: Any, after: jax.Array) -> jax.Array:
-    """``|w|`` as floats."""
-    if is_qtensor(leaf):
-        values = execution_order.delayed(leaf.qvalue, after).astype(jnp.float32)
-        return jnp.abs(values) * leaf.scale
-    return jnp.abs(execution_order.delayed(jnp.asarray(leaf), after))
-
-
-def _random_words(key: jax.Array, size: int, after: jax.Array) -> jax.Array:
-    """Random integers of 24 bits, as floats: XLA's sort of integers needs more."""
-    places = lax.iota(jnp.uint32, size)
-    words = perturbations.counter_hash(execution_order.delayed_key(key, after), places)
-    return (words >> 8).astype(jnp.float32)
-
-
-def _importance(
-    arithmetic: Arithmetic,
-    keys: LeafKeys,
-    name: str,
-    coefficients: jax.Array,
-    after: jax.Array,
-) -> jax.Array:
-    """``|Σᵢ cᵢ zᵢ|``, up to a factor for the leaf."""
-    delayed = keys.delayed(name, after)
-    return jnp.abs(arithmetic.weighted_sum(delayed, coefficients))
+def _sizes(options: _Options, plan: Plan) -> list[int]:
+    """For each leaf the number of values to choose; 0 if it is not trained."""
+    sizes = []
+    for leaf, trained in zip(plan.leaves, plan.trained, strict=True):
+        size = jnp.size(leaf) if trained else 0
+        k = min(size, max(1, round(options.density * size)))
+        if k and options.threshold is not None:
+            k = min(k, _number_above(leaf, options.threshold))
+        sizes.append(k)
+    return sizes
 
 
 def _number_above(leaf: Any, threshold: float) -> int:
@@ -341,43 +334,125 @@ def _number_above(leaf: Any, threshold: float) -> int:
     return int(above)
 
 
-def _largest(scores: Sequence[Score], sizes: Sequence[int]) -> list[jax.Array]:
+def _chosen_anew(
+    options: _Options, state: SparseUpdateState, params: Any, loss_of: _LossFn
+) -> tuple[Any, Any]:
+    """Other indices, and the state of ``inner`` for the values there."""
+    scores = _scores(options, params, state.key, state.count, loss_of)
+    sizes = [index.size for index in jax.tree.leaves(state.indices)]
+    indices = _unflatten(params, _largest(scores, sizes))
+    chosen = _as_floats(_compress(params, indices))
+    fresh = options.inner.init(chosen)
+    momenta = _momenta(options.inner, chosen, fresh)
+    return indices, _restarted(state.inner_state, fresh, momenta)
+
+
+def _scores(
+    options: _Options,
+    params: Any,
+    key: Any,
+    count: jax.Array,
+    loss_of: _LossFn | None = None,
+) -> list[_Score | None]:
+    """For each leaf the score of its values; None for a leaf without one.
+
+    Args:
+      options: the criterion, and what it needs.
+      params: pytree of float arrays and `QTensor`.
+      key: PRNG key, or None for a criterion that draws no random numbers.
+      count: number of the step.
+      loss_of: ``loss_of(params)``, for the importance.
+    """
+    plan = Plan(params, options.policy, mask=options.mask, step=count)
+    if options.criterion in ("magnitude", "threshold"):
+        return [functools.partial(_magnitude, leaf) for leaf in plan.leaves]
+    key = perturbations.sample_key(key, count, _CHOICE)
+    if options.criterion == "random":
+        keys = perturbations.leaf_keys(key, plan.names)
+        return [
+            functools.partial(_random_words, keys[name], jnp.size(leaf))
+            for name, leaf in zip(plan.names, plan.leaves, strict=True)
+        ]
+    assert loss_of is not None
+    keys = plan.keys(key)
+    plus, minus = evaluate_pairs(loss_of, plan, keys)
+    finite = jnp.isfinite(plus) & jnp.isfinite(minus)
+    coefficients = estimators.spsa(plus, minus, plan.epsilon)
+    coefficients = jnp.where(finite, coefficients, 0)
+    return [
+        functools.partial(_importance, arithmetic, keys, name, coefficients)
+        if (arithmetic := plan.arithmetic.get(name)) is not None
+        else None
+        for name in plan.names
+    ]
+
+
+def _magnitude(leaf: Any, after: jax.Array) -> jax.Array:
+    """``|w|`` as floats."""
+    values = execution_order.delayed(stored(leaf), after)
+    if not is_qtensor(leaf):
+        return jnp.abs(values)
+    scale: jax.Array = leaf.scale
+    return jnp.abs(values.astype(jnp.float32)) * scale
+
+
+def _random_words(key: jax.Array, size: int, after: jax.Array) -> jax.Array:
+    """Random integers of 24 bits, as floats: XLA needs more memory to sort integers."""
+    places = lax.iota(jnp.uint32, size)
+    words = perturbations.counter_hash(execution_order.delayed_key(key, after), places)
+    return (words >> 8).astype(jnp.float32)
+
+
+def _importance(
+    arithmetic: Arithmetic,
+    keys: LeafKeys,
+    name: str,
+    coefficients: jax.Array,
+    after: jax.Array,
+) -> jax.Array:
+    """``|Σᵢ cᵢ zᵢ|``, up to a factor that is the same for all values of the leaf."""
+    delayed = keys.delayed(name, after)
+    return jnp.abs(arithmetic.weighted_sum(delayed, coefficients))
+
+
+def _largest(scores: Sequence[_Score | None], sizes: Sequence[int]) -> list[jax.Array]:
     """Sorted positions of the k largest values of each score, as int32 [k]."""
     chosen: list[jax.Array] = []
     latest = jnp.zeros([], jnp.int32)
     for score, k in zip(scores, sizes, strict=True):
-        if k == 0:
+        if score is None or k == 0:
             chosen.append(jnp.zeros([0], jnp.int32))
             continue
-        # One leaf after the other: a sort needs the leaf several times over.
+        # The leaves are sorted one after the other, since a sort needs several times
+        # the memory of its leaf.
         latest = jnp.sort(lax.top_k(score(latest).reshape(-1), k)[1])
         chosen.append(latest)
     return chosen
 
 
-def _due(count: jax.Array, every: int | None, *, at_first: bool) -> jax.Array | None:
-    """Whether weights are to be chosen in this step; None if in none."""
-    if every is None:
-        return count == 0 if at_first else None
-    return (count % every == 0) & ((count > 0) | at_first)
+# --------------------------------------------------- the state of the inner optimizer
 
 
 def _momenta(inner: optax.GradientTransformation, chosen: Any, state: Any) -> Any:
-    """Which arrays of the state of ``inner`` are of the leaves' sizes."""
+    """For each array of the state of ``inner``, whether it has the size of a leaf.
+
+    Such arrays are those whose shape changes when the leaves are made longer.
+    """
 
     def longer(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct([n + 1 for n in x.shape], x.dtype)
 
-    other = jax.eval_shape(inner.init, jax.tree.map(longer, _as_floats(chosen)))
+    other = jax.eval_shape(inner.init, jax.tree.map(longer, chosen))
     return jax.tree.map(lambda x, y: x.shape != y.shape, state, other)
 
 
 def _restarted(old: Any, fresh: Any, momenta: Any) -> Any:
     """``fresh`` where a state holds momenta, ``old`` where it does not.
 
-    A state is taken as a whole, for the count in Adam's corrects the bias of its
-    moments; a state inside it is judged by itself. One with a key keeps its count,
-    with which the key addresses z: beginning anew would draw the same z again.
+    The state of a link is replaced as a whole if it holds momenta, because a count
+    beside them, as in Adam's state, corrects their bias. A state inside another one
+    is judged by itself. A state with a key keeps its count: the key and the count
+    together address z, so that a count that begins anew would draw the same z again.
     """
     if not _is_state(old):
         return fresh if any(jax.tree.leaves(momenta)) else old
@@ -397,7 +472,7 @@ def _restarted(old: Any, fresh: Any, momenta: Any) -> Any:
 
 
 def _is_state(x: Any) -> bool:
-    """Whether it is the state of a link, or a chain's tuple of them."""
+    """Whether it is the state of a link, or a chain's tuple of states."""
     return isinstance(x, tuple) and (hasattr(x, "_fields") or all(map(_is_state, x)))
 
 
@@ -405,11 +480,13 @@ def _is_state(x: Any) -> bool:
 
 
 def _unflatten(params: Any, leaves: Sequence[Any]) -> Any:
+    """A tree like params, in which a `QTensor` is one leaf."""
     treedef = jax.tree.structure(params, is_leaf=is_qtensor)
     return jax.tree.unflatten(treedef, leaves)
 
 
 def _pairs(params: Any, indices: Any) -> list[tuple[Any, jax.Array]]:
+    """Each leaf with the positions of its chosen values."""
     leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
     return list(zip(leaves, jax.tree.leaves(indices), strict=True))
 
@@ -420,8 +497,7 @@ def _compress(params: Any, indices: Any) -> Any:
     def leaf_fn(leaf: Any, index: jax.Array) -> Any:
         if index.size == 0:
             return None
-        array = leaf.qvalue if is_qtensor(leaf) else jnp.asarray(leaf)
-        values = array.reshape(-1).at[index].get(**_KNOWN_INDICES)
+        values = stored(leaf).reshape(-1).at[index].get(**_KNOWN_INDICES)
         if not is_qtensor(leaf):
             return values
         scale = leaf.scale
@@ -435,13 +511,12 @@ def _compress(params: Any, indices: Any) -> Any:
 
 
 def _as_floats(chosen: Any) -> Any:
-    """Integers as floats that hold them, for momenta that are made like them."""
+    """The chosen values with the integers of a `QTensor` as floats.
+
+    An optimizer makes its momenta like them, and momenta are no integers.
+    """
     return jax.tree.map(
-        lambda x: (
-            dataclasses.replace(x, qvalue=x.qvalue.astype(jnp.float32))
-            if is_qtensor(x)
-            else x
-        ),
+        lambda x: with_stored(x, stored(x).astype(jnp.float32)) if is_qtensor(x) else x,
         chosen,
         is_leaf=is_qtensor,
     )
@@ -454,17 +529,14 @@ def _put_back(params: Any, indices: Any, chosen: Any) -> Any:
     def leaf_fn(leaf: Any, index: jax.Array) -> Any:
         if index.size == 0:
             return leaf
-        value = next(values)
-        if is_qtensor(leaf):
-            array = _placed(leaf.qvalue, index, value.qvalue)
-            return dataclasses.replace(leaf, qvalue=array)
-        return _placed(jnp.asarray(leaf), index, value)
+        array = _placed(stored(leaf), index, stored(next(values)))
+        return with_stored(leaf, array)
 
     return _unflatten(params, [leaf_fn(*pair) for pair in _pairs(params, indices)])
 
 
 def _spread(params: Any, indices: Any, changes: Any) -> Any:
-    """Updates of the leaves: those of the chosen values, and zeros."""
+    """Updates like the params: those of the chosen values, and zeros around them."""
     values = iter(jax.tree.leaves(changes, is_leaf=is_qtensor))
     latest: jax.Array | None = None
 
@@ -473,20 +545,25 @@ def _spread(params: Any, indices: Any, changes: Any) -> Any:
         if index.size == 0:
             return jax.tree.map(jnp.zeros_like, leaf)
         value = next(values)
-        array = value.qvalue if is_qtensor(leaf) else value
-        # One leaf after the other, or zeros of all would be in memory at once. The
-        # first waits for the update, or it would be there from the start; the others
-        # for a sum, since what reads the last leaf itself would keep it.
+        array = stored(value)
+        # The leaves are made one after the other, or the zeros of all of them would be
+        # in memory at once. The first one waits for its update, or its zeros would be
+        # made at the start of the step. Each other waits for a sum over the leaf before
+        # it. If it read that leaf itself, the leaf would have to stay until then.
         after = array if latest is None else jnp.sum(latest.reshape(-1)[:64])
         zero = execution_order.dependent_zero(after).astype(array.dtype)
         array = latest = _placed(jnp.full(jnp.shape(leaf), zero), index, array)
         if not is_qtensor(leaf):
             return array
-        return dataclasses.replace(leaf, qvalue=array, scale=jnp.zeros_like(leaf.scale))
+        # Of the kind that `inner` made: a gradient, or an update on the grid.
+        return dataclasses.replace(
+            value, qvalue=array, scale=jnp.zeros_like(leaf.scale)
+        )
 
     return _unflatten(params, [leaf_fn(*pair) for pair in _pairs(params, indices)])
 
 
 def _placed(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """A copy of an array with values at positions of the flattened array."""
     flat = array.reshape(-1).at[index].set(values, **_KNOWN_INDICES)
     return flat.reshape(array.shape)

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core
 
-from fgrad.fixed_point import products
+from fgrad.fixed_point import products, windows
+from fgrad.fixed_point.windows import Window
 from fgrad.tracing import primitives
 
 # Taps of a kernel up to which x · u is taken at every place and then shifted.
 _MAX_SHIFTS = 49
+# The letter of the axis of r in an einsum.
+_RANK = string.ascii_letters[0]
 
 
 class Factored(NamedTuple):
@@ -105,8 +107,8 @@ VIEWS: dict[str, Callable[..., Factored | None]] = {
 # output, or None where the dense product is the better way.
 
 
-def _dot_general(x: Any, y: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
-    base = primitives.bind(equation, [_base(x), _base(y)])[0]
+def _dot_general(x: Any, y: Any, *, equation: core.JaxprEqn) -> jax.Array:
+    base: jax.Array = primitives.bind(equation, [_base(x), _base(y)])[0]
     if isinstance(x, Factored):
         return base + _dot_correction(y, x, equation, weight_first=True)
     return base + _dot_correction(x, y, equation, weight_first=False)
@@ -115,101 +117,136 @@ def _dot_general(x: Any, y: Any, *, equation: core.JaxprEqn) -> jax.Array | None
 def _dot_correction(
     x: jax.Array, weight: Factored, equation: core.JaxprEqn, weight_first: bool
 ) -> jax.Array:
-    numbers = equation.params["dimension_numbers"]
-    (x_contract, w_contract), (x_batch, w_batch) = [
-        pair[::-1] if weight_first else pair for pair in numbers
-    ]
-    letters = iter(string.ascii_letters)
-    rank = next(letters)
-    w_axes = [next(letters) for _ in range(weight.base.ndim)]
-    x_axes = [next(letters) for _ in range(x.ndim)]
-    for x_axis, w_axis in zip(
-        (*x_contract, *x_batch), (*w_contract, *w_batch), strict=True
-    ):
-        x_axes[x_axis] = w_axes[w_axis]
-    batch = [x_axes[a] for a in x_batch]
-    x_free = [c for a, c in enumerate(x_axes) if a not in (*x_contract, *x_batch)]
-    w_free = [c for a, c in enumerate(w_axes) if a not in (*w_contract, *w_batch)]
-    out = [*batch, *(w_free + x_free if weight_first else x_free + w_free)]
-
-    # Along which of its axes does v vary? u varies along the others.
+    """``a Σᵣ (x · uᵣ) vᵣ``, which the perturbation of a weight adds to its product."""
+    axes = _axis_letters(
+        x.ndim, weight.base.ndim, equation.params["dimension_numbers"], weight_first
+    )
+    # v varies along some axes of the weight, u along the others.
     of_v = [a for a, n in enumerate(weight.v.shape[1:]) if n > 1]
     of_u = [a for a in range(weight.base.ndim) if a not in of_v]
     u = weight.u.reshape(-1, *(weight.base.shape[a] for a in of_u))
     v = weight.v.reshape(-1, *(weight.base.shape[a] for a in of_v))
-    u_axes, v_axes = [w_axes[a] for a in of_u], [w_axes[a] for a in of_v]
-    x_axes_left = [c for c in x_axes if c in out or c in v_axes]
-    u_axes_left = [c for c in u_axes if c in out and c not in x_axes]
-    # First x · u, then the sum over the rank: exact integers if x is int8.
-    accumulator = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
+    u_axes = "".join(axes.weight[a] for a in of_u)
+    v_axes = "".join(axes.weight[a] for a in of_v)
+
+    # First x · u: its axes are those that the output or the sum over v still needs.
+    left_of_x = "".join(c for c in axes.x if c in axes.out or c in v_axes)
+    left_of_u = "".join(c for c in u_axes if c in axes.out and c not in axes.x)
+    xu_axes = f"{left_of_x}{_RANK}{left_of_u}"
     xu = jnp.einsum(
-        f"{''.join(x_axes)},{''.join([rank, *u_axes])}->"
-        f"{''.join([*x_axes_left, rank, *u_axes_left])}",
+        f"{axes.x},{_RANK}{u_axes}->{xu_axes}",
         x,
         u.astype(x.dtype),
-        preferred_element_type=accumulator,
+        preferred_element_type=_accumulator(x),
         precision=equation.params.get("precision"),
     )
-    out_aval: Any = equation.outvars[0].aval
-    dtype = out_aval.dtype
-    amplitude = weight.amplitude.astype(dtype)
+    # Then the sum over the rank.
+    out: Any = equation.outvars[0].aval
     total = jnp.einsum(
-        f"{''.join([*x_axes_left, rank, *u_axes_left])},{''.join([rank, *v_axes])}->"
-        f"{''.join(out)}",
-        xu.astype(dtype),
-        v.astype(dtype),
+        f"{xu_axes},{_RANK}{v_axes}->{axes.out}",
+        xu.astype(out.dtype),
+        v.astype(out.dtype),
         precision="highest",
     )
+    amplitude = weight.amplitude.astype(out.dtype)
     if amplitude.ndim:
-        # Varies along axes of v, which are not contracted: align it with the output.
-        sizes = [amplitude.shape[w_axes.index(c)] if c in w_axes else 1 for c in out]
-        order = sorted(
-            (a for a, c in enumerate(w_axes) if c in out),
-            key=lambda a: out.index(w_axes[a]),
-        )
-        rest = [a for a in range(amplitude.ndim) if a not in order]
-        amplitude = amplitude.transpose((*order, *rest)).reshape(sizes)
+        amplitude = _aligned(amplitude, axes)
     return total * amplitude
 
 
+class _Axes(NamedTuple):
+    """The axes of a ``dot_general``, one letter for each, as ``einsum`` takes them.
+
+    Attributes:
+      x: of the activation; an axis that is matched with one of the weight, whether
+        contracted or a batch axis, has the weight's letter.
+      weight: of the weight.
+      out: of the product.
+    """
+
+    x: str
+    weight: str
+    out: str
+
+
+def _axis_letters(
+    x_ndim: int, weight_ndim: int, dimension_numbers: Any, weight_first: bool
+) -> _Axes:
+    """Letters for the axes of a ``dot_general`` of an activation and a weight."""
+    (x_contract, w_contract), (x_batch, w_batch) = [
+        pair[::-1] if weight_first else pair for pair in dimension_numbers
+    ]
+    weight, end = string.ascii_letters[1 : weight_ndim + 1], weight_ndim + 1
+    x = list(string.ascii_letters[end : end + x_ndim])
+    for x_axis, w_axis in zip(
+        (*x_contract, *x_batch), (*w_contract, *w_batch), strict=True
+    ):
+        x[x_axis] = weight[w_axis]
+    batch = [x[a] for a in x_batch]
+    x_free = [c for a, c in enumerate(x) if a not in (*x_contract, *x_batch)]
+    w_free = [c for a, c in enumerate(weight) if a not in (*w_contract, *w_batch)]
+    free = [*w_free, *x_free] if weight_first else [*x_free, *w_free]
+    return _Axes("".join(x), weight, "".join([*batch, *free]))
+
+
+def _aligned(amplitude: jax.Array, axes: _Axes) -> jax.Array:
+    """An amplitude with the weight's axes, as an array that broadcasts to the output.
+
+    It varies along axes of v only, and those are not contracted.
+    """
+    sizes = [
+        amplitude.shape[axes.weight.index(c)] if c in axes.weight else 1
+        for c in axes.out
+    ]
+    order = sorted(
+        (a for a, c in enumerate(axes.weight) if c in axes.out),
+        key=lambda a: axes.out.index(axes.weight[a]),
+    )
+    rest = [a for a in range(amplitude.ndim) if a not in order]
+    return amplitude.transpose((*order, *rest)).reshape(sizes)
+
+
 def _conv(x: Any, weight: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
-    if not isinstance(weight, Factored):
+    if not isinstance(weight, Factored) or not _can_be_apart(weight, equation.params):
         return None
     params = equation.params
     numbers = params["dimension_numbers"]
-    last = weight.base.ndim - 1
-    if (
-        numbers.rhs_spec[0] != last
-        or params["feature_group_count"] != 1
-        or params.get("batch_group_count", 1) != 1
-        or any(d != 1 for d in params["lhs_dilation"])
-    ):
-        return None
-    base = primitives.bind(equation, [x, weight.base])[0]
-    rank = weight.u.shape[0]
+    base: jax.Array = primitives.bind(equation, [x, weight.base])[0]
+    image = windows.features_last(x, numbers.lhs_spec)
     in_feature, *spatial = numbers.rhs_spec[1:]
-    image = x.transpose(
-        (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-    )
     # [*window, in_feature, rank]
     u = weight.u[..., 0].transpose([*(a + 1 for a in (*spatial, in_feature)), 0])
-    accumulator = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
-    window = u.shape[:-2]
-    apart = window == tuple(params["window_strides"])
+    u = u.astype(x.dtype)
+    size = u.shape[:-2]
+    touching = size == tuple(params["window_strides"])
     dilated = any(d != 1 for d in params["rhs_dilation"])
-    if apart and not dilated and not any(map(any, params["padding"])):
-        xu = _patches_dot(image, u.astype(x.dtype), accumulator)
-    elif math.prod(window) <= _MAX_SHIFTS:
-        xu = _shifted_dots(image, u.astype(x.dtype), params, accumulator)
+    if touching and not dilated and not any(map(any, params["padding"])):
+        xu = _patches_dot(image, u, _accumulator(x))
+    elif math.prod(size) <= _MAX_SHIFTS:
+        xu = _shifted_dots(image, u, params, _accumulator(x))
     else:
         return None
     dtype = base.dtype
-    v = weight.v.reshape(rank, -1).astype(dtype)
+    v = weight.v.reshape(weight.u.shape[0], -1).astype(dtype)
     correction = jnp.einsum("...r,ro->...o", xu.astype(dtype), v, precision="highest")
     amplitude = weight.amplitude.astype(dtype)
     correction *= amplitude.reshape(-1) if amplitude.ndim else amplitude
-    order = [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
-    return base + correction.transpose(np.argsort(order))
+    return base + windows.from_features_last(correction, numbers.out_spec)
+
+
+def _can_be_apart(weight: Factored, params: Mapping[str, Any]) -> bool:
+    """Whether `_conv` can take a convolution with this kernel apart."""
+    return (
+        params["dimension_numbers"].rhs_spec[0] == weight.base.ndim - 1
+        and params["feature_group_count"] == 1
+        and params.get("batch_group_count", 1) == 1
+        and all(d == 1 for d in params["lhs_dilation"])
+    )
+
+
+def _accumulator(x: jax.Array) -> Any:
+    """The dtype in which x · u adds up: exact for integers, x being int8."""
+    return jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
 
 
 def _patches_dot(image: jax.Array, u: jax.Array, accumulator: Any) -> jax.Array:
@@ -231,33 +268,29 @@ def _patches_dot(image: jax.Array, u: jax.Array, accumulator: Any) -> jax.Array:
 
 
 def _shifted_dots(
-    image: jax.Array, u: jax.Array, params: dict[str, Any], accumulator: Any
+    image: jax.Array, u: jax.Array, params: Mapping[str, Any], accumulator: Any
 ) -> jax.Array:
     """A convolution with r outputs as one product and shifts: [N, *out, rank].
 
     Under ``vmap`` a convolution with many small kernels would become a grouped one.
     """
-    *window, _, rank = u.shape
-    features = image.ndim - 1
-    taps = jnp.moveaxis(u, -2, 0).reshape(image.shape[-1], -1)
+    *size, features, rank = u.shape
+    taps = jnp.moveaxis(u, -2, 0).reshape(features, -1)
     y = lax.dot_general(
-        image, taps, (((features,), (0,)), ((), ())), preferred_element_type=accumulator
+        image,
+        taps,
+        (((image.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=accumulator,
     )
-    zero = jnp.zeros((), y.dtype)
-    y = lax.pad(y, zero, [(0, 0, 0), *((*p, 0) for p in params["padding"]), (0, 0, 0)])
-    y = y.reshape(*y.shape[:-1], math.prod(window), rank)
-    strides, dilation = params["window_strides"], params["rhs_dilation"]
-    out = [
-        max(0, (n - (w - 1) * d - 1) // s + 1)
-        for n, w, d, s in zip(y.shape[1:-2], window, dilation, strides, strict=True)
-    ]
-    total = zero
-    for tap, offsets in enumerate(np.ndindex(*window)):
-        places = tuple(
-            slice(o * d, o * d + (n - 1) * s + 1 if n else o * d, s)
-            for o, d, s, n in zip(offsets, dilation, strides, out, strict=True)
-        )
-        total = total + y[(slice(None), *places, tap)]
+    window = Window(
+        size, params["window_strides"], params["padding"], params["rhs_dilation"]
+    )
+    y = window.padded(y)
+    y = y.reshape(*y.shape[:-1], -1, rank)
+    total = jnp.zeros((), y.dtype)
+    for number, tap in enumerate(window.taps()):
+        of_tap = lax.index_in_dim(y, number, y.ndim - 2, keepdims=False)
+        total = total + window.seen_by(tap, of_tap)
     return total
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
-from fgrad.evaluation import point_of_use
+from fgrad.evaluation import integer_reads, point_of_use
 from fgrad.fixed_point import is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
@@ -145,8 +145,10 @@ class TracedLoss:
         self.values = [stored(leaf) for leaf in leaves]
         self.scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
 
+        loss_fn = integer_reads.checked(lambda params: _check_loss(value_fn(params)))
+
         def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:
-            return _check_loss(value_fn(plan.with_stored(values, scales)))
+            return loss_fn(plan.with_stored(values, scales))
 
         self.program = point_of_use.trace(function, self.values, self.scales)
 
@@ -157,12 +159,13 @@ class TracedLoss:
         events: list[point_of_use.Event] | None = None,
     ) -> jax.Array:
         """The loss at ``w + sign * εz``, for the keys [leaves] of z."""
-        sides = self.plan.sides(keys, sign)
-        values = [
-            side if isinstance(side, jax.Array) else point_of_use.Pending(side, array)
-            for side, array in zip(sides, self.values, strict=True)
-        ]
-        return point_of_use.run(self.program, [*values, *self.scales], sign, events)
+        with integer_reads.library_arithmetic():
+            sides = self.plan.sides(keys, sign)
+            values = [
+                x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
+                for x, array in zip(sides, self.values, strict=True)
+            ]
+            return point_of_use.run(self.program, [*values, *self.scales], sign, events)
 
 
 def _policy(

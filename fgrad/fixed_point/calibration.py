@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,12 @@ from fgrad.fixed_point.integers import max_qvalue
 # calibration(x, axes, bits) -> bound: the largest magnitude to be represented, shared
 # over `axes`, which are kept with length 1.
 Calibration = Callable[[jax.Array, tuple[int, ...], int], jax.Array]
+
+# Largest end of a grid: so far below the largest float32 that neither the step nor
+# its multiples round to infinity.
+_END = float(jnp.finfo(jnp.float32).max) * (1 - 2**-20)
+# Largest step: XLA may multiply by the inverse, which must not be subnormal.
+_LARGEST_STEP = 2.0**126
 
 
 def abs_max(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
@@ -56,9 +63,13 @@ def mse_optimal(num_candidates: int = 64) -> Calibration:
 
     def calibrate(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
         largest = abs_max(x, axes, bits)
+        # Near 1, by a power of two that changes no digit: or squares would overflow
+        # or vanish, and all bounds look the same.
+        exponent = jnp.frexp(largest)[1]
+        x, unit = jnp.ldexp(x, -exponent), jnp.ldexp(largest, -exponent)
 
         def error(fraction: jax.Array) -> jax.Array:
-            bound = largest * fraction
+            bound = unit * fraction
             scale = jnp.where(bound > 0, bound, 1.0) / max_qvalue(bits)
             rounded = round_to_grid(x, scale, bits) * scale
             return jnp.mean((x - rounded) ** 2, axis=axes, keepdims=True)
@@ -93,25 +104,58 @@ def calibrate_scale(
       float32 scale; a scalar per tensor, or ``x.ndim`` axes with one entry per channel.
     """
     limit = max_qvalue(bits)
-    if not headroom > 0:
-        raise ValueError(f"headroom must be positive, got {headroom}.")
-    if not zero_bound > 0:
-        raise ValueError(f"zero_bound must be positive, got {zero_bound}.")
+    _check_calibration(calibration)
+    _check_positive("headroom", headroom)
+    _check_positive("zero_bound", zero_bound)
     x = jnp.asarray(x, jnp.float32)
     axes = tuple(range(x.ndim))
     if channel_axis is not None:
         axes = tuple(a for a in axes if a != range(x.ndim)[channel_axis])
-    bound = calibration(x, axes, bits)
-    # A percentile of a sparse tensor can be 0 where the tensor is not.
-    bound = jnp.where(bound == 0, abs_max(x, axes, bits), bound)
+    if x.size:
+        bound = calibration(x, axes, bits)
+        # A percentile of a sparse tensor can be 0 where the tensor is not.
+        bound = jnp.where(bound == 0, abs_max(x, axes, bits), bound)
+    else:
+        bound = jnp.zeros([1 if a in axes else n or 1 for a, n in enumerate(x.shape)])
     bound = jnp.where(bound == 0, zero_bound, bound)
     if channel_axis is None:
         bound = bound.reshape(())
     scale = (bound * headroom / limit).astype(jnp.float32)
+    if headroom > 1:
+        # Where the ends of the grid would lie beyond float32, they lie at its end.
+        largest = min(_END / limit, _LARGEST_STEP)
+        scale = jnp.where(jnp.isfinite(bound), jnp.minimum(scale, largest), scale)
     return jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+
+
+def largest_value(bits: int) -> float:
+    """The largest magnitude that a b-bit grid reaches with a step of float32."""
+    return min(float(jnp.finfo(jnp.float32).max), _LARGEST_STEP * max_qvalue(bits))
 
 
 def round_to_grid(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """``clip(⌊x / scale⌉)`` on the b-bit grid, still as floats."""
     limit = max_qvalue(bits)
     return jnp.clip(jnp.round(x / scale), -limit, limit)
+
+
+def _check_calibration(calibration: Any) -> None:
+    """Raises for what is no calibration, or makes one only when it is called."""
+    if calibration in (percentile, mse_optimal):
+        name = calibration.__name__
+        call = f"{name}({'99.9' if calibration is percentile else ''})"
+        raise TypeError(
+            f"calibration={name} makes a calibration when it is called: pass "
+            f"fgrad.fixed_point.{call}."
+        )
+    if not callable(calibration):
+        raise TypeError(
+            "calibration must be a function, fgrad.fixed_point.abs_max, "
+            ".percentile(q) or .mse_optimal(), or one of your own; got "
+            f"{calibration!r}."
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, str) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")

@@ -25,7 +25,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from fgrad.fixed_point import windows
 from fgrad.fixed_point.qtensor import QTensor
+from fgrad.fixed_point.windows import Window
 from fgrad.tracing import execution_order
 
 # |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
@@ -284,63 +286,77 @@ def _integer_conv(
     feature_group_count: int,
 ) -> jax.Array:
     """``conv_general_dilated`` of int8 and up to int16 integers, as float32."""
-    numbers = dimension_numbers
-    out_feature, _, *spatial = numbers.rhs_spec
-    if _is_depthwise(q.shape, lhs_dilation, numbers, feature_group_count):
+    numbers, groups = dimension_numbers, feature_group_count
+    if _is_depthwise(q.shape, lhs_dilation, numbers, groups):
         return _shifted_multiply_adds(
             x, q, window_strides, padding, rhs_dilation, numbers
         )
+    geometry = (window_strides, padding, lhs_dilation, rhs_dilation)
 
     def product(w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(
-            x,
-            w,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            numbers,
-            feature_group_count,
-            preferred_element_type=jnp.int32,
+            x, w, *geometry, numbers, groups, preferred_element_type=jnp.int32
         )
 
     if bits <= 8:
         return product(q.astype(jnp.int8)).astype(jnp.float32)
-    # The limbs side by side, as twice as many outputs in each group.
-    groups = feature_group_count
+    both = product(_limbs_by_group(x, q, numbers.rhs_spec[0], groups))
+    high, low = _apart_by_group(both, numbers.out_spec[1], groups)
+    # The sums are the same for all channels of a group.
+    window = [q.shape[axis] for axis in numbers.rhs_spec[2:]]
+    sums = _window_sums(x, window, *geometry, numbers.lhs_spec, groups)
+    sums = jnp.repeat(sums, q.shape[numbers.rhs_spec[0]] // groups, 1)
+    return _join(high, low, sums.transpose(np.argsort(numbers.out_spec)))
 
-    def by_group(w: jax.Array) -> jax.Array:
-        return w.reshape(
-            *w.shape[:out_feature], groups, -1, *w.shape[out_feature + 1 :]
-        )
 
-    limbs = _limbs(x, by_group(q), out_feature + 1)
-    shape = list(q.shape)
-    shape[out_feature] *= 2
-    both = product(limbs.reshape(shape))
-    axis = numbers.out_spec[1]
-    out_shape = (*both.shape[:axis], -1, *both.shape[axis + 1 :])
-    both = both.reshape(*both.shape[:axis], groups, 2, -1, *both.shape[axis + 1 :])
+def _limbs_by_group(
+    x: jax.Array, q: jax.Array, out_feature: int, groups: int
+) -> jax.Array:
+    """The limbs of a kernel side by side, as twice as many outputs in each group."""
+    before, after = q.shape[:out_feature], q.shape[out_feature + 1 :]
+    by_group = q.reshape(*before, groups, -1, *after)
+    limbs = _limbs(x, by_group, out_feature + 1)
+    return limbs.reshape(*before, 2 * q.shape[out_feature], *after)
+
+
+def _apart_by_group(
+    both: jax.Array, axis: int, groups: int
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs of the h and of the l that `_limbs_by_group` put side by side."""
+    before, after = both.shape[:axis], both.shape[axis + 1 :]
+    both = both.reshape(*before, groups, 2, -1, *after)
     high, low = (
-        lax.index_in_dim(both, limb, axis + 1, keepdims=False).reshape(out_shape)
+        lax.index_in_dim(both, limb, axis + 1, keepdims=False).reshape(
+            *before, -1, *after
+        )
         for limb in (0, 1)
     )
-    # The sums are the same for all channels of a group: add up inputs, then windows.
-    batch, feature, *image = numbers.lhs_spec
-    sums = x.transpose((batch, feature, *image)).astype(jnp.int32)
+    return high, low
+
+
+def _window_sums(
+    x: jax.Array,
+    window: Sequence[int],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    lhs_spec: Sequence[int],
+    groups: int,
+) -> jax.Array:
+    """``Σ x`` over the features of each group and each window: [N, groups, *out]."""
+    sums = x.transpose(lhs_spec).astype(jnp.int32)
     sums = sums.reshape(sums.shape[0], groups, -1, *sums.shape[2:]).sum(2)
-    sums = lax.reduce_window(
+    return lax.reduce_window(
         sums,
         0,
         lax.add,
-        (1, 1, *(q.shape[axis] for axis in spatial)),
+        (1, 1, *window),
         (1, 1, *window_strides),
         ((0, 0), (0, 0), *padding),
         (1, 1, *lhs_dilation),
         (1, 1, *rhs_dilation),
     )
-    sums = jnp.repeat(sums, q.shape[out_feature] // groups, 1)
-    return _join(high, low, sums.transpose(np.argsort(numbers.out_spec)))
 
 
 def _limbs(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
@@ -377,43 +393,23 @@ def _shifted_multiply_adds(
     the sum into one pass over the image, where its depthwise convolution leaves the
     hardware idle.
     """
-    batch, feature, *image = numbers.lhs_spec
     out_feature, in_feature, *spatial = numbers.rhs_spec
-    x = x.transpose((batch, *image, feature))
+    x = windows.features_last(x, numbers.lhs_spec)
     integers = jnp.issubdtype(x.dtype, jnp.integer)
     wide = jnp.int32 if integers else jnp.promote_types(x.dtype, jnp.float32)
     w = q.transpose((*spatial, in_feature, out_feature)).astype(wide)
-    window, groups = w.shape[: len(spatial)], x.shape[-1]
-    # Fused into the sum, whatever made the weights would run again for every pixel.
-    w = lax.optimization_barrier(w.reshape(*window, groups, -1))
-    zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
-    out = [
-        max(0, (size - (n - 1) * d - 1) // stride + 1)
-        for size, n, d, stride in zip(
-            x.shape[1:-1], window, rhs_dilation, window_strides, strict=True
-        )
-    ]
+    size = w.shape[: len(spatial)]
+    # Without the barrier XLA would fuse whatever makes the weights into the sum, and
+    # run it again for every pixel.
+    w = lax.optimization_barrier(w.reshape(*size, x.shape[-1], -1))
+    window = Window(size, window_strides, padding, rhs_dilation)
+    image = window.padded(x)
     total = jnp.zeros((), wide)
-    for tap in np.ndindex(*window):
-        start = [t * d for t, d in zip(tap, rhs_dilation, strict=True)]
-        stop = [
-            s + (n - 1) * stride + 1
-            for s, n, stride in zip(start, out, window_strides, strict=True)
-        ]
-        shifted = lax.slice(
-            x,
-            (0, *start, 0),
-            (x.shape[0], *stop, groups),
-            (1, *window_strides, 1),
-        )
-        total += shifted[..., None].astype(wide) * w[tap]
+    for tap in window.taps():
+        total += window.seen_by(tap, image)[..., None].astype(wide) * w[tap]
     y = total.reshape(*total.shape[:-2], -1)
-    # From [batch, *image, feature] to the layout of the output.
-    order = np.argsort(
-        [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
-    )
-    return y.transpose(order).astype(jnp.float32 if integers else wide)
+    y = windows.from_features_last(y, numbers.out_spec)
+    return y.astype(jnp.float32 if integers else wide)
 
 
 def _primitive(

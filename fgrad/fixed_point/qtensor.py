@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,27 +20,34 @@ from aqt.jax.v2 import aqt_tensor
 from aqt.jax.v2.numerics import int_numerics
 
 from fgrad._trees import is_concrete, path_str
+from fgrad.fixed_point.array_like import ArrayLike
 from fgrad.fixed_point.calibration import (
     Calibration,
     abs_max,
     calibrate_scale,
+    largest_value,
     round_to_grid,
 )
 from fgrad.fixed_point.integers import max_qvalue, storage_dtype
 
+# The name scope of equations that may read the parts of a `QTensor` inside a loss.
+READ_ON_PURPOSE = "fgrad_reads_integers"
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("qvalue", "scale"),
-    meta_fields=("bits",),
-)
-@dataclasses.dataclass(frozen=True)
-class QTensor:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QTensor(ArrayLike):
     """A tensor on a symmetric fixed-point grid: ``value = scale * qvalue``.
 
-    A pytree node with two leaves, so that it passes through ``jax.jit``, optax and
-    checkpoints. Wherever JAX takes an array it stands for its dequantized value, so
-    a layer that knows nothing of fixed point can still read it.
+    To JAX's transformations, optax and checkpoints it is a pytree node with two leaves.
+    To all that asks for an array it is its dequantized value: Python's operators,
+    comparisons, iteration and ``len``, ``numpy`` and ``jax.numpy``, and the methods of
+    ``jax.Array`` that are about values, such as ``.T``, ``.sum`` and ``.at``. They
+    return plain arrays.
+
+    Functions of ``jax.lax`` take arrays only and raise an error: give them
+    ``jnp.asarray(q)``. What walks over ``jax.tree.leaves`` meets the parts,
+    not the value; inside a loss that this library evaluates, reading a part as if it
+    were the value raises a TypeError. Use ``fgrad.dequantize(params)`` there.
 
     Attributes:
       qvalue: integers in ``[-max_qvalue, max_qvalue]``; int8 up to 8 bits, int16 above.
@@ -49,12 +57,19 @@ class QTensor:
         an array with as many axes as ``qvalue``, of length 1 where a scale is shared.
       bits: width of the grid, 2 to 16; inferred from an int8 or int16 ``qvalue``.
 
+    Raises:
+      TypeError, ValueError: for ``bits`` out of range or too many for the dtype of
+        ``qvalue``, and for a scale of integers or of a shape that does not fit. The
+        numbers in the arrays are looked at by `check_values`.
+
     Example:
       >>> q = QTensor(jnp.array([-2, 0, 3], jnp.int16), jnp.float32(0.5))
       >>> q.bits, q.max_qvalue
       (16, 32767)
       >>> jnp.asarray(q)
       Array([-1. ,  0. ,  1.5], dtype=float32)
+      >>> q > 0, float(q.sum())
+      (Array([False, False,  True], dtype=bool), 0.5)
     """
 
     qvalue: Any
@@ -62,15 +77,18 @@ class QTensor:
     bits: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits:
-            return
+        if isinstance(self.scale, float):
+            object.__setattr__(self, "scale", np.float32(self.scale))
         dtype = getattr(self.qvalue, "dtype", None)
-        if dtype not in (jnp.int8, jnp.int16):
-            raise TypeError(
-                f"QTensor cannot infer its bits from a qvalue of dtype {dtype}; "
-                "pass bits= or use an int8 or int16 qvalue."
-            )
-        object.__setattr__(self, "bits", jnp.iinfo(dtype).bits)
+        if not self.bits:
+            if dtype not in (jnp.int8, jnp.int16):
+                raise TypeError(
+                    f"QTensor cannot infer its bits from a qvalue of dtype {dtype}; "
+                    "pass bits= or use an int8 or int16 qvalue."
+                )
+            object.__setattr__(self, "bits", jnp.iinfo(dtype).bits)
+        _check_storage(dtype, self.bits)
+        _check_scale(self.qvalue, self.scale)
 
     @property
     def max_qvalue(self) -> int:
@@ -99,56 +117,7 @@ class QTensor:
 
     def dequantize(self) -> jax.Array:
         """The value ``scale * qvalue`` in the dtype of ``scale``."""
-        return self.qvalue.astype(self.scale.dtype) * self.scale
-
-    def __jax_array__(self) -> jax.Array:
-        return self.dequantize()
-
-    # Arithmetic is that of the value. NumPy is told to leave it to us.
-    __array_ufunc__ = None
-
-    def __add__(self, other: Any) -> jax.Array:
-        return self.dequantize() + other
-
-    def __radd__(self, other: Any) -> jax.Array:
-        return other + self.dequantize()
-
-    def __sub__(self, other: Any) -> jax.Array:
-        return self.dequantize() - other
-
-    def __rsub__(self, other: Any) -> jax.Array:
-        return other - self.dequantize()
-
-    def __mul__(self, other: Any) -> jax.Array:
-        return self.dequantize() * other
-
-    def __rmul__(self, other: Any) -> jax.Array:
-        return other * self.dequantize()
-
-    def __truediv__(self, other: Any) -> jax.Array:
-        return self.dequantize() / other
-
-    def __rtruediv__(self, other: Any) -> jax.Array:
-        return other / self.dequantize()
-
-    def __matmul__(self, other: Any) -> jax.Array:
-        return self.dequantize() @ other
-
-    def __rmatmul__(self, other: Any) -> jax.Array:
-        return other @ self.dequantize()
-
-    def __pow__(self, other: Any) -> jax.Array:
-        return self.dequantize() ** other
-
-    def __neg__(self) -> jax.Array:
-        return -self.dequantize()
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.dequantize()[index]
-
-    def reshape(self, *shape: Any) -> jax.Array:
-        """The dequantized value, reshaped (Flax's norms ask for it)."""
-        return self.dequantize().reshape(*shape)
+        return jnp.asarray(self.qvalue).astype(self.scale.dtype) * self.scale
 
     def to_aqt(self) -> aqt_tensor.QTensor:
         """The same tensor as AQT's type, for AQT's own products."""
@@ -159,6 +128,171 @@ class QTensor:
             bias=[],
             dequant_dtype=self.scale.dtype,
         )
+
+
+def _flatten(q: QTensor) -> tuple[tuple[Any, Any], int]:
+    return (q.qvalue, q.scale), q.bits
+
+
+def _flatten_with_keys(q: QTensor) -> tuple[tuple[tuple[Any, Any], ...], int]:
+    key = jax.tree_util.GetAttrKey
+    return ((key("qvalue"), q.qvalue), (key("scale"), q.scale)), q.bits
+
+
+def _unflatten(kind: type[QTensor], bits: int, parts: Any) -> QTensor:
+    # Tree maps put anything in the place of the parts, so nothing is checked here.
+    q = object.__new__(kind)
+    for name, part in zip(("qvalue", "scale", "bits"), (*parts, bits), strict=True):
+        object.__setattr__(q, name, part)
+    return q
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QGradient(QTensor):
+    """The gradient of a `QTensor`, or an update of it that is not on the grid yet.
+
+    Its ``qvalue`` is a float array in units of the value, not of grid steps, and its
+    ``scale`` is zero. Optax's links that map over gradients alone take it as it is. It
+    is a pytree node of its own, which does not fit beside a `QTensor`: what adds it to
+    the parameters raises an error, where integers would be cut off in silence.
+    `fgrad.quantized_update` makes an update of it that fits.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            "a gradient that is not on the weight grid. Let fgrad.quantized_update() "
+            "be the last link of the chain; an optimizer with moments or weight decay "
+            "goes inside fgrad.on_values(...)"
+        )
+
+
+for _kind in (QTensor, QGradient):
+    jax.tree_util.register_pytree_with_keys(
+        _kind, _flatten_with_keys, functools.partial(_unflatten, _kind), _flatten
+    )
+
+
+def _check_storage(dtype: Any, bits: int) -> None:
+    """Raises if a grid of ``bits`` bits does not fit into a dtype; None is any."""
+    limit = max_qvalue(bits)
+    if dtype is None or jnp.issubdtype(dtype, jnp.floating):
+        return
+    if not jnp.issubdtype(dtype, jnp.signedinteger):
+        raise TypeError(
+            f"the qvalue of a QTensor holds signed integers, got dtype {dtype}; use "
+            "int8 up to 8 bits and int16 above."
+        )
+    if jnp.iinfo(dtype).max < limit:
+        raise ValueError(
+            f"a grid of {bits} bits holds integers up to {limit}, which do not fit "
+            f"into a qvalue of dtype {dtype}; use "
+            f"{jnp.dtype(storage_dtype(bits))} or fewer bits."
+        )
+
+
+def _check_scale(qvalue: Any, scale: Any) -> None:
+    """Raises if a scale cannot belong to a qvalue; placeholders may be anything."""
+    dtype = getattr(scale, "dtype", None)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the scale of a QTensor is a float array, got dtype {dtype}; use "
+            "jnp.float32(scale)."
+        )
+    shape, of = getattr(scale, "shape", None), getattr(qvalue, "shape", None)
+    if not shape or of is None:
+        return
+    if len(shape) != len(of) or any(
+        n not in (1, m) for n, m in zip(shape, of, strict=True)
+    ):
+        raise ValueError(
+            f"the scale of a QTensor of shape {of} is a scalar or has as many axes, "
+            f"each of length 1 or that of the tensor; got shape {shape}."
+        )
+
+
+def check_values(q: QTensor, name: str) -> None:
+    """Raises if the numbers in a `QTensor` are not those of a grid.
+
+    Traced arrays are passed over: they have no numbers yet.
+
+    Args:
+      q: the tensor.
+      name: what messages call it, such as the path of the leaf.
+
+    Raises:
+      ValueError: for a scale that is not positive and finite, or a ``qvalue`` that is
+        no integer of the grid.
+
+    Example:
+      >>> check_values(QTensor(jnp.array([3], jnp.int8), jnp.float32(-1)), "w")
+      Traceback (most recent call last):
+      ...
+      ValueError: the scale of leaf 'w' must be positive and finite, got -1.0.
+    """
+    if _is_readable(q.scale):
+        scale = np.asarray(q.scale, np.float64).reshape(-1)
+        bad = scale[~(np.isfinite(scale) & (scale > 0))]
+        if bad.size:
+            raise ValueError(
+                f"the scale of leaf {name!r} must be positive and finite, got {bad[0]}."
+            )
+    if not _is_readable(q.qvalue) or not q.size:
+        return
+    with jax.ensure_compile_time_eval():  # of a constant of a jitted function as well
+        array = jnp.asarray(q.qvalue)
+        ends = float(jnp.min(array)), float(jnp.max(array))
+        whole = bool(jnp.all(array == jnp.round(array)))
+    for end in ends:
+        if not abs(end) <= q.max_qvalue:  # NaN as well
+            raise ValueError(
+                f"the qvalue of leaf {name!r} holds {end:g}, outside the grid of "
+                f"{q.bits} bits, [-{q.max_qvalue}, {q.max_qvalue}]. Clip it, or give "
+                "the bits that it was made with."
+            )
+    if not whole:
+        raise ValueError(
+            f"the qvalue of leaf {name!r} holds fractions; it counts steps of the "
+            "scale. Make it with fgrad.quantize or round it."
+        )
+
+
+def _is_readable(x: Any) -> bool:
+    """Whether it is an array whose numbers are here, and not traced or elsewhere."""
+    if isinstance(x, np.ndarray | np.generic):
+        return True
+    return isinstance(x, jax.Array) and is_concrete(x) and x.is_fully_addressable
+
+
+def integers_of(q: QTensor) -> jax.Array:
+    """The ``qvalue`` of a tensor, for a loss that means to read integers.
+
+    Inside a loss, arithmetic on ``q.qvalue`` raises a TypeError, because it is nearly
+    always a mistake. On what this function returns any arithmetic is allowed.
+
+    Args:
+      q: a tensor of the params that the loss was given.
+
+    Returns:
+      The integers, in their dtype.
+
+    Example:
+      >>> q = QTensor(jnp.array([3, -4], jnp.int8), jnp.float32(0.5))
+      >>> integers_of(q) % 2
+      Array([1, 0], dtype=int8)
+    """
+    with jax.named_scope(READ_ON_PURPOSE):
+        return jnp.copy(jnp.asarray(q.qvalue))
+
+
+def scale_of(q: QTensor) -> jax.Array:
+    """The ``scale`` of a tensor, for a loss that means to read it: see `integers_of`.
+
+    Example:
+      >>> scale_of(QTensor(jnp.array([3, -4], jnp.int8), jnp.float32(0.5)))
+      Array(0.5, dtype=float32)
+    """
+    with jax.named_scope(READ_ON_PURPOSE):
+        return jnp.copy(jnp.asarray(q.scale))
 
 
 def is_qtensor(x: Any) -> bool:
@@ -179,20 +313,31 @@ def with_stored(leaf: Any, array: jax.Array) -> Any:
 
 
 def as_gradient(leaf: Any, value: jax.Array) -> Any:
-    """A gradient or an update in the form that optax expects for a leaf.
+    """The gradient of a leaf: in the leaf's dtype, or of a `QTensor` a `QGradient`.
 
     Args:
       leaf: float array or `QTensor`.
-      value: in the shape of the leaf.
-
-    Returns:
-      For a float leaf the value in the leaf's dtype. For a `QTensor` a `QTensor` that
-      holds the value in its ``qvalue``, in its own dtype, and a ``scale`` of zero: what
-      is added to a scale leaves it as it is.
+      value: in the shape of the leaf, in loss per unit of the leaf's value.
     """
     if not is_qtensor(leaf):
         return value.astype(jnp.result_type(leaf))
-    return dataclasses.replace(leaf, qvalue=value, scale=jnp.zeros_like(leaf.scale))
+    return QGradient(value, jnp.zeros_like(leaf.scale), leaf.bits)
+
+
+def as_update(leaf: Any, change: jax.Array) -> Any:
+    """An update that ``optax.apply_updates`` adds to a leaf.
+
+    Args:
+      leaf: float array or `QTensor`.
+      change: in the shape of the leaf; of a `QTensor` an int32 number of grid steps.
+
+    Returns:
+      For a float leaf the change itself. For a `QTensor` a `QTensor` with the change as
+      its ``qvalue`` and a ``scale`` of zero, which leaves that of the leaf as it is.
+    """
+    if not is_qtensor(leaf):
+        return change
+    return dataclasses.replace(leaf, qvalue=change, scale=jnp.zeros_like(leaf.scale))
 
 
 def quantize(
@@ -211,9 +356,10 @@ def quantize(
       Δ_w = \text{headroom} \cdot w_{max} / (2^{b-1} - 1)
 
     Args:
-      params: pytree of arrays, of any shape. Leaves that are not floating point, and
-        leaves that are already a `QTensor`, are left as they are, so mixed widths
-        take one call each, with ``where``.
+      params: pytree of arrays, of any shape. Leaves that are not floating point
+        (integers, complex numbers, functions, strings), and leaves that are already a
+        `QTensor`, are left as they are, so mixed widths take one call each, with
+        ``where``.
       bits: width b of the grid, 2 to 16.
       channel_axis: None for one scale per tensor; an axis (-1: a Flax kernel's output
         channels) for one scale per channel. Leaves with fewer than two axes keep one
@@ -230,7 +376,7 @@ def quantize(
       to 8 bits and int16 above, float32 scale.
 
     Raises:
-      TypeError: if ``bits`` is no integer.
+      TypeError: if ``bits`` is no integer, or ``calibration`` no function.
       ValueError: if ``bits``, ``headroom`` or ``zero_bound`` is out of range, or a
         leaf holds NaN or infinity.
 
@@ -246,14 +392,14 @@ def quantize(
     max_qvalue(bits)
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any) -> Any:
-        if is_qtensor(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if is_qtensor(leaf) or not _is_float(leaf):
             return leaf
         name = path_str(path)
         if where is not None and not where(name, leaf):
             return leaf
         leaf = jnp.asarray(leaf, jnp.float32)
-        if is_concrete(leaf) and not _is_finite(leaf):
-            raise ValueError(f"leaf {name!r} holds NaN or infinity; it has no grid.")
+        if is_concrete(leaf):
+            _check_has_grid(leaf, name, bits)
         scale = calibrate_scale(
             leaf,
             bits,
@@ -334,9 +480,28 @@ def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     return (clip_and_round(x / scale) * scale).astype(x.dtype)
 
 
-def _is_finite(x: jax.Array) -> bool:
+def _is_float(leaf: Any) -> bool:
+    """Whether a leaf is a floating-point array or number."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float)
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _check_has_grid(leaf: jax.Array, name: str, bits: int) -> None:
     with jax.ensure_compile_time_eval():  # of a constant of a jitted function as well
-        return bool(jnp.isfinite(x).all())
+        largest = float(jnp.max(jnp.abs(leaf), initial=0))
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"leaf {name!r} holds NaN or infinity, or a value beyond float32; it has "
+            "no grid."
+        )
+    if largest > largest_value(bits):
+        raise ValueError(
+            f"leaf {name!r} holds a value of magnitude {largest:g}, but a grid of "
+            f"{bits} bits ends at {largest_value(bits):g} in float32; use more bits "
+            "or scale the leaf down."
+        )
 
 
 def _scale_shape(q: QTensor) -> tuple[int, ...]:

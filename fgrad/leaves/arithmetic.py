@@ -46,6 +46,8 @@ class Arithmetic:
     moves_by_signs: ClassVar[bool] = False
     # Whether z may be drawn around a direction.
     can_be_guided: ClassVar[bool] = False
+    # Whether `normalized` reads the squares of directions.
+    normalizes: ClassVar[bool] = False
 
     def z_of(self, raw: jax.Array, block: Any = None) -> jax.Array:
         """z_q of what ``source`` sampled for the leaf or a block of it."""
@@ -78,6 +80,20 @@ class Arithmetic:
             lambda key: self.sample(key, self.shape), keys, coefficients, self.shape
         )
 
+    def direction(self, z: jax.Array) -> jax.Array:
+        """The way that the evaluations of z_q took the leaf, in units of z_q."""
+        return z
+
+    def normalized(self, total: jax.Array, squares: jax.Array) -> jax.Array:
+        """A sum of directions, corrected for their length.
+
+        Args:
+          total: ``Σᵢ cᵢ dᵢ`` of the directions d.
+          squares: ``Σᵢ dᵢ² / m``, of the same shape.
+        """
+        del squares
+        return total
+
     def perturbed(
         self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
     ) -> jax.Array:
@@ -90,8 +106,14 @@ class Arithmetic:
         """Base and amplitude a of ``base + a Σᵣ uᵣ vᵣ``; None if z has no factors."""
         return None
 
-    def gradient(self, total: jax.Array, count: int) -> jax.Array:
-        """``Σᵢ cᵢ zᵢ / m`` of m = ``count``, float32, in loss per unit of weight."""
+    def gradient(self, total: jax.Array, count: int, by_signs: bool) -> jax.Array:
+        """``Σᵢ cᵢ zᵢ / m`` as float32, in loss per unit of weight.
+
+        Args:
+          total: from `weighted_sum`.
+          count: m.
+          by_signs: whether the coefficients were signs, which know of no unit.
+        """
         raise NotImplementedError
 
     def epsilon_in_steps(self) -> jax.Array | None:
@@ -101,12 +123,9 @@ class Arithmetic:
         """
         return None
 
-    def moves(self) -> jax.Array:
-        """float32 share of the weights that ε can move."""
-        steps = self.epsilon_in_steps()
-        if steps is None:
-            return jnp.float32(1)
-        return jnp.mean(_whole_steps(steps) > 0, dtype=jnp.float32)
+    def frozen(self) -> jax.Array:
+        """float32 share of the weights that ε cannot move."""
+        return jnp.float32(0)
 
     def of_block(self, values: jax.Array, array: jax.Array, block: Any) -> jax.Array:
         """Values in the shape of the leaf's scale, for a block like ``array``."""
@@ -161,28 +180,112 @@ class FloatArithmetic(Arithmetic):
         amplitude = jnp.float32(self.step) * self.epsilon * sign
         return (array + amplitude * z.astype(jnp.float32)).astype(array.dtype)
 
-    def gradient(self, total: jax.Array, count: int) -> jax.Array:
-        """``Σᵢ cᵢ zᵢ / m`` of m = ``count``, float32, in loss per unit of weight."""
+    def gradient(self, total: jax.Array, count: int, by_signs: bool) -> jax.Array:
+        """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         gradient = total.astype(jnp.float32) * (self.step / count)
-        # An integer coefficient is a sign, which knows of no unit.
-        return gradient if _is_integer(total) else gradient / self.unit
+        return gradient if by_signs else gradient / self.unit
+
+    def frozen(self) -> jax.Array:
+        """float32 share of the weights that even the largest z cannot move."""
+        array = jnp.asarray(self.leaf)
+        reach = self.source.largest * self.epsilon
+        up, down = (
+            (array + reach).astype(array.dtype),
+            (array - reach).astype(array.dtype),
+        )
+        return jnp.mean((up == array) & (down == array), dtype=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedPointArithmetic(FloatArithmetic):
-    """``w_q ± ε_q z_q`` by equation (6), with ``ε_q = ⌊ε/Δ_w⌉``."""
+class NarrowFloatArithmetic(FloatArithmetic):
+    r"""``w ± εz`` in a floating point so coarse that εz is rounded: bfloat16, float16.
+
+    What the losses say is about the perturbation that was left after rounding,
+
+    .. math:: d = \frac{(w + εz) - (w - εz)}{2ε}
+
+    so that d takes the place of z in the gradient, ``Σᵢ cᵢ dᵢ / (m mean(d²))``.
+    """
+
+    normalizes: ClassVar[bool] = True
+
+    @property
+    def samples_are_z(self) -> bool:
+        """Whether `z_of` returns samples as they are, and z is the direction."""
+        return False
 
     def perturbed(
         self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
     ) -> jax.Array:
         """The stored values of the leaf, or of a block, on one side of it."""
-        epsilon_q = _whole_steps(self.epsilon_in_steps())
-        epsilon_q = sign * self.of_block(epsilon_q, array, block)
+        amplitude = jnp.float32(self.step) * self.epsilon * sign
+        moved = array + amplitude * z.astype(jnp.float32)
+        # XLA removes two conversions in a row, as to bfloat16 and back in the loss. The
+        # perturbation of the loss would then not be the one that `direction` sees.
+        kind = jnp.finfo(array.dtype)
+        rounded = jax.lax.reduce_precision(moved, kind.nexp, kind.nmant)
+        return rounded.astype(array.dtype)
+
+    def direction(self, z: jax.Array) -> jax.Array:
+        """The perturbation d in units of z_q."""
+        array = jnp.asarray(self.leaf)
+        up, down = (
+            self.perturbed(array, z, sign).astype(jnp.float32) for sign in (1, -1)
+        )
+        return (up - down) / (2 * self.step * self.epsilon)
+
+    def normalized(self, total: jax.Array, squares: jax.Array) -> jax.Array:
+        """A sum of directions over their mean square, in units of z."""
+        length = jnp.mean(squares) * self.step**2
+        return jnp.where(length > 0, total / jnp.where(length > 0, length, 1), 0)
+
+    def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
+        """``Σᵢ cᵢ dᵢ / mean(d²)``, one z at a time."""
+        zero = execution_order.dependent_zero(jax.random.key_data(keys))
+        zeros = jnp.full(self.shape, zero.astype(jnp.float32))
+
+        def add(index: Any, sums: tuple[jax.Array, jax.Array]) -> Any:
+            total, squares = sums
+            d = self.direction(self.sample(keys[index], self.shape))
+            return total + coefficients[index] * d, squares + jnp.mean(jnp.square(d))
+
+        total, squares = jax.lax.fori_loop(
+            0, len(coefficients), add, (zeros, zero.astype(jnp.float32))
+        )
+        return self.normalized(total, squares / len(coefficients))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPointArithmetic(FloatArithmetic):
+    r"""``w_q ± ε_q z_q`` by equation (6), with ``ε_q = ⌊ε/Δ_w⌉``.
+
+    The losses are those at a distance of :math:`\tilde ε = Δ_w ε_q`, and the gradient
+    that is estimated from them is divided by it instead of ε. Weights for which ε_q is
+    zero were not perturbed, and have a gradient of zero.
+    """
+
+    def perturbed(
+        self, array: jax.Array, z: jax.Array, sign: int | jax.Array, block: Any = None
+    ) -> jax.Array:
+        """The stored values of the leaf, or of a block, on one side of it."""
+        epsilon_q = sign * self.of_block(self.whole_steps(), array, block)
         return perturb_qvalue(array, z, epsilon_q, self.step, self.leaf.bits)
 
     def epsilon_in_steps(self) -> jax.Array:
         """What a unit of z moves in weight steps, in the shape of the scale."""
         return self.epsilon / self.leaf.scale
+
+    def whole_steps(self) -> jax.Array:
+        """ε_q as int32, in the shape of the scale."""
+        return _whole_steps(self.epsilon_in_steps())
+
+    def gradient(self, total: jax.Array, count: int, by_signs: bool) -> jax.Array:
+        """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
+        return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
+
+    def frozen(self) -> jax.Array:
+        """float32 share of the weights whose ε is no whole step."""
+        return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,14 +334,26 @@ class FixedPointLowRankArithmetic(LowRankArithmetic):
     ) -> tuple[jax.Array, jax.Array]:
         """Base and amplitude."""
         limit, rank = max_qvalue(self.leaf.bits), self.source.rank
-        steps = _whole_steps(self.epsilon_in_steps())
-        steps = jnp.minimum(self.of_block(steps, array, block), limit // rank)
+        steps = self.of_block(self.whole_steps(), array, block)
         room = (limit - steps * rank).astype(array.dtype)
         return jnp.clip(array, -room, room), sign * steps
 
     def epsilon_in_steps(self) -> jax.Array:
         """What a unit of z_q moves in weight steps, in the shape of the scale."""
         return self.epsilon * self.source.step / self.leaf.scale
+
+    def whole_steps(self) -> jax.Array:
+        """Steps that a unit of z_q moves, int32, in the shape of the scale."""
+        most = max_qvalue(self.leaf.bits) // self.source.rank
+        return jnp.minimum(_whole_steps(self.epsilon_in_steps()), most)
+
+    def gradient(self, total: jax.Array, count: int, by_signs: bool) -> jax.Array:
+        """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
+        return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
+
+    def frozen(self) -> jax.Array:
+        """float32 share of the weights whose ε is no whole step."""
+        return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +379,9 @@ class GridArithmetic(Arithmetic):
         widening = sign * self.sparsity.probe(self.leaf.bits)
         return low_bit.probe_qvalue(array, z, widening, max_qvalue(self.leaf.bits))
 
-    def gradient(self, total: jax.Array, count: int) -> jax.Array:
+    def gradient(self, total: jax.Array, count: int, by_signs: bool) -> jax.Array:
         """The gradient of which SGD makes ``Σᵢ cᵢ zᵢ`` grid steps."""
+        del by_signs
         rms = self.sparsity.rms
         inverse = jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
         return total.astype(jnp.float32) * (self.leaf.scale * inverse / count)
@@ -296,7 +412,10 @@ def arithmetic_of(
             FixedPointLowRankArithmetic if is_qtensor(leaf) else LowRankArithmetic
         )
         return low_rank(leaf, perturbation, scaled, one)
-    dense = FixedPointArithmetic if is_qtensor(leaf) else FloatArithmetic
+    if is_qtensor(leaf):
+        return FixedPointArithmetic(leaf, perturbation, scaled, one)
+    narrow = jnp.finfo(jnp.result_type(leaf)).bits < 32
+    dense = NarrowFloatArithmetic if narrow else FloatArithmetic
     return dense(leaf, perturbation, scaled, one)
 
 
@@ -415,9 +534,14 @@ def _product_of_block(
     return perturbations.product(u, v).reshape(shape)
 
 
+def _nominal_over_realised(
+    one: FixedPointArithmetic | FixedPointLowRankArithmetic,
+) -> jax.Array:
+    """ε over what is left of it in whole steps; 0 where nothing is left."""
+    whole = one.whole_steps().astype(jnp.float32)
+    ratio = one.epsilon_in_steps() / jnp.where(whole > 0, whole, 1)
+    return jnp.where(whole > 0, ratio, 0)
+
+
 def _whole_steps(steps: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(steps), 0, 2**30).astype(jnp.int32)
-
-
-def _is_integer(array: jax.Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.integer))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrad._trees import is_concrete
 from fgrad.fixed_point import is_qtensor
@@ -111,6 +113,69 @@ def value_of(epsilon: Epsilon) -> Schedule:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises for a number that is known now and not positive."""
-    if not callable(value) and is_concrete(value) and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}.")
+    """Raises unless the value is a positive finite number or a schedule.
+
+    A traced number is taken as it is: its value is not known yet.
+    """
+    if callable(value):
+        return
+    dtype = getattr(value, "dtype", None)
+    real = (
+        isinstance(value, int | float) and not isinstance(value, bool)
+        if dtype is None
+        else jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    )
+    if not real or jnp.shape(value) != ():
+        raise TypeError(
+            f"{name} must be a number or a schedule of it, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    if is_concrete(value) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float:
+    """The largest value of a schedule, as far as 2**24 steps.
+
+    Every one of the first 2048 steps is looked at, then 64 in each octave, and at last
+    the steps around the largest value that was found.
+
+    Args:
+      name: what the schedule is of, for messages.
+      schedule: from a step, int32, to a number.
+
+    Raises:
+      ValueError: if a value is NaN, infinite or negative, or none is positive.
+
+    Example:
+      >>> import optax
+      >>> warm_up = optax.warmup_cosine_decay_schedule(0.0, 0.5, 3000, 10000)
+      >>> peak_of("learning_rate", warm_up)
+      0.5
+    """
+    early = np.arange(2048)
+    late = np.unique(np.geomspace(2048, 2**24, 13 * 64).astype(int))
+    steps = np.concatenate([early, late[1:]])
+    values = _values(name, schedule, steps)
+    for _ in range(2):
+        best = int(np.argmax(values))
+        low, high = steps[max(best - 1, 0)], steps[min(best + 1, len(steps) - 1)]
+        steps = np.unique(np.linspace(low, high, 512).astype(int))
+        values = _values(name, schedule, steps)
+    if not values.max() > 0:
+        raise ValueError(f"{name} is a schedule that is never positive.")
+    return float(values.max())
+
+
+def _values(name: str, schedule: Any, steps: np.ndarray) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        values = jax.vmap(schedule)(jnp.asarray(steps, jnp.int32))
+        values = np.broadcast_to(np.asarray(values, np.float32), steps.shape)
+    wrong = ~(np.isfinite(values) & (values >= 0))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(
+            f"{name} is a schedule that gives {values[at]} at step {steps[at]}; it "
+            "must be finite and not negative."
+        )
+    return values

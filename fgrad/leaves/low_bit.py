@@ -19,14 +19,13 @@ density acts as a learning rate.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fgrad import perturbations
+from fgrad.leaves.epsilon import Schedule, check_positive, peak_of
 
 # (first, largest) widening κ by the bits of the weights, found in runs on digits.
 PROBES = {8: (4, 16), 6: (4, 8), 4: (2, 2)}
@@ -48,22 +47,21 @@ class OnGrid:
       learning_rate: η, or an optax schedule of it.
       probe: (first, largest) widening κ, or None for those of `PROBES`.
       below: leaves of fewer bits are trained this way.
+      peak: the largest learning rate, relative to which κ widens.
     """
 
-    learning_rate: float | jax.Array | Callable[[jax.Array], jax.Array]
+    learning_rate: Schedule
     probe: tuple[int, int] | None
     below: int
+    peak: float | jax.Array
 
     def at(self, count: jax.Array, num_perturbations: int) -> Sparsity:
         """The density of z in step ``count``, with so many perturbations."""
-
-        def rate(step: jax.Array) -> jax.Array:
-            value = self.learning_rate
-            return jnp.asarray(value(step) if callable(value) else value, jnp.float32)
-
-        now = rate(count)
-        first = rate(jnp.zeros_like(count))
-        widening = jnp.where(now > 0, first / jnp.where(now > 0, now, 1), jnp.inf)
+        value = self.learning_rate
+        now = jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+        # The peak was computed by another program and may differ in its last bit.
+        peak = jnp.maximum(now, self.peak * (1 + 2.0**-20))
+        widening = jnp.where(now > 0, peak / jnp.where(now > 0, now, 1), jnp.inf)
         return Sparsity(now / num_perturbations, widening, self)
 
 
@@ -72,7 +70,7 @@ class Sparsity(NamedTuple):
 
     Attributes:
       rms: float32 scalar, η / m: the root mean square of z in units of the weights.
-      widening: float32 scalar, how much smaller η is than at first.
+      widening: float32 scalar, how much smaller η is than at its peak.
       options: the `OnGrid` that it belongs to.
     """
 
@@ -130,7 +128,7 @@ def probe_qvalue(
 
 
 def on_grid(
-    learning_rate: float | jax.Array | Callable[[jax.Array], jax.Array],
+    learning_rate: Schedule,
     *,
     probe: tuple[int, int] | None = None,
     below: int = 16,
@@ -147,8 +145,9 @@ def on_grid(
         ``optax.sgd`` that follows. The gradient of these leaves is
         ``Δ_w / η Σᵢ cᵢ zᵢ``, so that SGD and ``quantized_update`` take the whole
         number of steps ``Σᵢ cᵢ zᵢ`` exactly.
-      probe: (first, largest) factor κ by which the probe exceeds the update; it grows
-        as the learning rate decays. By default (4, 16) from 8 bits, (4, 8) from 6,
+      probe: (first, largest) factor κ by which the probe exceeds the update: the first
+        at the peak of the learning rate, and more in proportion as the rate is lower,
+        up to the largest. By default (4, 16) from 8 bits, (4, 8) from 6,
         (2, 2) below.
       below: leaves of fewer bits are trained this way.
 
@@ -156,17 +155,14 @@ def on_grid(
       An `OnGrid`.
 
     Raises:
-      ValueError: for a learning rate that is not positive, or an impossible probe.
+      TypeError, ValueError: for a learning rate that is not positive, or an
+        impossible probe.
 
     Example:
       >>> on_grid(1e-3).probe is None
       True
     """
-    if (
-        isinstance(learning_rate, int | float | np.number)
-        and not 0 < learning_rate < np.inf
-    ):
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    check_positive("learning_rate", learning_rate)
     if probe is not None:
         whole = all(isinstance(k, int) and not isinstance(k, bool) for k in probe)
         if len(probe) != 2 or not whole or not 1 <= probe[0] <= probe[1] <= 2**15:
@@ -176,4 +172,7 @@ def on_grid(
             )
     if not 3 <= below <= 17:
         raise ValueError(f"below must be 3 to 17 bits, got {below}.")
-    return OnGrid(learning_rate, probe, below)
+    peak = learning_rate
+    if callable(learning_rate):
+        peak = peak_of("learning_rate", learning_rate)
+    return OnGrid(learning_rate, probe, below, peak)

@@ -199,9 +199,10 @@ class Plan:
         """
         totals = self._weighted_sums(keys, coefficients, signs)
         count = self.policy.num_perturbations
+        by_signs = bool(jnp.issubdtype(coefficients.dtype, jnp.integer))
         return self.map_trained(
             lambda leaf, name: as_gradient(
-                leaf, self.arithmetic[name].gradient(totals[name], count)
+                leaf, self.arithmetic[name].gradient(totals[name], count, by_signs)
             ),
             lambda leaf: jax.tree.map(jnp.zeros_like, leaf),
         )
@@ -265,40 +266,43 @@ class Plan:
     # ------------------------------------------------------------------------- reports
 
     def frozen_fraction(self) -> jax.Array:
-        """Share of the trained weights that ε cannot move, because it rounds to zero.
+        """Share of the trained weights that ε cannot move, a float32 in [0, 1].
 
-        float32 scalar in [0, 1]; 0 if all leaves are floats.
+        On a grid those whose ε rounds to zero steps; of floats those to which even
+        the largest εz is too little to be added.
         """
-        frozen, total = jnp.float32(0), 0
+        frozen, total = jnp.float32(0), 0.0
         for one in self.arithmetic.values():
-            size = math.prod(one.shape)
+            size = float(math.prod(one.shape))  # it may be beyond int32
             total += size
-            frozen += (1 - one.moves()) * size
+            frozen += one.frozen() * size
         return frozen / max(total, 1)
 
     def check_epsilon(self) -> None:
-        """Raises if ε rounds to zero on the grid of a trained leaf: it would not move.
+        """Raises if ε is too small for a trained leaf: it would never move.
 
-        Traced values cannot be looked at here: then the check runs with the
-        computation, and raises from there.
+        On a grid that is an ε of at most half a weight step, in any channel; of floats
+        one that changes no weight of any leaf. Traced values cannot be looked at here:
+        then the check runs with the computation, and raises from there.
         """
-        steps = {
-            path_str(path): one.epsilon_in_steps()
-            for path, name in zip(self.paths, self.names, strict=True)
-            if (one := self.arithmetic.get(name)) is not None
-        }
-        scales = {
-            path_str(path): leaf.scale
-            for path, leaf in zip(self.paths, self.leaves, strict=True)
-            if is_qtensor(leaf)
-        }
-        steps = {name: value for name, value in steps.items() if value is not None}
-        scales = {name: scales[name] for name in steps}
-        check = functools.partial(_check_steps, self.policy.perturbation)
-        if all(map(is_concrete, [*steps.values(), *scales.values()])):
-            check(steps, scales)
+        steps, scales, frozen = {}, {}, {}
+        for path, name in zip(self.paths, self.names, strict=True):
+            one = self.arithmetic.get(name)
+            if one is None or not math.prod(one.shape):
+                continue
+            in_steps = one.epsilon_in_steps()
+            if in_steps is None:
+                frozen[path_str(path)] = one.frozen()
+            else:
+                steps[path_str(path)], scales[path_str(path)] = in_steps, one.leaf.scale
+        check = functools.partial(
+            _check_frozen, self.policy.perturbation, str(self.policy.epsilon)
+        )
+        arrays = [*steps.values(), *scales.values(), *frozen.values()]
+        if all(map(is_concrete, arrays)):
+            check(steps, scales, frozen)
         else:
-            jax.debug.callback(check, steps, scales)
+            jax.debug.callback(check, steps, scales, frozen)
 
     def _trained_leaves(self) -> list[tuple[str, Any]]:
         triples = zip(self.names, self.leaves, self.trained, strict=True)
@@ -323,6 +327,9 @@ def _sums_together(
     if not arithmetic:
         return {}
     chosen = list(arithmetic.values())
+    normalizes = any(one.normalizes for one in chosen)
+    if normalizes:  # directions of such leaves are no integers
+        coefficients = coefficients.astype(jnp.float32)
     sizes = [math.prod(one.shape) for one in chosen]
     starts = np.cumsum(sizes) - sizes
     sources = {one.source for one in chosen}
@@ -345,24 +352,51 @@ def _sums_together(
             factors = factors_together(chosen, keys_of)
             every = range(len(chosen))
             samples = samples_together(chosen, every, keys_of, factors)
-            flat = [samples[i].reshape(-1).astype(coefficients.dtype) for i in every]
+            flat = [
+                one.direction(samples[i]).reshape(-1) for i, one in enumerate(chosen)
+            ]
             return jnp.concatenate(flat)
 
     together = keys.many(list(arithmetic))
     total = perturbations.accumulate(sample, together, coefficients, (length,))
-    parts = perturbations.pieces(total, starts, sizes)
+    totals = perturbations.pieces(total, starts, sizes)
+    squares = totals
+    if normalizes:
+        ones = jnp.full(len(coefficients), 1 / len(coefficients), jnp.float32)
+        square = perturbations.accumulate(
+            lambda keys: jnp.square(sample(keys)), together, ones, (length,)
+        )
+        squares = perturbations.pieces(square, starts, sizes)
     return {
-        name: part.reshape(one.shape)
-        for (name, one), part in zip(arithmetic.items(), parts, strict=True)
+        name: one.normalized(part, square).reshape(one.shape)
+        for (name, one), part, square in zip(
+            arithmetic.items(), totals, squares, strict=True
+        )
     }
 
 
-def _check_steps(
+def _check_frozen(
     perturbation: perturbations.Perturbation,
+    epsilon: str,
     steps: Mapping[str, Any],
     scales: Mapping[str, Any],
+    frozen: Mapping[str, Any],
 ) -> None:
-    """Raises if ε is at most half a step of a leaf; ``steps`` is ε in those steps."""
+    """Raises for a leaf that ε cannot move.
+
+    Args:
+      perturbation: where z comes from.
+      epsilon: ε as it was given, for messages.
+      steps: ε in weight steps, of each leaf on a grid.
+      scales: the weight steps of these leaves.
+      frozen: of each leaf of floats the share of weights that ε cannot move.
+    """
+    if frozen and not steps and all(float(share) == 1 for share in frozen.values()):
+        raise ValueError(
+            f"epsilon={epsilon} changes no weight of {', '.join(map(repr, frozen))}: "
+            "added to the weights it is rounded away, so nothing would ever move. Use "
+            "a larger epsilon, fgrad.relative_epsilon or a wider dtype."
+        )
     low_rank = isinstance(perturbation, perturbations.LowRank)
     unit = perturbation.step if low_rank else 1.0
     for name, scale in scales.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax import lax
 from jax.extend import core
@@ -30,6 +30,12 @@ class Facts(NamedTuple):
       places: the position of the operand that it writes into its first operand.
       awaited: its output is stored in memory, so that later work can wait for it
         without being torn out of a fused loop.
+      view: its output can lie in memory where its operand lies.
+      elementwise: each value of its output depends on one value of each operand.
+      reduction: it combines the values along some axes to one.
+      derivative: what its derivative reads: its "operands", its "result" or "nothing";
+        for a linear one nothing, whatever stands here. Empty if it depends on what is
+        differentiated, as for a product, or is not known.
     """
 
     called: str = ""
@@ -39,10 +45,20 @@ class Facts(NamedTuple):
     ends_layer: bool = False
     places: int | None = None
     awaited: bool = False
+    view: bool = False
+    elementwise: bool = False
+    reduction: bool = False
+    derivative: Literal["operands", "result", "nothing", ""] = ""
 
 
 _LINEAR = Facts(linear=True)
-_ELEMENTWISE = Facts(linear=True, ends_layer=True)
+_SUM = Facts(linear=True, ends_layer=True, elementwise=True)
+_VIEW = Facts(linear=True, view=True)
+_VIEW_IN_LAYER = Facts(linear=True, ends_layer=True, view=True)
+_READS_OPERAND = Facts(elementwise=True, derivative="operands")
+_READS_RESULT = Facts(elementwise=True, derivative="result")
+_PIECEWISE_CONSTANT = Facts(elementwise=True, derivative="nothing")
+_INDEX = Facts(reduction=True, derivative="nothing")
 _PRODUCT = Facts(product=True, linear_in=(0, 1), awaited=True)
 _INTEGER_PRODUCT = Facts(product=True, linear_in=(1,), awaited=True)
 
@@ -64,28 +80,76 @@ FACTS: dict[str, Facts] = {
     "integer_dot_general": _INTEGER_PRODUCT,
     "integer_conv": _INTEGER_PRODUCT,
     # Arithmetic.
-    "add": _ELEMENTWISE,
-    "add_any": _ELEMENTWISE,
-    "sub": _ELEMENTWISE,
-    "neg": _ELEMENTWISE,
-    "mul": Facts(linear_in=(0, 1), ends_layer=True),
-    "div": Facts(linear_in=(0,), ends_layer=True),
-    "convert_element_type": _ELEMENTWISE,
-    "reduce_sum": Facts(linear=True, awaited=True),
-    "reduce_max": Facts(awaited=True),
+    "add": _SUM,
+    "add_any": _SUM,
+    "sub": _SUM,
+    "neg": _SUM,
+    "mul": Facts(linear_in=(0, 1), ends_layer=True, elementwise=True),
+    "div": Facts(linear_in=(0,), ends_layer=True, elementwise=True),
+    "select_n": Facts(elementwise=True),
+    "convert_element_type": _SUM,
+    "abs": _READS_OPERAND,
+    "clamp": _READS_OPERAND,
+    "cos": _READS_OPERAND,
+    "erf": _READS_OPERAND,
+    "erf_inv": _READS_OPERAND,
+    "erfc": _READS_OPERAND,
+    "expm1": _READS_OPERAND,
+    "integer_pow": _READS_OPERAND,
+    "log": _READS_OPERAND,
+    "log1p": _READS_OPERAND,
+    "pow": _READS_OPERAND,
+    "sign": _READS_OPERAND,
+    "sin": _READS_OPERAND,
+    "square": _READS_OPERAND,
+    "cbrt": _READS_RESULT,
+    "exp": _READS_RESULT,
+    "exp2": _READS_RESULT,
+    "logistic": _READS_RESULT,
+    "max": _READS_RESULT,
+    "min": _READS_RESULT,
+    "rsqrt": _READS_RESULT,
+    "sqrt": _READS_RESULT,
+    "tanh": _READS_RESULT,
+    "eq": _PIECEWISE_CONSTANT,
+    "ge": _PIECEWISE_CONSTANT,
+    "gt": _PIECEWISE_CONSTANT,
+    "is_finite": _PIECEWISE_CONSTANT,
+    "le": _PIECEWISE_CONSTANT,
+    "lt": _PIECEWISE_CONSTANT,
+    "ne": _PIECEWISE_CONSTANT,
+    "and": _PIECEWISE_CONSTANT,
+    "or": _PIECEWISE_CONSTANT,
+    "not": _PIECEWISE_CONSTANT,
+    "ceil": _PIECEWISE_CONSTANT,
+    "floor": _PIECEWISE_CONSTANT,
+    "round": _PIECEWISE_CONSTANT,
+    "nextafter": _PIECEWISE_CONSTANT,
+    # Along axes.
+    "reduce_sum": Facts(linear=True, awaited=True, reduction=True),
+    "reduce_max": Facts(awaited=True, reduction=True),
+    "reduce_and": Facts(reduction=True),
+    "reduce_or": Facts(reduction=True),
+    "argmax": _INDEX,
+    "argmin": _INDEX,
+    "cumsum": _LINEAR,
+    "reduce_window_sum": _LINEAR,
     # Shapes and places.
-    "broadcast_in_dim": _ELEMENTWISE,
-    "copy": _ELEMENTWISE,
-    "copy_p": _ELEMENTWISE,
-    "expand_dims": _ELEMENTWISE,
-    "reshape": _ELEMENTWISE,
-    "squeeze": _ELEMENTWISE,
+    "broadcast_in_dim": _VIEW_IN_LAYER,
+    "copy": _VIEW_IN_LAYER,
+    "copy_p": _VIEW_IN_LAYER,
+    "expand_dims": _VIEW_IN_LAYER,
+    "reshape": _VIEW_IN_LAYER,
+    "squeeze": _VIEW_IN_LAYER,
     "concatenate": _LINEAR,
-    "optimization_barrier": _LINEAR,
+    "optimization_barrier": _VIEW,
     "pad": _LINEAR,
-    "rev": _LINEAR,
-    "slice": _LINEAR,
-    "transpose": _LINEAR,
+    "rev": _VIEW,
+    "slice": _VIEW,
+    "transpose": _VIEW,
+    "tile": _LINEAR,
+    "iota": Facts(derivative="nothing"),
+    "stop_gradient": Facts(view=True, derivative="nothing"),
     "dynamic_slice": Facts(linear_in=(0,)),
     "gather": Facts(linear_in=(0,), awaited=True),
     "scatter": Facts(places=2),
@@ -144,6 +208,7 @@ def multiply_adds(equations: Iterable[core.JaxprEqn]) -> float:
     Of a branch the longest counts, and a ``while`` loop as one round.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> closed = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5)))
       >>> multiply_adds(closed.jaxpr.eqns)

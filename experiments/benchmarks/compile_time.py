@@ -1,0 +1,224 @@
+"""What a program costs before it first runs: tracing, lowering and compilation apart.
+
+A user meets the compiler first. Tracing is JAX's own, lowering makes StableHLO of what
+was traced, and compilation is XLA's. On a CPU that goes by the number of kernels: XLA
+compiles each distinct fusion as a module of its own and reuses identical ones.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from experiments.benchmarks import peers, programs, subjects, transformer
+from experiments.benchmarks.measure import Program
+from experiments.benchmarks.problem import Problem
+from experiments.benchmarks.subjects import Subject
+from experiments.benchmarks.table import NOTHING, Table
+from experiments.models import vit
+
+PHASES = ("trace", "lowering", "compilation")
+_REFERENCE = "backprop"
+# problem(arithmetic, simulated), see `subjects.problem`; None where there is no such.
+Maker = Callable[[str, bool], Problem | None]
+
+
+def unrolled(depth: int) -> Subject:
+    """A vision transformer of width 64 whose blocks are traced one by one."""
+    network = functools.partial(
+        vit.ViT, patch=8, width=64, depth=depth, num_heads=4, mlp_width=256
+    )
+    return Subject(network, (32, 32, 3))
+
+
+def scanned(depth: int, arithmetic: str, simulated: bool) -> Problem | None:
+    """The like with its blocks in one scan; its integers are not simulated."""
+    if simulated and arithmetic != "float32":
+        return None
+    network = transformer.Transformer(64, depth, 4, 17, 10, inputs=8 * 8 * 3)
+    return transformer.problem(network, 2, arithmetic)
+
+
+def _of_subject(subject: Subject, arithmetic: str, simulated: bool) -> Problem:
+    return subjects.problem(subject, 2, arithmetic, simulated=simulated)
+
+
+def _makers(depths: tuple[int, ...]) -> dict[str, Maker]:
+    makers: dict[str, Maker] = {}
+    for depth in depths:
+        makers[f"{depth} blocks"] = functools.partial(_of_subject, unrolled(depth))
+    for depth in depths[-1:]:
+        makers[f"{depth} blocks, scanned"] = functools.partial(scanned, depth)
+    return makers
+
+
+def tables(smoke: bool) -> Iterator[Table]:
+    """Compiles transformers of 4 and 12 blocks, a ResNet18 and an LSTM.
+
+    Args:
+      smoke: whether to take a tiny network of 1 and 2 layers instead.
+    """
+    makers = _smallest() if smoke else _makers((4, 12))
+    for name in () if smoke else ("resnet18", "lstm"):
+        subject = subjects.SUBJECTS[name]
+        makers[name] = functools.partial(_of_subject, subject)
+    yield from _tables(makers, smoke)
+
+
+def deep(smoke: bool) -> Iterator[Table]:
+    """Compiles transformers of 12 and 48 blocks, which takes its time.
+
+    Args:
+      smoke: whether to take a tiny network of 1 and 2 layers instead.
+    """
+    yield from _tables(_smallest() if smoke else _makers((12, 48)), smoke)
+
+
+def _smallest() -> dict[str, Maker]:
+    return {
+        f"{depth} blocks": functools.partial(_of_subject, subjects.stack(8, depth))
+        for depth in (1, 2)
+    }
+
+
+def _tables(makers: Mapping[str, Maker], smoke: bool) -> Iterator[Table]:
+    raw: list[dict[str, Any]] = []
+    for arithmetic in ("float32",) if smoke else ("float32", "16w8a"):
+        for network, maker in makers.items():
+            for name, make in _programs(maker, arithmetic).items():
+                record = {"network": network, "arithmetic": arithmetic, "program": name}
+                raw.append({**record, **measured(make, optimize=not smoke)})
+    rows = [_row(record, raw) for record in raw]
+    yield Table(
+        title="Seconds before the first run",
+        columns=(
+            *("network", "arithmetic", "program", *PHASES),
+            *("trace + lowering / backprop", "compilation / backprop", "kernels"),
+        ),
+        rows=rows,
+        note="Every program from empty caches, one after the other. In 16w8a backprop "
+        "rounds float32 weights on the way. Kernels: distinct computations that XLA "
+        f"fuses. {NOTHING}: without such a step of backprop.",
+        raw=raw,
+    )
+    yield _growth(raw)
+
+
+def _programs(maker: Maker, arithmetic: str) -> dict[str, Callable[[], Program]]:
+    problem, trained = maker(arithmetic, False), maker(arithmetic, True)
+    assert problem is not None
+    found = {
+        "inference": functools.partial(programs.inference, problem),
+        "fgrad, m=1": functools.partial(programs.forward_step, problem),
+        "jax.vmap, K=1": functools.partial(programs.vmap_step, problem, 1),
+    }
+    if trained is not None:
+        found[_REFERENCE] = functools.partial(programs.backprop_step, trained)
+    if arithmetic == "float32" and peers.installed("evosax"):
+        found["evosax, Open_ES(2)"] = functools.partial(
+            peers.evosax_generation, problem, 2
+        )
+    return found
+
+
+def measured(make: Callable[[], Program], *, optimize: bool = True) -> dict[str, Any]:
+    """Seconds of each phase of a program from empty caches, and its kernels.
+
+    Args:
+      make: makes the program, which traces and lowers it.
+      optimize: whether the compiler shall make good code, as it does for users.
+    """
+    jax.clear_caches()
+    program = make()
+    program.compile(optimize)
+    return {**program.seconds, "kernels": distinct_kernels(program.text())}
+
+
+def _row(record: Mapping[str, Any], raw: list[dict[str, Any]]) -> list[str]:
+    same = ("network", "arithmetic")
+    reference = next(
+        (
+            other
+            for other in raw
+            if other["program"] == _REFERENCE
+            and all(other[k] == record[k] for k in same)
+        ),
+        None,
+    )
+
+    def ratio(*phases: str) -> str:
+        if reference is None:
+            return NOTHING
+        return (
+            f"{sum(record[p] for p in phases) / sum(reference[p] for p in phases):.2f}"
+        )
+
+    return [
+        *(record[k] for k in (*same, "program")),
+        *(f"{record[p]:.2f}" for p in PHASES),
+        ratio("trace", "lowering"),
+        ratio("compilation"),
+        str(record["kernels"]),
+    ]
+
+
+def _growth(raw: list[dict[str, Any]]) -> Table:
+    """What one block more costs, between the two depths of each kind of network."""
+    series: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for record in raw:
+        if match := re.fullmatch(r"(\d+) blocks", record["network"]):
+            key = (record["arithmetic"], record["program"])
+            series.setdefault(("unrolled", *key), {})[int(match[1])] = record
+    rows, between = [], []
+    for (kind, arithmetic, program), records in series.items():
+        shallow, deepest = min(records), max(records)
+        slope = {
+            what: (records[deepest][what] - records[shallow][what])
+            / (deepest - shallow)
+            for what in (*PHASES, "kernels")
+        }
+        cells = [f"{value:.2f}" for value in slope.values()]
+        rows.append([kind, arithmetic, program, f"{shallow} to {deepest}", *cells])
+        between.append({"arithmetic": arithmetic, "program": program, **records})
+    return Table(
+        title="Seconds for each further block",
+        columns=("blocks", "arithmetic", "program", "from", *PHASES, "kernels"),
+        rows=rows,
+        note="The difference between the two depths over the difference of depths.",
+        raw=between,
+    )
+
+
+def distinct_kernels(text: str) -> int:
+    """How many computations of a compiled program are fused, equal ones counted once.
+
+    Args:
+      text: the optimized HLO.
+
+    Returns:
+      Their number, whatever their instructions are called.
+    """
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            lines = bodies.setdefault(header[1], [])
+        elif line.startswith(" "):
+            lines.append(re.sub(r", metadata=\{.*?\}", "", line))
+
+    @functools.cache
+    def canonical(computation: str) -> str:
+        names: dict[str, str] = {}
+
+        def renamed(match: re.Match[str]) -> str:
+            if match[1] in bodies:
+                return f"{{{canonical(match[1])}}}"
+            return names.setdefault(match[1], f"%{len(names)}")
+
+        whole = "\n".join(bodies[computation])
+        return re.sub(r"%([\w.\-]+)", renamed, whole)
+
+    fused = re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text)
+    return len({canonical(name) for name in fused})

@@ -1,0 +1,1 @@
+"""The loops that the launcher runs; a configuration names its own."""

@@ -1,0 +1,119 @@
+"""Checks of configurations before any work begins.
+
+A name that is not known, or a number that makes a result meaningless, is told at once
+and not after minutes of pre-training.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import registry
+from experiments.learners import adapt, learner, metrics, nearest_centroid
+from experiments.usage import UsageError, check_names
+from experiments.workdir import report
+
+
+def check_training(config: ConfigDict) -> None:
+    """Checks a configuration of ordinary training, or of a landscape.
+
+    Args:
+      config: see ``configs/quickstart.py``; one with ``parts`` holds several by name.
+
+    Raises:
+      UsageError: for unknown names, and for seeds or learning rates that are missing.
+    """
+    for part in _parts(config):
+        _check_common(part)
+        check_names("backbone", _given(part.backbone), registry.BACKBONES)
+        check_names("figure", [part.figure], report.FIGURES)
+        registry.check_domains(part.dataset, [part.source, part.target])
+        _check_seeds("seeds", part.seeds)
+        for name in part.run:
+            rates = part.methods[name].learning_rates
+            _check_some(f"methods.{name}.learning_rates", rates)
+            if len(rates) > 1:
+                _check_seeds("tuning_seeds", part.tuning_seeds)
+
+
+def check_few_shot(config: ConfigDict) -> None:
+    """Checks a configuration of few-shot learning.
+
+    Args:
+      config: see ``configs/fewshot_vision.py``; one with ``parts`` holds several.
+
+    Raises:
+      UsageError: for unknown names, and for fewer than two tasks.
+    """
+    for part in _parts(config):
+        _check_common(part)
+        nearest_centroid.check_settings(part)
+        registry.check_domains(part.dataset, [part.domain])
+        if part.tasks < 2:
+            raise UsageError(
+                "tasks must be at least 2, for an interval of the mean accuracy, got "
+                f"{part.tasks}."
+            )
+        if part.tuning_tasks < 1:
+            raise UsageError(
+                f"tuning_tasks must be at least 1, got {part.tuning_tasks}."
+            )
+
+
+def check_memory(config: ConfigDict) -> None:
+    """Checks a configuration of the table of memory.
+
+    Args:
+      config: see ``configs/memory.py``.
+
+    Raises:
+      UsageError: for unknown names.
+    """
+    names = [network.name for network in config.networks.values()]
+    check_names("network", names, registry.NETWORKS)
+    for method in config.methods.values():
+        adapt.check_way(method.adaptation)
+
+
+def _parts(config: ConfigDict) -> list[ConfigDict]:
+    """The parts of a configuration, or itself if it has none."""
+    if "parts" not in config:
+        return [config]
+    parts = list(config.parts.values())
+    if len({tuple(part.run) for part in parts}) != 1:
+        raise UsageError(
+            "the parts of a configuration stand side by side in one table, so there "
+            "must be parts and all must run the same methods; got "
+            f"{ {name: tuple(part.run) for name, part in config.parts.items()} }."
+        )
+    return parts
+
+
+def _check_common(config: ConfigDict) -> None:
+    """Checks what every experiment with a dataset names."""
+    check_names("network", [config.network], registry.NETWORKS)
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    check_names("published weights", _given(config.weights), registry.WEIGHTS)
+    check_names("metric", config.metrics, metrics.METRICS)
+    _check_some("metrics", config.metrics)
+    methods: Mapping[str, Any] = config.methods
+    check_names("method", config.run, methods)
+    for method in (config.pretrain, *(methods[name] for name in config.run)):
+        learner.check_method(method)
+
+
+def _given(name: str | None) -> list[str]:
+    """A name that may be left out, as a list."""
+    return [name] if name else []
+
+
+def _check_seeds(name: str, seeds: Any) -> None:
+    _check_some(name, seeds)
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise UsageError(f"{name} must be whole numbers, got {seeds!r}.")
+
+
+def _check_some(name: str, values: Any) -> None:
+    if not len(values):
+        raise UsageError(f"{name} must have at least one entry, got none.")

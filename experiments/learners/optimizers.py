@@ -1,0 +1,204 @@
+"""The optax chain of a method: estimator, enhancements, optimizer, weight grid."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import fgrad
+from experiments.usage import UsageError, check_names
+from fgrad import activity, enhancements, estimators, perturbations
+
+GRADIENTS = ("backward", "forward", "activity")
+
+ESTIMATORS: dict[str, Callable[..., Any]] = {
+    "sign_m_spsa": estimators.sign_m_spsa,
+    "spsa": estimators.spsa,
+    "normalized_spsa": estimators.normalized_spsa,
+}
+
+PERTURBATIONS: dict[str, Callable[..., perturbations.Perturbation]] = {
+    "normal": perturbations.normal,
+    "rademacher": perturbations.rademacher,
+    "binomial": perturbations.binomial,
+    "low_rank": perturbations.low_rank,
+}
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
+
+EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
+    "weights": lambda epsilon: epsilon,
+    "rms": fgrad.relative_epsilon,
+    "step": fgrad.step_epsilon,
+}
+
+
+def check_method(method: ConfigDict) -> None:
+    """Makes sure that the chain of a method can be built.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+
+    Raises:
+      UsageError: for names that there are not.
+    """
+    if method.gradient not in GRADIENTS:
+        raise UsageError(
+            'gradient must be "backward", "forward" or "activity", got '
+            f"{method.gradient!r}."
+        )
+    check_names("optimizer", [method.optimizer], OPTIMIZERS)
+    if method.gradient == "backward":
+        return
+    check_names("estimator", [method.estimator], ESTIMATORS)
+    check_names("perturbation", [method.perturbation], PERTURBATIONS)
+    check_names("unit of epsilon", [method.epsilon_unit], EPSILON_UNITS)
+    check_names("enhancement", method.enhancements, enhancements.__all__)
+
+
+def make_optimizer(
+    method: ConfigDict, learning_rate: Any, steps: Any, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the chain.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+      learning_rate: at the start; it decays linearly to 0. May be traced.
+      steps: length of the run. May be traced.
+      key: of all random choices: perturbations, ascents and sparse weights.
+
+    Raises:
+      UsageError: for names that there are not.
+    """
+    check_method(method)
+    schedule = _linear_decay(learning_rate, steps)
+    optimizer = optax.chain(
+        OPTIMIZERS[method.optimizer](schedule), _scaled(method.get("rate_factors", {}))
+    )
+    if method.gradient == "backward":
+        return optax.with_extra_args_support(optimizer)
+    ascent_key, choice_key = (jax.random.fold_in(key, i) for i in (1, 2))
+    chosen: Mapping[str, Any] = method.enhancements
+
+    def links(name: str) -> list[Any]:
+        return [getattr(enhancements, name)(**chosen[name])] if name in chosen else []
+
+    guides = links("momentum_guided_sampling")
+    chain = optax.chain(
+        make_estimator(method, key, schedule, guide=next(iter(guides), None)),
+        *links("kernel_normalization"),
+        fgrad.on_values(optimizer),
+        *links("error_feedback"),
+        fgrad.quantized_update(),
+    )
+    if "sharpness_aware" in chosen:
+        settings = chosen["sharpness_aware"]
+        chain = enhancements.sharpness_aware(chain, ascent_key, **settings)
+    if "sparse_update" in chosen:
+        settings = chosen["sparse_update"]
+        chain = enhancements.sparse_update(chain, key=choice_key, **settings)
+    return optax.with_extra_args_support(chain)
+
+
+def make_estimator(
+    method: ConfigDict, key: jax.Array, schedule: optax.Schedule, guide: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the first link of a forward method's chain: it estimates the gradient.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+      key: of the perturbations.
+      schedule: learning rate, which weights of less than 16 bits are estimated with.
+      guide: of momentum-guided sampling, or None.
+    """
+
+    def weights(mask: Any = None) -> optax.GradientTransformationExtraArgs:
+        return fgrad.fixed_point_forward_grad(
+            key,
+            mask=mask,
+            epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
+            num_perturbations=method.num_perturbations,
+            vectorize=method.vectorize,
+            perturbation=_perturbation(method),
+            estimator=ESTIMATORS[method.estimator],
+            low_bit=fgrad.on_grid(schedule) if method.low_bit else None,
+            guide=guide,
+        )
+
+    if method.gradient != "activity":
+        return weights()
+    sites = [_site(name, **given) for name, given in method.sites.items()]
+    return fgrad.activity_forward_grad(
+        key,
+        sites,
+        num_perturbations=method.num_perturbations,
+        vectorize=method.vectorize,
+        others=weights(activity.leaves_outside(sites)) if method.others else None,
+    )
+
+
+def forward_passes(method: ConfigDict) -> int:
+    """Forward passes of a step; a backward pass counts as two.
+
+    Behind a perturbed activation only the rest of the network is evaluated again. That
+    counts as a whole pass as well.
+    """
+    if method.gradient == "backward":
+        return 3
+    pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
+    if method.gradient == "activity":
+        # One pass reaches the loss without perturbations. An exact site evaluates
+        # nothing but the loss function again, which counts for nothing here.
+        random = sum(not site.get("exact") for site in method.sites.values())
+        return 1 + 2 * pairs * (random + bool(method.others))
+    return 2 * pairs
+
+
+def _site(
+    name: str, synthetic: Mapping[str, Any] | None = None, **settings: Any
+) -> activity.Site:
+    """Makes the site of a configuration's settings.
+
+    Args:
+      name: of the perturbed layer.
+      synthetic: settings of its synthetic gradient, such as ``{"site": "classifier"}``.
+      **settings: other arguments of `fgrad.activity.Site`.
+    """
+    if synthetic is not None:
+        settings["synthetic"] = activity.SyntheticGradient(**synthetic)
+    return activity.Site(name, **settings)
+
+
+def _perturbation(method: ConfigDict) -> perturbations.Perturbation:
+    arguments = {"rank": method.rank} if method.perturbation == "low_rank" else {}
+    return PERTURBATIONS[method.perturbation](**arguments)
+
+
+def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of layers, which are named by the start of their paths."""
+
+    def scaled(updates: Any) -> Any:
+        for name, factor in factors.items():
+            updates = jax.tree.map(
+                lambda update, inside, factor=factor: (
+                    update * factor if inside else update
+                ),
+                updates,
+                activity.leaves_of([name])(updates),
+            )
+        return updates
+
+    return optax.stateless(lambda updates, params: scaled(updates))
+
+
+def _linear_decay(learning_rate: Any, steps: Any) -> optax.Schedule:
+    """A schedule down to 0; unlike those of optax it takes traced ``steps``."""
+    return lambda count: learning_rate * jnp.maximum(1 - count / steps, 0)

@@ -1,0 +1,32 @@
+"""The core lane: the tests that ``pytest -m "not slow"`` runs.
+
+A test that takes long is marked ``slow`` as a whole if others show the same faster. Of
+a test with many cases the core lane keeps some of each kind, by `some` or `every`.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def some(cases: Iterable[Any], core: Iterable[Any]) -> list[Any]:
+    """The values of one argument as parameters, slow but for those in ``core``."""
+    cases, core = list(cases), list(core)
+    missing = [case for case in core if case not in cases]
+    assert not missing, f"{missing} are no cases"
+    return [case if case in core else _slow(case) for case in cases]
+
+
+def every(number: int, cases: Iterable[Any]) -> list[Any]:
+    """The values of one argument, slow but for the first of each ``number``."""
+    return [_slow(x) if i % number else x for i, x in enumerate(cases)]
+
+
+def every_row(number: int, rows: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The values of several arguments, slow but for the first of each ``number``."""
+    return [_slow(*row) if i % number else row for i, row in enumerate(rows)]
+
+
+def _slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)

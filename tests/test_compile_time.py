@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import compile_time, programs, subjects
+from experiments.benchmarks.measure import Program
+
+HLO = """
+%region_0.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add.1 = f32[] add(%a, %b), metadata={op_name="add"}
+}
+
+%region_9.1 (c: f32[], d: f32[]) -> f32[] {
+  %c = f32[] parameter(0)
+  %d = f32[] parameter(1)
+  ROOT %add.7 = f32[] add(%c, %d), metadata={op_name="other"}
+}
+
+%fused (p: f32[4]) -> f32[] {
+  %p = f32[4]{0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %r = f32[] reduce(%p, %zero), dimensions={0}, to_apply=%region_0.1
+}
+
+%fused.1 (q: f32[4]) -> f32[] {
+  %q = f32[4]{0} parameter(0)
+  %nothing = f32[] constant(0)
+  ROOT %s = f32[] reduce(%q, %nothing), dimensions={0}, to_apply=%region_9.1
+}
+
+%fused.2 (q: f32[4]) -> f32[] {
+  %q.1 = f32[4]{0} parameter(0)
+  %one = f32[] constant(1)
+  ROOT %s.1 = f32[] reduce(%q.1, %one), dimensions={0}, to_apply=%region_9.1
+}
+
+ENTRY %main (x: f32[4]) -> (f32[], f32[], f32[]) {
+  %x = f32[4]{0} parameter(0)
+  %f = f32[] fusion(%x), kind=kLoop, calls=%fused
+  %g = f32[] fusion(%x), kind=kLoop, calls=%fused.1
+  %h = f32[] fusion(%x), kind=kLoop, calls=%fused.2
+  ROOT %t = (f32[], f32[], f32[]) tuple(%f, %g, %h)
+}
+"""
+
+
+def test_equal_kernels_are_counted_once():
+    # The first two differ in names and metadata only, the third in a constant.
+    assert compile_time.distinct_kernels(HLO) == 2
+    assert compile_time.distinct_kernels(HLO.replace("constant(1)", "constant(0)")) == 1
+
+
+@pytest.mark.optimized
+def test_equal_layers_share_their_kernels():
+    def run(x, w, layers):
+        for _ in range(layers):
+            x = jnp.sin(x @ w) * 2
+        return x
+
+    x = jnp.ones((4, 4))
+
+    def kernels(layers):
+        program = Program(lambda x, w: run(x, w, layers), x, x)
+        program.compile()
+        return compile_time.distinct_kernels(program.text())
+
+    assert kernels(2) == kernels(5) > 0
+
+
+def test_every_phase_is_timed_from_empty_caches():
+    problem = subjects.problem(subjects.stack(4, 1), 2)
+    found = [
+        compile_time.measured(lambda: programs.forward_step(problem), optimize=False)
+        for _ in range(2)
+    ]
+    for record in found:
+        assert set(record) == {*compile_time.PHASES, "kernels"}
+        assert all(record[phase] > 0 for phase in compile_time.PHASES)
+    # The second time nothing is remembered: a cached trace takes less than a tenth.
+    assert found[1]["trace"] > 0.1 * found[0]["trace"]
+
+
+def test_the_scanned_network_does_not_grow():
+    counts = []
+    for depth in (2, 3):
+        problem = compile_time.scanned(depth, "float32", False)
+        jaxpr = jax.make_jaxpr(problem.loss_fn)(problem.params, **problem.data)
+        counts.append(len(jaxpr.eqns))
+    assert counts[0] == counts[1]
+    assert compile_time.scanned(2, "16w8a", True) is None
+
+
+def test_a_further_block_is_the_slope_between_depths():
+    records = [
+        {
+            "network": f"{depth} blocks",
+            "arithmetic": "float32",
+            "program": "backprop",
+            "trace": 1.0 + depth,
+            "lowering": 2.0,
+            "compilation": 3.0 * depth,
+            "kernels": 7,
+        }
+        for depth in (4, 12)
+    ]
+    (row,) = compile_time._growth(records).rows
+    assert row[3:] == ["4 to 12", "1.00", "0.00", "3.00", "0.00"]
+    twice = {**records[0], "program": "fgrad, m=1", "compilation": 24.0}
+    assert compile_time._row(twice, records)[-3:] == ["1.00", "2.00", "7"]
