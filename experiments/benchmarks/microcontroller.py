@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import report, train
 from experiments.benchmarks import emulation
 from experiments.configs import quickstart
+from experiments.drivers import training
+from experiments.drivers.progress import show_progress
 from fgrad import integer
 from fgrad.integer import CProgram, Program, TrainStep
 
@@ -62,9 +63,9 @@ SMOKE = Settings(3, 2, 1, emulated_steps=1, seeds=(0,))
 def prepared(directory: pathlib.Path, smoke: bool) -> tuple[Program, Any, Any]:
     """The calibrated program, and the train and test split of the rotated digits."""
     config = quickstart.get_config("smoke" if smoke else "full")
-    with report.progress() as progress:
+    with show_progress() as progress:
         progress.expect(config.pretrain.steps)
-        task = train.prepare(config, directory, progress)
+        task = training.prepare(config, directory, progress)
     network = task.network(bits=None)
 
     def logits(params: Any, images: jax.Array) -> jax.Array:
