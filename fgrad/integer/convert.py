@@ -213,7 +213,9 @@ def convert(
 def integers(params: Any) -> Any:
     """The integer arrays of parameters, without their scales."""
     return jax.tree.map(
-        lambda x: x.qvalue if is_qtensor(x) else x, params, is_leaf=is_qtensor
+        lambda x: fixed_point.integers_of(x) if is_qtensor(x) else x,
+        params,
+        is_leaf=is_qtensor,
     )
 
 

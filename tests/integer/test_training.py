@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fgrad
-from fgrad.integer import Fixed, audit, convert, loss, train_step
+from fgrad.integer import Fixed, audit, convert, integers, loss, train_step
 from tests.integer.conftest import TEST, function
 
 
@@ -71,23 +71,24 @@ def test_the_optax_link_takes_the_same_trajectory():
     program = convert(logits, start, x)
     encoded = program.encode(x)
     scale = float(start["w"].scale)
-    # 3 whole grid steps for a unit of z, which both arithmetics hold exactly.
-    rate = 3 * 2 * scale * 32
+    # A unit of z is 7 whole grid steps of the perturbation and 3 of the update, which
+    # both arithmetics hold exactly.
+    epsilon, rate = 7 * 32 * scale, 3 * 2 * scale * 32
     init, step = train_step(
         program,
         jax.random.key(4),
         learning_rate=rate,
-        epsilon=0.01,
+        epsilon=epsilon,
         num_perturbations=2,
     )
 
     def value_fn(params):
-        value = step.loss({"w": params["w"].qvalue}, (encoded, labels))
+        value = step.loss(integers(params), (encoded, labels))
         return value.astype(jnp.float32)
 
     tx = optax.chain(
         fgrad.fixed_point_forward_grad(
-            jax.random.key(4), epsilon=0.01, num_perturbations=2
+            jax.random.key(4), epsilon=epsilon, num_perturbations=2
         ),
         optax.sgd(rate),
         fgrad.quantized_update(),
