@@ -226,7 +226,8 @@ class _Product(_Quantized):
                 "variables = fgrad.layers.calibrate(model, variables, x) and pass "
                 'its "activation_scales" on, or use activation_scale="dynamic".'
             )
-        return self.get_variable(SCALES, name)
+        scale: jax.Array = self.get_variable(SCALES, name)
+        return scale
 
     def _calibrated(self, x: jax.Array) -> jax.Array:
         return fixed_point.calibrate_scale(

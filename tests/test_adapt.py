@@ -220,6 +220,7 @@ class Pointwise(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_low_rank_leaves_of_a_pointwise_convolution():
     network = Pointwise()
     pretrained = network.init(jax.random.key(0), images(1))["params"]
@@ -258,6 +259,7 @@ def test_an_adapter_with_a_hidden_layer():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_with_local_heads_learn_from_their_own_losses():
     settings = {"num_blocks": 2, "num_adapters": 2}
     model, params, _ = begin("adapter", **settings, local_heads=True)
@@ -359,7 +361,7 @@ def leaves(tree):
 METHODS = ["backprop", "forward_16w8a"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some(METHODS, ["backprop"]))
 def test_frozen_leaves_stay_and_have_no_state(name):
     (start, *_, end), _ = trained(name, "deep_prompts")
     assert bits_of(end.frozen) == bits_of(start.frozen)
@@ -373,6 +375,7 @@ def test_frozen_leaves_stay_and_have_no_state(name):
     assert not any("Conv_0" in path for path in sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "way"),
     [
@@ -433,6 +436,7 @@ def test_the_trajectory_is_that_of_the_whole_tree_with_a_mask():
     assert bits_of(params) == bits_of(adapt.merge(end.params, end.frozen))
 
 
+@pytest.mark.slow
 def test_the_backward_gradient_is_that_of_the_trained_leaves():
     (start, after, *_), _ = trained("backprop", "deep_prompts")
     settings = method("backprop", "deep_prompts")

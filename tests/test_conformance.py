@@ -396,7 +396,7 @@ def test_unknown_arguments_and_incoming_updates_are_ignored(name):
     assert_close(step(*ref.carries[0]), ref.carries[1])
 
 
-@every_estimator
+@pytest.mark.parametrize("name", some(ESTIMATORS, ["qzo_ff", "sparse_update"]))
 def test_links_before_an_estimator_change_nothing(name):
     ref = reference(name, "8 bits")
     tx = optax.chain(

@@ -16,7 +16,9 @@ ALLOWED = {
     "_trees": set(),
     "tracing": {"_trees"},
     "fixed_point": {"_trees", "tracing"},
-    "serialization": {"_trees", "fixed_point"},
+    "_validation": set(),
+    "_interchange": {"_validation", "fixed_point"},
+    "serialization": {"_trees", "_validation", "fixed_point"},
     "layers": {"_trees", "fixed_point"},
     "perturbations": {"_trees", "fixed_point", "tracing"},
     "leaves": {"_trees", "fixed_point", "tracing", "perturbations"},
@@ -26,9 +28,9 @@ ALLOWED = {
 ALLOWED["estimators"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["transform"] = ALLOWED["estimators"] | {"estimators", "_arguments"}
 ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
-# Beside the evaluator: gradients from activations know the estimators' coefficients,
-# and nothing of how weights are evaluated.
-ALLOWED["activity"] = ALLOWED["_arguments"] | {"_arguments", "estimators", "tracing"}
+# Beside the links: gradients from activations know the estimators' coefficients, and of
+# the evaluator what it asks of a traced loss.
+ALLOWED["activity"] = ALLOWED["estimators"] | {"estimators", "_arguments"}
 # What looks at a training step from outside.
 ALLOWED["analysis"] = {"_trees", "fixed_point", "tracing", "leaves"}
 # Integer programs and many devices; until they exist, their lines do nothing.

@@ -5,6 +5,7 @@ from experiments.configs import memory as memory_config
 from experiments.drivers import memory_table
 
 
+@pytest.mark.slow
 def test_it_writes_every_method_of_a_network(tmp_path):
     config = memory_config.get_config("smoke")
     results = memory_table.run(config, str(tmp_path))

@@ -39,6 +39,7 @@ def padded():
     return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), labels
 
 
+@pytest.mark.slow
 def test_clean_images_are_mlxtends(tmp_path):
     splits = arrays.load(builder("clean", tmp_path))
     sizes = {name: len(split.labels) for name, split in splits.items()}

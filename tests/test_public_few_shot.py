@@ -117,6 +117,7 @@ def test_cifar_fs_has_its_published_classes(cifar_dir):
     smoke("vision", "cifar_fs", data_dir)
 
 
+@pytest.mark.slow
 def test_cub_is_split_by_number(tmp_path):
     features = tfds.features.FeaturesDict(
         {

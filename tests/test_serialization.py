@@ -197,6 +197,7 @@ class Network(nn.Module):
         return layers.Dense(3, bits=(16, 8))(x)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_an_exported_forward_has_equal_bits_in_a_fresh_process(tmp_path):
     model, x = Network(), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))

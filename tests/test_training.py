@@ -71,6 +71,7 @@ def test_rotated_digits_are_the_upright_ones_rotated(data_dir):
     np.testing.assert_allclose(found, expected, atol=1.01 / 255)
 
 
+@pytest.mark.slow
 def test_mnist_is_mlxtends(data_dir):
     builder = mnist.Mnist5k(
         config="upright", data_dir=data_dir, file_format="array_record"
@@ -110,6 +111,7 @@ def test_the_network_has_the_documented_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_018
 
 
+@pytest.mark.slow
 def test_the_learning_rate_decays_to_zero_within_the_run(data_dir):
     config = quickstart.get_config("smoke")
     method = config.methods.backprop

@@ -98,6 +98,7 @@ def reference_step(params, loss_fn, batch, key, step, *, epsilon, m, lr):
 # ----------------------------------------------------------------- the estimator
 
 
+@pytest.mark.slow
 def test_difference_quotient_is_the_directional_derivative():
     params, loss_fn, batch = problem()
     z = perturbations.normal()
@@ -391,6 +392,7 @@ def test_qzo_ff_is_the_chain_of_its_links():
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint(tmp_path):
     params, loss_fn, batch = problem((16, 8))
     tx = fgrad.qzo_ff(5e-3, jax.random.key(0), epsilon=1e-2)

@@ -109,7 +109,7 @@ def _tables(makers: Mapping[str, Maker], smoke: bool) -> Iterator[Table]:
 def _programs(maker: Maker, arithmetic: str) -> dict[str, Callable[[], Program]]:
     problem, trained = maker(arithmetic, False), maker(arithmetic, True)
     assert problem is not None
-    found = {
+    found: dict[str, Callable[[], Program]] = {
         "inference": functools.partial(programs.inference, problem),
         "fgrad, m=1": functools.partial(programs.forward_step, problem),
         "jax.vmap, K=1": functools.partial(programs.vmap_step, problem, 1),
@@ -181,7 +181,13 @@ def _growth(raw: list[dict[str, Any]]) -> Table:
         }
         cells = [f"{value:.2f}" for value in slope.values()]
         rows.append([kind, arithmetic, program, f"{shallow} to {deepest}", *cells])
-        between.append({"arithmetic": arithmetic, "program": program, **records})
+        between.append(
+            {
+                "arithmetic": arithmetic,
+                "program": program,
+                "records": list(records.values()),
+            }
+        )
     return Table(
         title="Seconds for each further block",
         columns=("blocks", "arithmetic", "program", "from", *PHASES, "kernels"),

@@ -42,7 +42,7 @@ SECTIONS = {
     "vit": Section(gpu_sections.vit, 110, _SHARED),
     "int8": Section(gpu_sections.int8, 40, _SHARED),
     "kernel": Section(gpu_sections.kernel, 45, _SHARED),
-    "headline": Section(gpu_sections.headline, 130, _WHOLE),
+    "headline": Section(gpu_sections.headline, 200, _WHOLE),
     "decoder": Section(gpu_sections.decoder, 75, _SHARED),
     "peers": Section(gpu_sections.peers, 60, _SHARED),
     "mezo": Section(gpu_sections.mezo, 30, {"JAX_PLATFORMS": "cpu"}),

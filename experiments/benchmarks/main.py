@@ -5,8 +5,8 @@
 Prints its tables as Markdown; results.json and tables.md in the workdir hold them, with
 the raw numbers and the device. Memory is the compiler's plan; times are ratios within
 the run, which wants a machine to itself and takes tens of minutes on two cores, most
-of them for compilation. Some of the tables: ``--only=bars,growth``; time of compilation:
-``--only=compile``, or ``compile_deep`` for 48 blocks. A try of some seconds:
+of them for compilation. Some of the tables: ``--only=bars,growth``; what compilation
+takes: ``--only=compile``, or ``compile_deep`` for 48 blocks. A try of some seconds:
 ``--smoke``.
 """
 

@@ -142,7 +142,7 @@ def random_params(network: Transformer, arithmetic: str) -> Any:
     paths, treedef = jax.tree_util.tree_flatten_with_path(
         abstract, is_leaf=fixed_point.is_qtensor
     )
-    leaves = []
+    leaves: list[Any] = []
     for index, (path, leaf) in enumerate(paths):
         key = jax.random.fold_in(jax.random.key(0), index)
         name = fixed_point.path_str(path).split("/")[-1]

@@ -176,29 +176,7 @@ def activity_forward_grad(
     ) -> tuple[Any, ActivityForwardGradState]:
         loss_fn = _arguments.loss("activity_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
-        kwargs = _arguments.named_arguments(loss_fn, extra_args)
-        if options.others is None:
-            gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
-        else:
-            gradient, others_state = options.others.update(
-                updates, state.others, params, value_fn=_mean_of(loss_fn), **extra_args
-            )
-        losses = ExampleLosses(loss_fn, params, options.sites, kwargs)
-        found = _site_gradients(options, losses, state)
-        return _with_gradients(params, gradient, found), ActivityForwardGradState(
-            key=state.key,
-            count=optax.safe_increment(state.count),
-            loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),
-            nonfinite_pairs=sum(
-                (f.nonfinite_pairs for f in found), jnp.zeros([], jnp.int32)
-            ),
-            others=others_state,
-            jacobians={
-                site.names[0]: f.jacobian
-                for site, f in zip(options.sites, found, strict=True)
-                if f.jacobian is not None
-            },
-        )
+        return _update(options, updates, state, params, loss_fn, extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -240,6 +218,39 @@ class _Options:
             estimator=self.estimator,
             vectorize=self.vectorize,
         )
+
+
+def _update(
+    options: _Options,
+    updates: Any,
+    state: ActivityForwardGradState,
+    params: Any,
+    loss_fn: Callable[..., Any],
+    extra_args: dict[str, Any],
+) -> tuple[Any, ActivityForwardGradState]:
+    kwargs = _arguments.named_arguments(loss_fn, extra_args)
+    if options.others is None:
+        gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
+    else:
+        gradient, others_state = options.others.update(
+            updates, state.others, params, value_fn=_mean_of(loss_fn), **extra_args
+        )
+    losses = ExampleLosses(loss_fn, params, options.sites, kwargs)
+    found = _site_gradients(options, losses, state)
+    return _with_gradients(params, gradient, found), ActivityForwardGradState(
+        key=state.key,
+        count=optax.safe_increment(state.count),
+        loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),
+        nonfinite_pairs=sum(
+            (f.nonfinite_pairs for f in found), jnp.zeros([], jnp.int32)
+        ),
+        others=others_state,
+        jacobians={
+            site.names[0]: f.jacobian
+            for site, f in zip(options.sites, found, strict=True)
+            if f.jacobian is not None
+        },
+    )
 
 
 def _site_gradients(

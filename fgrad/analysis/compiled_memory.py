@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import tree_util
 
 
@@ -171,16 +172,16 @@ def _field(path: tuple[Any, ...]) -> str:
     """Name of the field that a leaf is in, if its argument has named fields."""
     match path:
         case (tree_util.GetAttrKey(name=name), _, *_):
-            return name
+            return str(name)
         case _:
             return ""
 
 
 def _bytes(leaf: Any) -> int:
     aval = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         aval = jax.eval_shape(jax.random.key_data, aval)
-    return aval.size * aval.dtype.itemsize
+    return int(aval.size * aval.dtype.itemsize)
 
 
 def _mib(size: int | None) -> str:

@@ -72,13 +72,14 @@ def dot_general(lhs: QTensor, rhs: QTensor, dimension_numbers: Any) -> jax.Array
         shape += [1] * (lhs.ndim - len(lhs_contract) - len(lhs_batch))
         shape += [scale.shape[a] for a in free]
         scale = scale.transpose((*rhs_batch, *free, *rhs_contract)).reshape(shape)
-    product = integer_dot_general_p.bind(
+    product: jax.Array = integer_dot_general_p.bind(
         lhs.qvalue,
         rhs.qvalue,
         bits=rhs.bits,
         dimension_numbers=_tuples(dimension_numbers),
     )
-    return product * (lhs.scale.reshape(()) * scale)
+    dequantized: jax.Array = product * (lhs.scale.reshape(()) * scale)
+    return dequantized
 
 
 def conv_general_dilated(
@@ -122,7 +123,7 @@ def conv_general_dilated(
         shape = [1] * rhs.ndim
         shape[numbers.out_spec[1]] = scale.size
         scale = scale.reshape(shape)
-    product = integer_conv_p.bind(
+    product: jax.Array = integer_conv_p.bind(
         lhs.qvalue,
         rhs.qvalue,
         bits=rhs.bits,
@@ -138,7 +139,8 @@ def conv_general_dilated(
         dimension_numbers=numbers,
         feature_group_count=int(feature_group_count),
     )
-    return product * (lhs.scale.reshape(()) * scale)
+    dequantized: jax.Array = product * (lhs.scale.reshape(()) * scale)
+    return dequantized
 
 
 def float_conv_general_dilated(

@@ -71,7 +71,8 @@ def sum_of_squares(q: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.
         return x[0] + y[0] + (low < x[1]).astype(jnp.uint32), low
 
     zero = jnp.uint32(0)
-    return lax.reduce((jnp.zeros_like(squares), squares), (zero, zero), add, axes)
+    high, low = lax.reduce((jnp.zeros_like(squares), squares), (zero, zero), add, axes)
+    return high, low
 
 
 def square_root(high: jax.Array, low: jax.Array) -> jax.Array:
@@ -112,7 +113,8 @@ def integer_root(high: jax.Array, low: jax.Array) -> jax.Array:
         fits = (square_high < high) | ((square_high == high) & (square_low <= low))
         return jnp.where(fits, trial, root)
 
-    return lax.fori_loop(0, 32, try_bit, jnp.zeros_like(low))
+    root: jax.Array = lax.fori_loop(0, 32, try_bit, jnp.zeros_like(low))
+    return root
 
 
 def _over(shift: jax.Array) -> jax.Array:

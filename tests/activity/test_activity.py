@@ -310,6 +310,7 @@ def test_a_qtensor_has_the_gradient_of_the_floats_that_it_stands_for():
         np.testing.assert_allclose(found[name].qvalue, expected[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_chain_lands_on_the_grid_and_learns():
     x = normal(0, 64, 4)
     y = jnp.tanh(x @ normal(1, 4, 3)) @ normal(2, 3)

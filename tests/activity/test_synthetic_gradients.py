@@ -93,6 +93,7 @@ def test_what_is_linear_is_predicted_exactly(positions, float64):
     assert cosine(first, expected) < 0.99, "it is the prediction that was exact"
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_as_a_control_variate_it_is_unbiased(float64):
     losses, params, kwargs = problem(3, curved=1.0)
@@ -120,6 +121,7 @@ def test_as_a_control_variate_it_is_unbiased(float64):
         assert jnp.linalg.norm(error) < 0.2 * jnp.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_less_noise_where_the_jacobian_differs_between_examples(float64):
     losses, params, kwargs = problem(3, curved=0.5)
     expected = true_gradient(losses, params, kwargs)["inner"]

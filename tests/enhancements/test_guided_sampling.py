@@ -136,6 +136,7 @@ def test_a_step_is_that_of_the_explicit_formulas(bits, vectorize):
             guide[name] = kept
 
 
+@pytest.mark.slow
 def test_without_guidance_the_z_are_those_of_the_perturbation():
     def gradients(**options):
         tx = fgrad.fixed_point_forward_grad(KEY, **options)

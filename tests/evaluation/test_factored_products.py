@@ -62,7 +62,7 @@ def swapped(numbers):
 
 
 @every_dot
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", every(2, [3, 1]))
 def test_dot_general_of_floats(case, rank):
     x_shape, w_shape, numbers, first = DOTS[case]
     x, params = normal(1, x_shape), {"w": normal(2, w_shape)}
@@ -78,7 +78,7 @@ def test_dot_general_of_floats(case, rank):
 
 @every_dot
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("channel_axis", [None, -1])
+@pytest.mark.parametrize("channel_axis", every(2, [-1, None]))
 def test_dot_general_of_integers(case, bits, channel_axis):
     x_shape, w_shape, numbers, first = DOTS[case]
     contracts_last = len(w_shape) - 1 in numbers[0][1]
@@ -242,7 +242,7 @@ def test_weights_at_the_end_of_the_grid_leave_room_for_z():
     assert_equals_dense(value_fn, params, rank=2)
 
 
-@pytest.mark.parametrize("bits", [None, 16])
+@pytest.mark.parametrize("bits", every(2, [16, None]))
 def test_directions_at_once_share_one_base_product(bits):
     """Under vmap no dot has a weight that is batched over the directions."""
     x, params = normal(1, (4, 32)), {"w": normal(2, (32, 48)), "v": normal(3, (48, 40))}

@@ -165,6 +165,7 @@ def test_qzo_ff_takes_the_steps_of_the_formulas(bits, channel_axis):
     assert float(optax.tree.get(state, "frozen_fraction")) == 0
 
 
+@pytest.mark.slow
 def test_leaves_of_other_kinds_learn_by_the_same_evaluations():
     params = {"small": PARAMS["small"], "large": fgrad.quantize(PARAMS["large"], 4)}
     x = jnp.linspace(-1, 1, 80).reshape(2, 40)
