@@ -191,7 +191,8 @@ def forward_gradient(
       mask: leaves to train, as in `fgrad.dual_forward`.
       estimator: `sign_m_spsa`, `normalized_spsa` or `spsa`.
       vectorize: how many directions are evaluated at once, 1 to m. It trades memory
-        for speed and leaves the result as it is.
+        for speed. The directions are the same; the losses may differ in their last
+        bits, since XLA adds up in another order.
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss, "raise"
         stops the program.
       kwargs: passed to ``value_fn``.

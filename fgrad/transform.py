@@ -93,7 +93,8 @@ def fixed_point_forward_grad(
       estimator: `estimators.sign_m_spsa`, `estimators.normalized_spsa` or
         `estimators.spsa`.
       vectorize: how many directions are evaluated at once, 1 to m. It trades memory
-        for speed and leaves the result as it is.
+        for speed. The directions are the same; the losses may differ in their last
+        bits, since XLA adds up in another order.
       mask: leaves to train: a pytree of bools, a prefix of one, or a function from
         params to it. Use it rather than ``optax.masked``, which would hide leaves
         from ``value_fn``.
