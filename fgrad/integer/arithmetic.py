@@ -1,0 +1,245 @@
+r"""Exact integer functions on int32 arrays: no float, no 64-bit type.
+
+Multiplication by a ratio is a multiplication by an integer and a shift to the right,
+
+.. math:: \lfloor q \cdot m / 2^s + 1/2 \rfloor,
+
+and exponentials and logarithms have base two, so that the whole part of an exponent is
+a shift and a table of 256 intervals gives the rest.
+
+The functions that are compiled by themselves (`multiply_shift`, `exact_dot`, ...) stay
+one equation in a traced program. The writer of C knows them by name and puts a function
+or a loop in their place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Fractional bits of an exponent, of a power of two, and of a logarithm.
+EXPONENT_BITS, POWER_BITS, LOG_BITS = 16, 22, 16
+# Exponents at and beyond which a power of two is zero.
+MAX_EXPONENT = 31
+
+_INTERVALS = np.arange(257) / 256
+POWERS = np.rint(2.0 ** (POWER_BITS - _INTERVALS)).astype(np.int32)
+LOGS = np.rint(np.log2(1 + _INTERVALS) * 2 ** (LOG_BITS + 4)).astype(np.int32)
+
+
+@jax.jit
+def multiply_shift(q: jax.Array, multiplier: Any, shift: Any) -> jax.Array:
+    """``⌊q m / 2**s + 1/2⌋`` where ``|q| m + 2**(s - 1)`` is below 2**31.
+
+    Args:
+      q: int32 array.
+      multiplier: m, from 1.
+      shift: s, 1 to 31.
+
+    Example:
+      >>> multiply_shift(jnp.array([5, -5, 6]), 3, 2)  # 3.75, -3.75, 4.5
+      Array([ 4, -4,  5], dtype=int32)
+    """
+    half = jnp.left_shift(jnp.int32(1), jnp.int32(shift) - 1)
+    return (q * jnp.int32(multiplier) + half) >> jnp.int32(shift)
+
+
+@jax.jit
+def multiply_shift_wide(q: jax.Array, multiplier: Any, shift: Any) -> jax.Array:
+    """`multiply_shift` of any q whose product may need 46 bits.
+
+    Args:
+      q: int32 array, ``|q| < 2**31 - 2**15``.
+      multiplier: m, 1 to 2**15 - 1.
+      shift: s, 16 to 46.
+
+    Example:
+      >>> multiply_shift_wide(jnp.array([2_000_000_000]), 30_000, 31)
+      Array([27940], dtype=int32)
+    """
+    multiplier, shift = jnp.int32(multiplier), jnp.int32(shift)
+    # q m = 2**15 (high m) + low m, and half of 2**s is a multiple of 2**15.
+    high, low = q >> 15, q & 0x7FFF
+    half = jnp.left_shift(jnp.int32(1), shift - 16)
+    return (high * multiplier + (low * multiplier >> 15) + half) >> (shift - 15)
+
+
+@jax.jit
+def exp2_negative(t: jax.Array) -> jax.Array:
+    r"""Powers of two, ``2**(-t / 2**16)`` in units of 2**-22.
+
+    Args:
+      t: int32 array, 0 to 31 * 2**16.
+
+    Returns:
+      int32 array, 0 to 2**22; the error is below 5 units.
+
+    Example:
+      >>> exp2_negative(jnp.array([0, 2**15, 2**16])) / 2**22
+      Array([1.       , 0.7071068, 0.5      ], dtype=float32)
+    """
+    whole, fraction = t >> EXPONENT_BITS, t & 0xFFFF
+    index, rest = fraction >> 8, fraction & 0xFF
+    table = jnp.asarray(POWERS)
+    here, there = _read(table, index), _read(table, index + 1)
+    power = here + (((there - here) * rest + 128) >> 8)
+    # Rounded, for what is below one half of a unit is zero.
+    half = jnp.where(whole > 0, jnp.left_shift(1, jnp.maximum(whole - 1, 0)), 0)
+    return (power + half) >> whole
+
+
+@jax.jit
+def log2(x: jax.Array) -> jax.Array:
+    r"""Logarithms, ``log2(x)`` in units of 2**-16.
+
+    Args:
+      x: int32 array, from 1.
+
+    Returns:
+      int32 array, 0 to 31 * 2**16; the error is below 0.8 units.
+
+    Example:
+      >>> log2(jnp.array([1, 2, 10])) / 2**16
+      Array([0.     , 1.     , 3.32193], dtype=float32)
+    """
+    zeros = lax.clz(x)
+    mantissa = jnp.left_shift(x, zeros - 1)  # 2**30 to 2**31
+    index, rest = (mantissa >> 22) & 0xFF, (mantissa >> 8) & 0x3FFF
+    table = jnp.asarray(LOGS)
+    here, there = _read(table, index), _read(table, index + 1)
+    fraction = here + (((there - here) * rest + 0x2000) >> 14)
+    return ((31 - zeros) << LOG_BITS) + ((fraction + 8) >> 4)
+
+
+def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Array:
+    """A table of values at ``low, low + 2**shift, ...``, linear in between.
+
+    Args:
+      table: int32 [n + 1].
+      q: int32 array, ``low`` to ``low + n 2**shift``.
+      low: where the table begins.
+      shift: binary logarithm of the distance of its entries; 0 for an entry each.
+
+    Returns:
+      int32 array, rounded to nearest.
+    """
+    entries = jnp.asarray(table, jnp.int32)
+    offset = q - low
+    if shift == 0:
+        return _read(entries, offset)
+    index = jnp.minimum(offset >> shift, len(table) - 2)
+    rest = offset - (index << shift)
+    here, there = _read(entries, index), _read(entries, index + 1)
+    return here + (((there - here) * rest + (1 << (shift - 1))) >> shift)
+
+
+def _read(table: jax.Array, index: jax.Array) -> jax.Array:
+    return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+# ------------------------------------------------------------------------- products
+
+
+@functools.partial(jax.jit, static_argnames="dimension_numbers")
+def exact_dot(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any) -> jax.Array:
+    """``lax.dot_general`` of int8 and int16 in int32, where the sums fit.
+
+    With ``w = 256 h + (l + 128)``, h and l are int8 for every int16, and the product
+    is ``256 (x · h) + (x · l) + 128 Σ x``: two products that int8 hardware has.
+
+    Args:
+      lhs: int8 array x.
+      rhs: int16 array w.
+      dimension_numbers: as for ``jax.lax.dot_general``, nested tuples.
+
+    Returns:
+      int32 array, exact as long as the result is below 2**31.
+
+    Example:
+      >>> x, w = jnp.array([[3, -2]], jnp.int8), jnp.array([[1000], [32767]], jnp.int16)
+      >>> exact_dot(x, w, dimension_numbers=(((1,), (0,)), ((), ())))
+      Array([[-62534]], dtype=int32)
+    """
+    high, low = _dot_limbs(lhs, rhs, dimension_numbers)
+    return (high << 8) + low
+
+
+@functools.partial(jax.jit, static_argnames="dimension_numbers")
+def coarse_dot(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any) -> jax.Array:
+    """``⌊exact_dot / 256 + 1/2⌋``, for sums of up to 2**17 terms that do not fit.
+
+    Example:
+      >>> x, w = jnp.full((1, 2), 127, jnp.int8), jnp.full((2, 1), 32767, jnp.int16)
+      >>> coarse_dot(x, w, dimension_numbers=(((1,), (0,)), ((), ())))
+      Array([[32511]], dtype=int32)
+    """
+    high, low = _dot_limbs(lhs, rhs, dimension_numbers)
+    return high + ((low + 128) >> 8)
+
+
+def _dot_limbs(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any
+) -> tuple[jax.Array, jax.Array]:
+    """``x · (w >> 8)`` and ``x · (w & 255)``."""
+    product = functools.partial(
+        lax.dot_general,
+        dimension_numbers=dimension_numbers,
+        preferred_element_type=jnp.int32,
+    )
+    high, low = _limbs(rhs)
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    sums = jnp.sum(lhs, axis=lhs_contract, dtype=jnp.int32)
+    # The free axes of the left come after those of the batch, then those of the right.
+    rest = [a for a in range(lhs.ndim) if a not in lhs_contract]
+    order = [*lhs_batch, *(a for a in rest if a not in lhs_batch)]
+    sums = jnp.transpose(sums, [rest.index(a) for a in order])
+    sums = sums.reshape(
+        *sums.shape, *[1] * (rhs.ndim - len(rhs_contract) - len(rhs_batch))
+    )
+    return product(lhs, high), product(lhs, low) + 128 * sums
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def exact_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
+    """``lax.conv_general_dilated`` of int8 and int16 in int32, like `exact_dot`.
+
+    Args:
+      lhs: int8 images.
+      rhs: int16 kernel.
+      options: pairs of a name and a value, all that the equation has.
+    """
+    high, low = _conv_limbs(lhs, rhs, dict(options))
+    return (high << 8) + low
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def coarse_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
+    """``⌊exact_conv / 256 + 1/2⌋``, like `coarse_dot`."""
+    high, low = _conv_limbs(lhs, rhs, dict(options))
+    return high + ((low + 128) >> 8)
+
+
+def _conv_limbs(
+    lhs: jax.Array, rhs: jax.Array, options: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x, w, **options, preferred_element_type=jnp.int32
+        )
+
+    high, low = _limbs(rhs)
+    ones = jnp.ones_like(high)
+    if options["feature_group_count"] == 1:  # one channel of sums serves all
+        out = options["dimension_numbers"].rhs_spec[0]
+        ones = lax.slice_in_dim(ones, 0, 1, axis=out)
+    return product(lhs, high), product(lhs, low) + 128 * product(lhs, ones)
+
+
+def _limbs(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    w = w.astype(jnp.int32)
+    return (w >> 8).astype(jnp.int8), ((w & 255) - 128).astype(jnp.int8)

@@ -1,0 +1,533 @@
+r"""QZO-FF in integers: perturb, compare two losses, update.
+
+.. math::
+  w_q^{\pm} &= clip(w_q \pm \lfloor ε_q z_q Δ_z \rceil), \quad
+  ε_q = \lfloor ε/Δ_w \rceil
+
+  c_i &= sign(L(w_q^{+}) - L(w_q^{-}))
+
+  w_q &← clip(w_q - \lfloor \tfrac{μ}{2^s} \sum_i c_i z_{q,i} \rceil), \quad
+  \tfrac{μ}{2^s} ≈ \frac{η Δ_z}{m Δ_w}
+
+Equations (6) to (8) of the paper, with the learning rate as a multiplier and a shift.
+z comes from a hash of its address, the same that ``fgrad.fixed_point_forward_grad``
+draws. Weights of less than 16 bits move by whole grid steps, as ``fgrad.on_grid`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.random import threefry2x32_p
+
+from fgrad import fixed_point, perturbations
+from fgrad.fixed_point import QTensor, is_qtensor
+from fgrad.integer import arithmetic, ranges
+from fgrad.integer import loss as losses
+from fgrad.integer.convert import Program, integers
+from fgrad.integer.ranges import INT32
+
+# Coefficients of a pair are multiples of 1/64.
+_COEFFICIENT_BITS = 6
+# How much wider than the update the probe of a weight on its grid is, first and at
+# most, found in runs on digits with `fgrad.on_grid`.
+PROBE = (4, 16)
+_RATE_BITS = 15
+
+
+class State(NamedTuple):
+    """What a step keeps beside the weights.
+
+    Attributes:
+      key: uint32 [2], the words of the key that every z is addressed by.
+      count: int32 scalar, steps taken.
+      loss: int32 scalar, the last step's first loss; 0 before it.
+      differences: int32 [m], ``L₊ - L₋`` of the last step's pairs.
+    """
+
+    key: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the name that optax has, and tuple's
+    loss: jax.Array
+    differences: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where the z of a leaf comes from.
+
+    Attributes:
+      digests: two words, a hash of the leaf's path.
+      shape: of the leaf.
+    """
+
+    digests: tuple[int, int]
+    shape: tuple[int, ...]
+
+    def key(self, key: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The words of the leaf's key, from those of a perturbation's."""
+        for digest in self.digests:
+            key = _fold_in(key, jnp.uint32(digest))
+        return key
+
+    def indices(self, like: jax.Array) -> jax.Array:
+        """The place of every value, uint32, from n-d indices: nothing is reshaped.
+
+        Args:
+          like: a word of one key, or of several along a first axis, which the result
+            has as well.
+        """
+        before = like.shape[:1]
+        shape, terms = (*before, *self.shape), []
+        stride = 1
+        for axis in range(len(self.shape) - 1, -1, -1):
+            index = lax.broadcasted_iota(jnp.uint32, shape, axis + len(before))
+            terms.append(index * np.uint32(stride) if stride > 1 else index)
+            stride *= self.shape[axis]
+        return sum(terms[1:], terms[0]) if terms else jnp.zeros(shape, jnp.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """How a leaf of 16 bits moves: equations (6) to (8).
+
+    Attributes:
+      address: of its z.
+      bits: width of its grid.
+      epsilon_q: ε in grid steps.
+      rate: (multiplier, shift) of the update.
+      table: int8 z by the bits that choose it.
+      per_word: how many values a random word makes.
+      step: Δ_z.
+    """
+
+    address: Address
+    bits: int
+    epsilon_q: int
+    rate: tuple[int, int]
+    table: np.ndarray
+    per_word: int
+    step: float
+
+    def z(self, key: tuple[jax.Array, jax.Array], decay: Any) -> jax.Array:
+        """int32 z of a key's words."""
+        del decay
+        width = 32 // self.per_word
+        index = self.address.indices(key[0])
+        words = _hash(key, index >> (self.per_word.bit_length() - 1))
+        place = (index & np.uint32(self.per_word - 1)) * np.uint32(width)
+        field = (words >> place) & np.uint32(2**width - 1)
+        table = jnp.asarray(self.table)
+        z = table.at[field.astype(jnp.int32)].get(
+            mode="promise_in_bounds", wrap_negative_indices=False
+        )
+        return z.astype(jnp.int32)
+
+    def perturbed(
+        self, q: jax.Array, z: jax.Array, sign: jax.Array, decay: Any
+    ) -> jax.Array:
+        """``w ± εz`` on the grid."""
+        del decay
+        return fixed_point.perturb_qvalue(
+            q, z, self.epsilon_q * sign, self.step, self.bits
+        )
+
+    def updated(
+        self, q: jax.Array, total: jax.Array, bound: int, decay: Any
+    ) -> jax.Array:
+        """The weights after an update by ``Σ c z``, of magnitude up to ``bound``."""
+        most, shift = self.rate
+        multiplier: Any = most
+        if decay is not None:
+            multiplier = (most * decay) >> _RATE_BITS
+        limit = fixed_point.max_qvalue(self.bits)
+        change = ranges.multiply(total, multiplier, shift, bound, most)
+        return jnp.clip(q.astype(jnp.int32) - change, -limit, limit).astype(q.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnGrid:
+    """How a leaf of few bits moves: by whole, sparse grid steps.
+
+    Attributes:
+      address: of its z.
+      bits: width of its grid.
+      largest: M, the size of a non-zero z.
+      threshold: P(z ≠ 0) times 2**31.
+      probe: how much wider than the update the probe is, first and at most.
+    """
+
+    address: Address
+    bits: int
+    largest: int
+    threshold: int
+    probe: tuple[int, int]
+
+    def z(self, key: tuple[jax.Array, jax.Array], decay: Any) -> jax.Array:
+        """int32 z of a key's words: -M, 0 or M."""
+        words = _hash(key, self.address.indices(key[0]))
+        threshold: Any = np.uint32(self.threshold)
+        if decay is not None:  # the probability falls as the square of the rate
+            share = (decay * decay >> _RATE_BITS).astype(jnp.uint32)
+            threshold = (threshold >> 16) * share << 1
+        sign = 1 - 2 * (words & 1).astype(jnp.int32)
+        return jnp.where(words >> 1 < threshold, sign * self.largest, 0)
+
+    def perturbed(
+        self, q: jax.Array, z: jax.Array, sign: jax.Array, decay: Any
+    ) -> jax.Array:
+        """``w ± κz`` on the grid."""
+        first, most = self.probe
+        widening: Any = first
+        if decay is not None:
+            widening = jnp.clip((first << _RATE_BITS) // jnp.maximum(decay, 1), 1, most)
+        limit = fixed_point.max_qvalue(self.bits)
+        moved = q.astype(jnp.int32) + sign * widening * z
+        return jnp.clip(moved, -limit, limit).astype(q.dtype)
+
+    def updated(
+        self, q: jax.Array, total: jax.Array, bound: int, decay: Any
+    ) -> jax.Array:
+        """The weights after the steps ``Σ c z``."""
+        del bound, decay
+        limit = fixed_point.max_qvalue(self.bits)
+        return jnp.clip(q.astype(jnp.int32) - total, -limit, limit).astype(q.dtype)
+
+
+def _fold_in(
+    key: tuple[jax.Array, jax.Array], data: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``jax.random.fold_in`` on the two words of a Threefry key.
+
+    A typed key would put a sharding call into the program, which other compilers than
+    XLA do not know.
+    """
+    first, second, data = jnp.broadcast_arrays(*key, data)
+    return tuple(threefry2x32_p.bind(first, second, jnp.zeros_like(data), data))
+
+
+def _hash(key: tuple[jax.Array, jax.Array], indices: jax.Array) -> jax.Array:
+    """`fgrad.perturbations.counter_hash` for a key's two words."""
+    x = indices * np.uint32(0x9E3779B9)
+    for word in key:
+        x = x ^ word
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+    return x
+
+
+Rule = Rounded | OnGrid
+
+
+class TrainStep:
+    """One step of training on integers; made by `train_step`.
+
+    ``step(weights, state, (encoded, labels)) -> (weights, state)`` is a pure function
+    that ``jax.jit``, ``lax.scan``, ``jax.export`` and `fgrad.integer.to_c` take.
+
+    Attributes:
+      program: what is trained.
+      rules: how each leaf moves, by its place among the leaves; others stay.
+      num_perturbations: m.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        key: jax.Array,
+        rules: dict[int, Rule],
+        *,
+        num_perturbations: int,
+        decay_steps: int | None,
+        normalized: bool,
+        loss: losses.Loss,
+    ):
+        """Takes what `train_step` made of its arguments."""
+        self.program = program
+        self.rules = rules
+        self.num_perturbations = num_perturbations
+        self._key = key
+        self._decay_steps = decay_steps
+        self._normalized = normalized
+        self._loss = loss
+
+    def init(self, params: Any = None) -> tuple[Any, State]:
+        """Weights and state to start from.
+
+        Args:
+          params: as ``program.params``, which is the default.
+
+        Returns:
+          Integer arrays in the structure of params, and a `State`.
+        """
+        weights = integers(self.program.params if params is None else params)
+        words = jnp.asarray(jax.random.key_data(self._key), jnp.uint32)
+        zero = jnp.zeros([], jnp.int32)
+        differences = jnp.zeros([self.num_perturbations], jnp.int32)
+        return weights, State(words, zero, zero, differences)
+
+    def __call__(self, weights: Any, state: State, batch: Any) -> tuple[Any, State]:
+        """The next weights and state.
+
+        Args:
+          weights: integer arrays, from `init` or the last step.
+          state: from the same.
+          batch: ``(encoded, labels)``: what ``program.encode`` returns, and what the
+            loss takes beside the outputs.
+        """
+        leaves, structure = jax.tree.flatten(weights)
+        decay = self._decay(state.count)
+        keys = self._keys(state)
+
+        def evaluate(_: Any, address: Any) -> tuple[Any, jax.Array]:
+            sign, leaf_keys = address
+            moved = list(leaves)
+            for i, rule in self.rules.items():
+                with jax.named_scope("perturb"):
+                    z = rule.z(leaf_keys[i], decay)
+                    moved[i] = rule.perturbed(leaves[i], z, sign, decay)
+            return (), self.loss(jax.tree.unflatten(structure, moved), batch)
+
+        signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
+        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
+        _, found = lax.scan(evaluate, (), (signs, twice))
+        pairs = found.reshape(self.num_perturbations, 2)
+        differences = pairs[:, 0] - pairs[:, 1]
+        coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
+        bound = self.num_perturbations
+        if self._normalized:
+            coefficients[Rounded] = normalized(differences)
+            bound *= math.ceil(self.num_perturbations**0.5) << _COEFFICIENT_BITS
+        updated = list(leaves)
+        for i, rule in self.rules.items():
+            with jax.named_scope("update"):
+                shape = [self.num_perturbations, *[1] * leaves[i].ndim]
+                first, second = (word.reshape(shape) for word in keys[i])
+                z = rule.z((first, second), decay)
+                total = jnp.sum(coefficients[type(rule)].reshape(shape) * z, axis=0)
+                updated[i] = rule.updated(leaves[i], total, 128 * bound, decay)
+        state = State(state.key, state.count + 1, pairs[0, 0], differences)
+        return jax.tree.unflatten(structure, updated), state
+
+    def loss(self, weights: Any, batch: Any) -> jax.Array:
+        """int32 scalar, the loss of a batch at given weights."""
+        encoded, labels = batch
+        encoded = encoded if isinstance(encoded, tuple) else (encoded,)
+        with jax.named_scope("loss"):
+            value = self._loss(self.program.values(weights, *encoded), labels)
+            ranges.prove(value.low, value.high, "the loss")
+            ranges.prove(value.low - value.high, value.high - value.low, "a difference")
+        return value.q
+
+    def restore(self, weights: Any) -> Any:
+        """Weights as parameters: `QTensor` leaves with the scales of the program."""
+        own, structure = jax.tree.flatten(self.program.params, is_leaf=is_qtensor)
+        return jax.tree.unflatten(
+            structure,
+            [
+                dataclasses.replace(leaf, qvalue=q) if is_qtensor(leaf) else q
+                for leaf, q in zip(own, jax.tree.leaves(weights), strict=True)
+            ],
+        )
+
+    def _keys(self, state: State) -> dict[int, tuple[jax.Array, jax.Array]]:
+        """The words of the keys [m] of each leaf."""
+        step = _fold_in((state.key[0], state.key[1]), state.count.astype(jnp.uint32))
+        indices = jnp.arange(self.num_perturbations, dtype=jnp.uint32)
+        sample = _fold_in(step, indices)
+        return {i: rule.address.key(sample) for i, rule in self.rules.items()}
+
+    def _decay(self, count: jax.Array) -> jax.Array | None:
+        """The share of the learning rate, in units of 2**-15."""
+        steps = self._decay_steps
+        if steps is None:
+            return None
+        drop = max(0, steps.bit_length() - 16)
+        left = jnp.maximum(steps - count, 0) >> drop
+        return lax.div(left << _RATE_BITS, jnp.int32(max(1, steps >> drop)))
+
+
+def train_step(
+    program: Program,
+    key: jax.Array,
+    *,
+    learning_rate: float,
+    epsilon: float,
+    num_perturbations: int = 3,
+    decay_steps: int | None = None,
+    estimator: str = "sign",
+    loss: losses.Loss = losses.softmax_cross_entropy,
+    where: Callable[[str], bool] | None = None,
+) -> tuple[Callable[..., tuple[Any, State]], TrainStep]:
+    """The paper's QZO-FF, without a float anywhere in the step.
+
+    Args:
+      program: from `fgrad.integer.convert`.
+      key: Threefry PRNG key (JAX's default); z is that of
+        ``fgrad.fixed_point_forward_grad(key)`` with its default perturbation.
+      learning_rate: η in units of the weights.
+      epsilon: ε in units of the weights, for leaves of 16 bits.
+      num_perturbations: m; a step costs 2m forward passes.
+      decay_steps: the learning rate decays linearly to zero over as many steps, in
+        integers; by default it stays.
+      estimator: "sign", equation (7), or "normalized", which weighs the directions of
+        a step by how much the loss changes along them, in multiples of 1/64.
+      loss: ``loss(outputs, labels)``, from the program's result as `Fixed` and the
+        batch's labels to a `Fixed` scalar.
+      where: ``where(path) -> bool`` picks the leaves that train; all by default.
+
+    Returns:
+      ``(init, step)``: ``weights, state = init()`` and
+      ``weights, state = step(weights, state, (encoded, labels))``.
+
+    Raises:
+      ValueError: for a rate, epsilon or number that is out of range, and for an
+        epsilon that rounds to zero on the grid of a leaf.
+
+    Example:
+      >>> x, y = jnp.array([[0.5, -1.0]]), jnp.array([1])
+      >>> from fgrad.integer import convert
+      >>> program = convert(lambda w, x: x @ w, jnp.eye(2), x)
+      >>> init, step = train_step(
+      ...     program, jax.random.key(0), learning_rate=1e-2, epsilon=1e-2
+      ... )
+      >>> weights, state = init()
+      >>> weights, state = step(weights, state, (program.encode(x), y))
+      >>> weights.dtype, int(state.count)
+      (dtype('int16'), 1)
+
+    Reference:
+      Equations (6) to (8) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS
+      2024.
+    """
+    _check(learning_rate, epsilon, num_perturbations, decay_steps, estimator)
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(
+        program.params, is_leaf=is_qtensor
+    )
+    factor = 64 if estimator == "normalized" else 1
+    rules = {}
+    for i, (path, leaf) in enumerate(with_paths):
+        name = fixed_point.path_str(path)
+        if not is_qtensor(leaf) or (where is not None and not where(name)):
+            continue
+        address = _address(path, leaf)
+        rate = learning_rate / num_perturbations / float(leaf.scale)
+        rules[i] = (
+            _rounded(name, address, leaf, rate / factor, epsilon, decay_steps)
+            if leaf.bits == 16
+            else _on_grid(address, leaf, rate)
+        )
+    if not rules:
+        raise ValueError("no leaf trains; where= must pick one of program.params.")
+    step = TrainStep(
+        program,
+        key,
+        rules,
+        num_perturbations=num_perturbations,
+        decay_steps=decay_steps,
+        normalized=estimator == "normalized",
+        loss=loss,
+    )
+    return step.init, step
+
+
+def normalized(differences: jax.Array) -> jax.Array:
+    """``⌊64 d / rms(d)⌉`` of int32 [m], within 0.2% and one unit.
+
+    Example:
+      >>> normalized(jnp.array([300, -400]))
+      Array([ 54, -72], dtype=int32)
+    """
+    largest = jnp.max(jnp.abs(differences))
+    # To 12 bits, so that the sum of up to 127 squares fits.
+    up = jnp.maximum(lax.clz(largest) - 20, 0)
+    down = jnp.maximum(20 - lax.clz(largest), 0)
+    d = jnp.left_shift(differences, up) >> down
+    count = differences.shape[0]
+    mean_log = arithmetic.log2(jnp.maximum(jnp.sum(d * d), 1)) - round(
+        math.log2(count) * 2**arithmetic.LOG_BITS
+    )
+    inverse = arithmetic.exp2_negative(jnp.maximum(mean_log, 0) >> 1)
+    shift = arithmetic.POWER_BITS - _COEFFICIENT_BITS
+    return arithmetic.multiply_shift(d, inverse, shift)
+
+
+def _rounded(
+    name: str,
+    address: Address,
+    leaf: QTensor,
+    rate: float,
+    epsilon: float,
+    decay_steps: int | None,
+) -> Rounded:
+    source = perturbations.normal()
+    epsilon_q = round(epsilon / float(leaf.scale))
+    if epsilon_q == 0:
+        raise ValueError(
+            f"epsilon={epsilon} is less than half a step ({float(leaf.scale):.2g}) of "
+            f"the grid of {name!r}, whose weights it would not move: raise epsilon."
+        )
+    multiplier, shift = ranges.ratio_of(rate * source.step)
+    if decay_steps is not None:  # with all its digits, for they will be fewer
+        digits = _RATE_BITS - multiplier.bit_length()
+        multiplier, shift = multiplier << digits, shift + digits
+    if shift > 46:
+        raise ValueError(
+            f"a learning rate of {rate * float(leaf.scale):.2g} for a direction never "
+            f"moves the weights of {name!r}: raise it."
+        )
+    every = np.arange(256, dtype=np.uint32)
+    table = np.asarray(source.decode(jnp.asarray(every)))[::4]
+    return Rounded(
+        address,
+        leaf.bits,
+        epsilon_q,
+        (multiplier, shift),
+        table,
+        source.values_per_word,
+        source.step,
+    )
+
+
+def _on_grid(address: Address, leaf: QTensor, rate: float) -> OnGrid:
+    largest = min(max(1, math.ceil(rate)), 127)
+    probability = min(rate / largest, 1.0) ** 2
+    threshold = min(round(probability * 2.0**31), 2**31 - 1)
+    return OnGrid(address, leaf.bits, largest, threshold, PROBE)
+
+
+def _address(path: Any, leaf: QTensor) -> Address:
+    name = jax.tree_util.keystr(path)
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    first, second = np.frombuffer(digest, "<u4")
+    return Address((int(first), int(second)), tuple(leaf.shape))
+
+
+def _check(
+    learning_rate: float,
+    epsilon: float,
+    num_perturbations: int,
+    decay_steps: int | None,
+    estimator: str,
+) -> None:
+    for name, value in (("learning_rate", learning_rate), ("epsilon", epsilon)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    if not 1 <= num_perturbations <= 127:
+        raise ValueError(
+            f"num_perturbations must be 1 to 127, got {num_perturbations}."
+        )
+    if decay_steps is not None and not 1 <= decay_steps < INT32:
+        raise ValueError(f"decay_steps must be 1 to 2**31 - 2, got {decay_steps}.")
+    if estimator not in ("sign", "normalized"):
+        raise ValueError(
+            f'estimator must be "sign" or "normalized", got {estimator!r}.'
+        )

@@ -1,0 +1,56 @@
+"""Digits, and a small network that knows the upright ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import ndimage
+from sklearn import datasets
+
+from experiments.models import cnn
+
+TRAIN = slice(0, 1297)
+TEST = slice(1297, None)
+MODEL = cnn.CNN(features=(8, 16), strides=(2, 2))
+
+
+def function(params, images):
+    return MODEL.apply({"params": params}, images)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Upright and rotated images [1797, 8, 8, 1] in [0, 1], and labels."""
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1) / 16
+    rotated = ndimage.rotate(images, 30, axes=(1, 2), reshape=False, order=1)
+    return (
+        images.astype(np.float32),
+        np.clip(rotated, 0, 1).astype(np.float32),
+        labels.astype(np.int32),
+    )
+
+
+@pytest.fixture(scope="session")
+def pretrained(digits):
+    images, _, labels = (jnp.asarray(x[TRAIN]) for x in digits)
+    optimizer = optax.adam(5e-3)
+
+    def loss_fn(params, images, labels):
+        logits = function(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            params, state = carry
+            chosen = jax.random.randint(key, (64,), 0, len(labels))
+            gradient = jax.grad(loss_fn)(params, images[chosen], labels[chosen])
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 300))[0]
+
+    return train(MODEL.init(jax.random.key(0), images[:1])["params"])[0]
