@@ -328,7 +328,7 @@ def test_the_gradient_is_in_real_units_for_every_kind_of_leaf():
             expected = np.asarray(expected) * (steps / np.rint(steps))
             np.testing.assert_allclose(value, expected, rtol=3e-7)  # three roundings
             continue
-        elif name == "b":
+        if name == "b":
             # What bfloat16 left of z, over its own length; see tests/leaves.
             assert value.dtype == jnp.bfloat16
             pair = (as_numpy(value).ravel(), as_numpy(expected).ravel())
