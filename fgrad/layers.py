@@ -122,7 +122,7 @@ def _uncalibrated(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]
     return collection
 
 
-class _Quantized(nn.Module, kw_only=True):  # type: ignore[call-arg]
+class _Quantized(nn.Module, kw_only=True):  # type: ignore[call-arg]  # Flax is untyped
     """The settings that all layers here share; each is given by its name.
 
     Attributes:

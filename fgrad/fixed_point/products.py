@@ -416,7 +416,9 @@ def _shifted_multiply_adds(
 
 
 def _primitive(
-    name: str, function: Callable[..., jax.Array], batch_activations: Callable[..., Any]
+    name: str,
+    function: Callable[..., jax.Array],
+    batch_activations: Callable[..., tuple[jax.Array, int]],
 ) -> Primitive:
     """A primitive ``name(x, q, **parameters)`` that computes ``function``.
 

@@ -14,7 +14,7 @@ import numpy as np
 from fgrad._trees import is_concrete
 from fgrad.fixed_point import is_qtensor
 
-Schedule = jax.typing.ArrayLike | Callable[[jax.Array], jax.Array]
+Schedule = float | jax.Array | Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ class OnGrid:
     learning_rate: Schedule
     probe: tuple[int, int] | None
     below: int
-    peak: jax.typing.ArrayLike
+    peak: float | jax.Array
 
     def at(self, count: jax.Array, num_perturbations: int) -> Sparsity:
         """The density of z in step ``count``, with so many perturbations."""
