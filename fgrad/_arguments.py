@@ -80,7 +80,9 @@ def perturbation(
     return z
 
 
-def estimator(fn: Any, default: Callable[..., Any], choices: str) -> Callable[..., Any]:
+def estimator(
+    fn: Callable[..., Any] | None, default: Callable[..., Any], choices: str
+) -> Callable[..., Any]:
     """A function from losses to coefficients, by default ``default``."""
     if fn is None:
         return default

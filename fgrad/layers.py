@@ -118,10 +118,11 @@ def _uncalibrated(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
     with nn.intercept_methods(note):
         jax.eval_shape(lambda: model.init(rngs, *args, **kwargs))
-    return traverse_util.unflatten_dict(empty)
+    collection: dict[str, Any] = traverse_util.unflatten_dict(empty)
+    return collection
 
 
-class _Quantized(nn.Module, kw_only=True):
+class _Quantized(nn.Module, kw_only=True):  # type: ignore[call-arg]  # Flax is untyped
     """The settings that all layers here share; each is given by its name.
 
     Attributes:
@@ -467,7 +468,8 @@ class Embed(_Quantized, nn.Embed):
         """Product of ``query`` [..., features] with every row: [..., embeddings]."""
         query, table = _promote_dtype(query, self.embedding, dtype=self.dtype)
         contract = ((query.ndim - 1,), (1,))
-        return self.dot_general(query, table, (contract, ((), ())))
+        out: jax.Array = self.dot_general(query, table, (contract, ((), ())))
+        return out
 
 
 class MultiHeadDotProductAttention(_Quantized):
@@ -559,7 +561,8 @@ class MultiHeadDotProductAttention(_Quantized):
         )
         mixed = jnp.moveaxis(mixed, -3, -2)
         out_features = self.out_features or inputs_q.shape[-1]
-        return dense(out_features, axis=(-2, -1), name="out")(mixed)
+        out: jax.Array = dense(out_features, axis=(-2, -1), name="out")(mixed)
+        return out
 
 
 class LSTMCell(_Quantized, nn.RNNCellBase):
@@ -606,9 +609,11 @@ class LSTMCell(_Quantized, nn.RNNCellBase):
         )
 
         def gate(name: str) -> jax.Array:
-            x_part = dense(use_bias=False, name=f"i{name}")(inputs)
+            x_part: jax.Array = dense(use_bias=False, name=f"i{name}")(inputs)
             orthogonal = nn.initializers.orthogonal()
-            return x_part + dense(kernel_init=orthogonal, name=f"h{name}")(h)
+            h_part = dense(kernel_init=orthogonal, name=f"h{name}")(h)
+            total: jax.Array = x_part + h_part
+            return total
 
         c = nn.sigmoid(gate("f")) * c + nn.sigmoid(gate("i")) * jnp.tanh(gate("g"))
         h = nn.sigmoid(gate("o")) * jnp.tanh(c)

@@ -72,7 +72,8 @@ class Perturbation:
         Returns:
           int8 z_q of that shape.
         """
-        return _sample(self, shape, key, block)
+        z: jax.Array = _sample(self, shape, key, block)
+        return z
 
     def sample_together(
         self,
@@ -133,7 +134,8 @@ class Perturbation:
             random = jax.vmap(self.generator)(keys[owner], index[:, None])
             return self.decode(random.reshape(-1))
 
-        return jax.lax.map(decode, (owners, indices)).reshape(-1)
+        values: jax.Array = jax.lax.map(decode, (owners, indices))
+        return values.reshape(-1)
 
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`.
@@ -202,7 +204,9 @@ class LowRank(Perturbation):
         words = jnp.tile(words, (2 * self.rank, 1)).at[:, -1].add(change)
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             return words
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+        impl = jax.random.key_impl(key)
+        keys: jax.Array = jax.random.wrap_key_data(words, impl=impl)
+        return keys
 
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`; see `Perturbation`."""
@@ -279,12 +283,13 @@ def accumulate(
         return add(0, jnp.zeros((), coefficients.dtype))
     # Plain zeros of all leaves would be made at once, long before they are needed.
     zero = execution_order.dependent_zero(jax.random.key_data(keys))
-    total = jnp.full(shape, zero.astype(coefficients.dtype))
-    return jax.lax.fori_loop(0, len(coefficients), add, total)
+    start = jnp.full(shape, zero.astype(coefficients.dtype))
+    total: jax.Array = jax.lax.fori_loop(0, len(coefficients), add, start)
+    return total
 
 
 def pieces(
-    vector: jax.Array, starts: Sequence[int], sizes: Sequence[int]
+    vector: jax.Array, starts: Sequence[int] | np.ndarray, sizes: Sequence[int]
 ) -> list[jax.Array]:
     """Parts of a vector, cut out at places that the compiler does not know.
 
@@ -327,7 +332,8 @@ def threefry_words(key: jax.Array, indices: jax.Array) -> jax.Array:
     words = jax.random.key_data(key).reshape(-1, 2)
     pair = jnp.bitwise_xor.reduce(words, axis=0)
     counts = jnp.concatenate([indices, jnp.zeros_like(indices)])
-    return threefry.threefry_2x32(pair, counts)[: indices.size]
+    random: jax.Array = threefry.threefry_2x32(pair, counts)
+    return random[: indices.size]
 
 
 # The table takes time, and jit knows a perturbation by its identity.
@@ -517,7 +523,9 @@ class LeafKeys:
         words = execution_order.delayed_row(words, place, after, words.ndim - 2)
         if not jnp.issubdtype(self.stacked.dtype, jax.dtypes.prng_key):
             return words
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(self.stacked))
+        impl = jax.random.key_impl(self.stacked)
+        key: jax.Array = jax.random.wrap_key_data(words, impl=impl)
+        return key
 
 
 def leaf_keys(key: jax.Array, names: Sequence[str]) -> LeafKeys:

@@ -19,7 +19,8 @@ import optax
 from absl import app, flags
 
 import fgrad
-from fgrad import evaluation, perturbations
+from fgrad import perturbations
+from fgrad.leaves import Plan, Policy
 
 _WIDTH = flags.DEFINE_integer("width", 1024, "Width of the dense layers.")
 _LAYERS = flags.DEFINE_integer("layers", 5, "Number of dense layers.")
@@ -65,11 +66,9 @@ def measure(bits: int | None, z: perturbations.Perturbation) -> dict[str, Any]:
 
     @jax.jit
     def generate(params: Any, key: jax.Array) -> Any:
-        z_keys = evaluation.trained_keys(
-            key, params, evaluation.resolve_mask(None, params)
-        )
-        shapes = (width, width)
-        return [z.sample(k, shapes) for k in z_keys.values()]
+        plan = Plan(params, Policy(perturbation=z))
+        keys = plan.leaf_keys(key)
+        return [z.sample(keys[name], (width, width)) for name in plan.arithmetic]
 
     step_seconds = _median_seconds(step, params, tx.init(params), rows)
     z_seconds = _median_seconds(generate, params, key)

@@ -171,9 +171,7 @@ class TracedLoss:
             return point_of_use.run(self.program, [*values, *self.scales], sign, events)
 
 
-def _policy(
-    epsilon: jax.typing.ArrayLike, perturbation: perturbations.Perturbation | None
-) -> Policy:
+def _policy(epsilon: Any, perturbation: perturbations.Perturbation | None) -> Policy:
     if perturbation is None:
         return Policy(epsilon)
     return Policy(epsilon, perturbation=perturbation)

@@ -454,7 +454,8 @@ def _leaves(value: _Value) -> list[str]:
 
 def _context(equation: core.JaxprEqn) -> contextlib.AbstractContextManager[Any]:
     """The settings under which an equation was traced, such as matmul precision."""
-    return equation.ctx.manager
+    context: contextlib.AbstractContextManager[Any] = equation.ctx.manager
+    return context
 
 
 def _add_up(
@@ -488,9 +489,11 @@ def _work(jaxpr: core.Jaxpr) -> list[float]:
     def count(equation: core.JaxprEqn, variable: Any) -> float:
         if equation.primitive.name == "scan":
             inner = _work(equation.params["jaxpr"].jaxpr)
-            return inner[equation.invars.index(variable)] * equation.params["length"]
+            length: int = equation.params["length"]
+            return inner[equation.invars.index(variable)] * length
         if not primitives.facts(equation).product:
             return 0
-        return primitives.multiply_adds([equation]) / max(1, variable.aval.size)
+        size: int = variable.aval.size
+        return primitives.multiply_adds([equation]) / max(1, size)
 
     return _add_up(jaxpr, count)

@@ -140,7 +140,8 @@ class ArrayLike:
         return self.dequantize().__dlpack__(**options)
 
     def __dlpack_device__(self) -> Any:
-        return self.dequantize().__dlpack_device__()
+        values: Any = self.dequantize()
+        return values.__dlpack_device__()
 
     def __getattr__(self, name: str) -> Any:
         if name in OF_THE_VALUE:

@@ -88,6 +88,7 @@ def checked(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function, updated=())
     def of_params(params: Any, *args: Any) -> T:
+        treedef: Any
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_qtensor)
         leaves = [leaf for _, leaf in with_paths]
         names = [path_str(path) for path, leaf in with_paths if is_qtensor(leaf)]
@@ -111,7 +112,8 @@ def checked(function: Callable[..., T]) -> Callable[..., T]:
         # Checked: a check of a function that calls this one need not look inside.
         with jax.named_scope(READ_ON_PURPOSE):
             outputs = core.jaxpr_as_fun(closed)(*jax.tree.leaves(quantized))
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        result: T = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        return result
 
     return of_params
 

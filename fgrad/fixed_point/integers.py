@@ -29,7 +29,8 @@ def max_qvalue(bits: int) -> int:
         raise TypeError(f"bits must be an integer, got {bits!r}.")
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits must lie in [{MIN_BITS}, {MAX_BITS}], got {bits}.")
-    return 2 ** (int(bits) - 1) - 1
+    largest: int = 2 ** (int(bits) - 1) - 1
+    return largest
 
 
 def storage_dtype(bits: int) -> Any:
@@ -193,7 +194,8 @@ def _rounding_shift(x: jax.Array, shift: int) -> jax.Array:
     remainder = (x & (2**shift - 1)).astype(jnp.uint32)
     half = jnp.uint32(2 ** (shift - 1))
     up = (remainder > half) | ((remainder == half) & ((floor & 1) == 1))
-    return floor + up
+    rounded: jax.Array = floor + up
+    return rounded
 
 
 def _magnitude(x: jax.Array) -> jax.Array:

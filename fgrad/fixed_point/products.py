@@ -349,7 +349,7 @@ def _window_sums(
     """``Σ x`` over the features of each group and each window: [N, groups, *out]."""
     sums = x.transpose(lhs_spec).astype(jnp.int32)
     sums = sums.reshape(sums.shape[0], groups, -1, *sums.shape[2:]).sum(2)
-    return lax.reduce_window(
+    of_windows: jax.Array = lax.reduce_window(
         sums,
         0,
         lax.add,
@@ -359,6 +359,7 @@ def _window_sums(
         (1, 1, *lhs_dilation),
         (1, 1, *rhs_dilation),
     )
+    return of_windows
 
 
 def _limbs(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
@@ -415,7 +416,9 @@ def _shifted_multiply_adds(
 
 
 def _primitive(
-    name: str, function: Callable[..., jax.Array], batch_activations: Callable[..., Any]
+    name: str,
+    function: Callable[..., jax.Array],
+    batch_activations: Callable[..., tuple[jax.Array, int]],
 ) -> Primitive:
     """A primitive ``name(x, q, **parameters)`` that computes ``function``.
 

@@ -102,26 +102,31 @@ class QTensor(ArrayLike):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return self.qvalue.shape
+        shape: tuple[int, ...] = self.qvalue.shape
+        return shape
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return self.qvalue.ndim
+        ndim: int = self.qvalue.ndim
+        return ndim
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.qvalue.size
+        size: int = self.qvalue.size
+        return size
 
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the dequantized value."""
-        return self.scale.dtype
+        dtype: np.dtype = self.scale.dtype
+        return dtype
 
     def dequantize(self) -> jax.Array:
         """The value ``scale * qvalue`` in the dtype of ``scale``."""
-        return jnp.asarray(self.qvalue).astype(self.scale.dtype) * self.scale
+        values: jax.Array = jnp.asarray(self.qvalue).astype(self.dtype) * self.scale
+        return values
 
     def to_aqt(self) -> aqt_tensor.QTensor:
         """The same tensor as AQT's type, for AQT's own products."""
@@ -378,7 +383,8 @@ def is_qtensor(x: Any) -> bool:
 def stored(leaf: Any) -> jax.Array:
     """The array in which a leaf stores its values: integers of a `QTensor`."""
     if is_qtensor(leaf):
-        return leaf.qvalue
+        qvalue: jax.Array = leaf.qvalue
+        return qvalue
     return jnp.asarray(leaf, jnp.result_type(leaf))
 
 
@@ -543,7 +549,8 @@ def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
 
     @jax.custom_vjp
     def clip_and_round(v: jax.Array) -> jax.Array:
-        return numerics.vjp_fwd(v, None)[0]
+        rounded: jax.Array = numerics.vjp_fwd(v, None)[0]
+        return rounded
 
     # AQT would cut the gradient at the limit itself, where x / scale of the largest
     # value often lands one rounding error outside.

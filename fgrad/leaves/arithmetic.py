@@ -128,7 +128,8 @@ class Arithmetic:
 
     def frozen(self) -> jax.Array:
         """float32 share of the weights that ε cannot move."""
-        return jnp.float32(0)
+        none: jax.Array = jnp.float32(0)
+        return none
 
     def of_block(self, values: jax.Array, array: jax.Array, block: Any) -> jax.Array:
         """Values in the shape of the leaf's scale, for a block like ``array``."""
@@ -181,7 +182,8 @@ class FloatArithmetic(Arithmetic):
     ) -> jax.Array:
         """The stored values of the leaf, or of a block, on one side of it."""
         amplitude = jnp.float32(self.step) * self.epsilon * sign
-        return (array + amplitude * z.astype(jnp.float32)).astype(array.dtype)
+        moved: jax.Array = array + amplitude * z.astype(jnp.float32)
+        return moved.astype(array.dtype)
 
     def gradient(self, total: jax.Array, count: int, by_signs: bool) -> jax.Array:
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
@@ -276,7 +278,8 @@ class FixedPointArithmetic(FloatArithmetic):
 
     def epsilon_in_steps(self) -> jax.Array:
         """What a unit of z moves in weight steps, in the shape of the scale."""
-        return self.epsilon / self.leaf.scale
+        steps: jax.Array = self.epsilon / self.leaf.scale
+        return steps
 
     def whole_steps(self) -> jax.Array:
         """ε_q as int32, in the shape of the scale."""
@@ -343,7 +346,8 @@ class FixedPointLowRankArithmetic(LowRankArithmetic):
 
     def epsilon_in_steps(self) -> jax.Array:
         """What a unit of z_q moves in weight steps, in the shape of the scale."""
-        return self.epsilon * self.source.step / self.leaf.scale
+        steps: jax.Array = self.epsilon * self.source.step / self.leaf.scale
+        return steps
 
     def whole_steps(self) -> jax.Array:
         """Steps that a unit of z_q moves, int32, in the shape of the scale."""
@@ -387,7 +391,8 @@ class GridArithmetic(Arithmetic):
         del by_signs
         rms = self.sparsity.rms
         inverse = jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
-        return total.astype(jnp.float32) * (self.leaf.scale * inverse / count)
+        step: jax.Array = self.leaf.scale * inverse / count
+        return total.astype(jnp.float32) * step
 
 
 def arithmetic_of(

@@ -102,7 +102,8 @@ def step_epsilon(value: Schedule) -> LeafEpsilon:
                 f"{jnp.result_type(leaf)} has none. Quantize it with fgrad.quantize, "
                 "exclude it with mask=, or use fgrad.relative_epsilon."
             )
-        return leaf.scale
+        scale: jax.Array = leaf.scale
+        return scale
 
     return LeafEpsilon(f"step_epsilon({value})", value, unit)
 

@@ -172,7 +172,9 @@ def on_grid(
             )
     if not 3 <= below <= 17:
         raise ValueError(f"below must be 3 to 17 bits, got {below}.")
-    peak = learning_rate
-    if callable(learning_rate):
-        peak = peak_of("learning_rate", learning_rate)
+    peak = (
+        peak_of("learning_rate", learning_rate)
+        if callable(learning_rate)
+        else learning_rate
+    )
     return OnGrid(learning_rate, probe, below, peak)

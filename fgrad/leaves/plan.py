@@ -96,6 +96,7 @@ class Plan:
             are no `QTensor`, and for a mask of other things than bools.
           ValueError: for a mask of another structure than the params.
         """
+        self.treedef: Any
         paths, self.treedef = jax.tree_util.tree_flatten_with_path(
             params, is_leaf=is_qtensor
         )
@@ -108,7 +109,9 @@ class Plan:
         count = jnp.asarray(step)
         self.epsilon = policy.epsilon_at(count)
         unit = getattr(policy.epsilon, "unit", None)
-        sparsity = policy.low_bit and policy.low_bit.at(count, policy.num_perturbations)
+        sparsity = None
+        if policy.low_bit:
+            sparsity = policy.low_bit.at(count, policy.num_perturbations)
         self.arithmetic: dict[str, Arithmetic] = {
             name: arithmetic_of(leaf, policy.perturbation, self.epsilon, unit, sparsity)
             for name, leaf in self._trained_leaves()
@@ -282,7 +285,8 @@ class Plan:
             size = float(math.prod(one.shape))  # it may be beyond int32
             total += size
             frozen += one.frozen() * size
-        return frozen / max(total, 1)
+        share: jax.Array = frozen / max(total, 1)
+        return share
 
     def check_values(self) -> None:
         """Raises a ValueError for a `QTensor` that is no tensor on a grid.
@@ -518,6 +522,7 @@ def map_leaves(fn: Callable[..., Any], mask: Mask, params: Any, *others: Any) ->
       params: pytree of float arrays and `QTensor`.
       *others: pytrees with the structure of the params down to its leaves.
     """
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
     columns = [treedef.flatten_up_to(tree) for tree in others]
     trained = trained_leaves(mask, params)

@@ -59,7 +59,9 @@ def delayed_row(array: jax.Array, row: int, after: jax.Array, axis: int) -> jax.
     """``array`` at a row of an axis, at a `hidden` place and not before ``after``."""
     if _varying(after) - _varying(array):
         return lax.index_in_dim(array, row, axis, keepdims=False)
-    return lax.dynamic_index_in_dim(array, hidden(row, after), axis, keepdims=False)
+    place = hidden(row, after)
+    found: jax.Array = lax.dynamic_index_in_dim(array, place, axis, keepdims=False)
+    return found
 
 
 def delayed_key(key: jax.Array, after: jax.Array) -> jax.Array:
@@ -74,7 +76,8 @@ def delayed_key(key: jax.Array, after: jax.Array) -> jax.Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key ^ zero
     words = jax.random.key_data(key) ^ zero
-    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+    later: jax.Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+    return later
 
 
 def delayed(array: jax.Array, after: jax.Array) -> jax.Array:

@@ -227,7 +227,9 @@ def _multiply_adds(equation: core.JaxprEqn) -> float:
             contracted = (weight.shape[axis] for axis in numbers[0][1])
             outputs = weight.size // max(1, math.prod(contracted))
         out: Any = equation.outvars[0].aval
-        return out.size * (weight.size / max(1, outputs))
+        per_output: float = weight.size / max(1, outputs)
+        size: int = out.size
+        return size * per_output
     if equation.primitive.name == "cond":
         branches = equation.params["branches"]
         return max(multiply_adds(branch.jaxpr.eqns) for branch in branches)
@@ -237,4 +239,5 @@ def _multiply_adds(equation: core.JaxprEqn) -> float:
     once = sum(
         multiply_adds(jaxpr.eqns) for jaxpr in inner if isinstance(jaxpr, core.Jaxpr)
     )
-    return once * equation.params.get("length", 1)
+    rounds: int = equation.params.get("length", 1)
+    return once * rounds

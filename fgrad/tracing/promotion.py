@@ -38,8 +38,9 @@ def usual_rules(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        dtypes = jax.config.jax_numpy_dtype_promotion
-        ranks = jax.config.jax_numpy_rank_promotion
+        config: Any = jax.config
+        dtypes = config.jax_numpy_dtype_promotion
+        ranks = config.jax_numpy_rank_promotion
         if dtypes == "standard" and ranks == "allow":
             return function(*args, **kwargs)
 
