@@ -153,7 +153,6 @@ PLUMBING = {
         "check_values",
         "is_concrete",
         "path_str",
-        "products",
         "stored",
         "with_stored",
     },
@@ -169,7 +168,7 @@ def documented(site):
     names = {
         name
         for kind, entries in loaded.data.items()
-        if kind in ("py:class", "py:function")
+        if kind in ("py:class", "py:exception", "py:function", "py:module")
         for name in entries
     }
     return {name: pydoc.locate(name) or named(name) for name in names}
@@ -204,6 +203,9 @@ def public(module):
         "estimators",
         "evaluation",
         "fixed_point",
+        "integer",
+        "integer.audit",
+        "integer.loss",
         "layers",
         "leaves",
         "perturbations",
