@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import some
 
 from experiments.benchmarks import emulation
 from experiments.models import crnn, lstm, mlp, resnet12, vit
@@ -24,7 +25,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some(NETWORKS, ["mlp"]))
 def test_a_step_has_no_float_and_the_bits_of_jax_in_c(name, tmp_path):
     network, shape = NETWORKS[name]
     inputs = jax.random.normal(jax.random.key(0), (16, *shape))

@@ -167,8 +167,13 @@ class Convolutions(nn.Module):
 @host
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [(LSTM(), (7, 5)), (Transformer(), (7, 5)), (Convolutions(), (8, 8, 2))],
-    ids=["lstm", "vit", "convolutions"],
+    [
+        pytest.param(LSTM(), (7, 5), id="lstm"),
+        pytest.param(Transformer(), (7, 5), id="vit", marks=pytest.mark.slow),
+        pytest.param(
+            Convolutions(), (8, 8, 2), id="convolutions", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_networks_have_the_bits_of_jax(network, shape, tmp_path):
     x = jax.random.normal(jax.random.key(0), (2, *shape))
