@@ -177,7 +177,7 @@ class Convolutions(nn.Module):
 )
 def test_networks_have_the_bits_of_jax(network, shape, tmp_path):
     x = jax.random.normal(jax.random.key(0), (2, *shape))
-    params = network.init(jax.random.key(1), x)["params"]
+    params = jax.jit(network.init)(jax.random.key(1), x)["params"]
     program = convert(lambda p, x: network.apply({"params": p}, x), params, x)
     check_prediction(program, x, tmp_path)
 
