@@ -148,20 +148,7 @@ def fixed_point_forward_grad(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
         )
 
-    def init_fn(params: Any) -> ForwardGradState:
-        _arguments.visible(params)
-        plan = Plan(params, policy, mask=mask)
-        plan.check_values()
-        plan.check_epsilon()
-        return ForwardGradState(
-            key=jnp.array(key, copy=True),
-            count=jnp.zeros([], jnp.int32),
-            loss=jnp.array(jnp.inf, jnp.float32),
-            loss_differences=jnp.zeros([num_perturbations], jnp.float32),
-            nonfinite_pairs=jnp.zeros([], jnp.int32),
-            frozen_fraction=jnp.zeros([], jnp.float32),
-            guide=guide.init(params, plan.guided_mask) if guide else (),
-        )
+    link = _ForwardGrad(key, policy, estimator, vectorize, mask, on_nonfinite, guide)
 
     def update_fn(
         updates: Any,
@@ -176,20 +163,57 @@ def fixed_point_forward_grad(
         loss_fn = _arguments.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
-        plan = Plan(params, policy, mask=mask, step=state.count)
+        return link.step(functools.partial(loss_fn, **kwargs), params, state)
+
+    return _arguments.link(link.init, update_fn)
+
+
+class _ForwardGrad(NamedTuple):
+    """`fixed_point_forward_grad`, its options being those, checked."""
+
+    key: jax.Array
+    policy: Policy
+    estimator: estimators.Estimator
+    vectorize: int
+    mask: Mask
+    on_nonfinite: str
+    guide: Guide | None
+
+    def init(self, params: Any) -> ForwardGradState:
+        """The state before the first step."""
+        _arguments.visible(params)
+        plan = Plan(params, self.policy, mask=self.mask)
+        plan.check_values()
+        plan.check_epsilon()
+        guide = self.guide
+        return ForwardGradState(
+            key=jnp.array(self.key, copy=True),
+            count=jnp.zeros([], jnp.int32),
+            loss=jnp.array(jnp.inf, jnp.float32),
+            loss_differences=jnp.zeros([self.policy.num_perturbations], jnp.float32),
+            nonfinite_pairs=jnp.zeros([], jnp.int32),
+            frozen_fraction=jnp.zeros([], jnp.float32),
+            guide=guide.init(params, plan.guided_mask) if guide else (),
+        )
+
+    def step(
+        self, loss_fn: Callable[[Any], jax.Array], params: Any, state: ForwardGradState
+    ) -> tuple[Any, ForwardGradState]:
+        """The gradient of ``loss_fn(params)``, and the state after the step."""
+        plan = Plan(params, self.policy, mask=self.mask, step=state.count)
         frozen = plan.frozen_fraction()
-        names = plan.guidable
+        guide, names = self.guide, plan.guidable
         if guide:
             plan = plan.guided(guide.at(state.guide, state.count, names))
         estimate = estimators.estimate(
-            functools.partial(loss_fn, **kwargs),
+            loss_fn,
             plan,
             # The weights are counted before anything else reads them. A count after
             # the update would make a donated buffer be copied.
             execution_order.delayed_key(state.key, frozen),
-            estimator=estimator,
-            vectorize=vectorize,
-            on_nonfinite=on_nonfinite,
+            estimator=self.estimator,
+            vectorize=self.vectorize,
+            on_nonfinite=self.on_nonfinite,
         )
         gradient = estimate.gradient
         return gradient, ForwardGradState(
@@ -201,8 +225,6 @@ def fixed_point_forward_grad(
             frozen_fraction=frozen,
             guide=guide.advance(state.guide, gradient, names) if guide else (),
         )
-
-    return _arguments.link(init_fn, update_fn)
 
 
 def _check_together(
