@@ -18,6 +18,7 @@ from fgrad.leaves import (
     Mask,
     OnGrid,
     Plan,
+    Policy,
     map_leaves,
     on_grid,
     trained_leaves,

@@ -21,7 +21,7 @@ ALLOWED = {
     "layers": {"_trees", "fixed_point"},
     "perturbations": {"_trees", "fixed_point", "tracing"},
     "leaves": {"_trees", "fixed_point", "tracing", "perturbations"},
-    "_arguments": {"_trees", "fixed_point", "perturbations", "leaves"},
+    "_arguments": {"_trees", "fixed_point", "tracing", "perturbations", "leaves"},
     "evaluation": {"_trees", "fixed_point", "tracing", "perturbations", "leaves"},
 }
 ALLOWED["estimators"] = ALLOWED["evaluation"] | {"evaluation"}

@@ -134,11 +134,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
-def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float:
+def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float | jax.Array:
     """The largest value of a schedule, as far as 2**24 steps.
 
     Every one of the first 2048 steps is looked at, then 64 in each octave, and at last
-    the steps around the largest value that was found.
+    the steps around the largest value that was found. A schedule of traced numbers has
+    a traced peak, which is not checked.
 
     Args:
       name: what the schedule is of, for messages.
@@ -157,6 +158,8 @@ def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float:
     late = np.unique(np.geomspace(2048, 2**24, 13 * 64).astype(int))
     steps = np.concatenate([early, late[1:]])
     values = _values(name, schedule, steps)
+    if not is_concrete(values):  # the schedule is made inside a jitted function
+        return jnp.max(values)
     for _ in range(2):
         best = int(np.argmax(values))
         low, high = steps[max(best - 1, 0)], steps[min(best + 1, len(steps) - 1)]
@@ -167,9 +170,11 @@ def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float:
     return float(values.max())
 
 
-def _values(name: str, schedule: Any, steps: np.ndarray) -> np.ndarray:
+def _values(name: str, schedule: Any, steps: np.ndarray) -> Any:
     with jax.ensure_compile_time_eval():
         values = jax.vmap(schedule)(jnp.asarray(steps, jnp.int32))
+        if not is_concrete(values):
+            return values
         values = np.broadcast_to(np.asarray(values, np.float32), steps.shape)
     wrong = ~(np.isfinite(values) & (values >= 0))
     if wrong.any():
