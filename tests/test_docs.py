@@ -154,7 +154,6 @@ PLUMBING = {
         "integer_reads",
         "is_concrete",
         "path_str",
-        "products",
         "restored",
         "stored",
         "with_stored",
@@ -171,7 +170,7 @@ def documented(site):
     names = {
         name
         for kind, entries in loaded.data.items()
-        if kind in ("py:class", "py:function")
+        if kind in ("py:class", "py:exception", "py:function", "py:module")
         for name in entries
     }
     return {name: pydoc.locate(name) or named(name) for name in names}
@@ -206,6 +205,9 @@ def public(module):
         "estimators",
         "evaluation",
         "fixed_point",
+        "integer",
+        "integer.audit",
+        "integer.loss",
         "layers",
         "leaves",
         "perturbations",

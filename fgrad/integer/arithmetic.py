@@ -46,7 +46,8 @@ def multiply_shift(q: jax.Array, multiplier: Any, shift: Any) -> jax.Array:
       Array([ 4, -4,  5], dtype=int32)
     """
     half = jnp.left_shift(jnp.int32(1), jnp.int32(shift) - 1)
-    return (q * jnp.int32(multiplier) + half) >> jnp.int32(shift)
+    rounded: jax.Array = (q * jnp.int32(multiplier) + half) >> jnp.int32(shift)
+    return rounded
 
 
 @jax.jit
@@ -66,7 +67,9 @@ def multiply_shift_wide(q: jax.Array, multiplier: Any, shift: Any) -> jax.Array:
     # q m = 2**15 (high m) + low m, and half of 2**s is a multiple of 2**15.
     high, low = q >> 15, q & 0x7FFF
     half = jnp.left_shift(jnp.int32(1), shift - 16)
-    return (high * multiplier + (low * multiplier >> 15) + half) >> (shift - 15)
+    sums = high * multiplier + (low * multiplier >> 15) + half
+    rounded: jax.Array = sums >> (shift - 15)
+    return rounded
 
 
 @jax.jit

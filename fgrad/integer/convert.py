@@ -352,7 +352,8 @@ def _encoded(program: Program) -> tuple[Any, ...]:
         x if scale is None else jax.ShapeDtypeStruct(x.shape, jnp.int8)
         for x, scale in zip(leaves, program.input_scales, strict=True)
     ]
-    return jax.tree.unflatten(structure, coded)
+    arguments: tuple[Any, ...] = jax.tree.unflatten(structure, coded)
+    return arguments
 
 
 def _layer(node: Node) -> str:

@@ -192,7 +192,8 @@ def _read(grids: Grids, node: Node, x: Fixed, *indices: Any) -> Fixed:
 @_rule("argmax", "argmin")
 def _position(grids: Grids, node: Node, x: Fixed) -> jax.Array:
     del grids
-    return node.evaluate([x.wide])[0]
+    position: jax.Array = node.evaluate([x.wide])[0]
+    return position
 
 
 @_rule("concatenate", "stack")
@@ -242,7 +243,7 @@ def _joined(
     return Fixed(q, parts[0].scale, low, high, bits)
 
 
-def _integers(node: Node, *arrays: Any) -> jax.Array:
+def _integers(node: Node, *arrays: jax.Array) -> jax.Array:
     """The equation on integers, without the types that it had for floats."""
     primitive, params = node.equation.primitive, dict(node.equation.params)
     if node.name == "reduce_precision":
@@ -250,8 +251,9 @@ def _integers(node: Node, *arrays: Any) -> jax.Array:
     if "fill_value" in params:
         params["fill_value"] = None if params["fill_value"] is None else 0
     with node.equation.ctx.manager:
-        result = primitive.bind(*arrays, **primitive.get_bind_params(params))
-    return result[0] if primitive.multiple_results else result
+        results = primitive.bind(*arrays, **primitive.get_bind_params(params))
+    result: jax.Array = results[0] if primitive.multiple_results else results
+    return result
 
 
 # ------------------------------------------------------------------- arithmetic
@@ -417,7 +419,9 @@ def _compare(grids: Grids, node: Node, a: Any, b: Any) -> jax.Array:
         # 24 bits of the larger one, so that neither saturates.
         scale = max(finer, max(v.scale * v.magnitude for v in (x, y)) / 2**22)
         x, y = rescale(x, scale, FINE), rescale(y, scale, FINE)
-    return node.equation.primitive.bind(x.wide, y.wide, **node.equation.params)
+    equation = node.equation
+    truth: jax.Array = equation.primitive.bind(x.wide, y.wide, **equation.params)
+    return truth
 
 
 @_rule("is_finite")
@@ -476,7 +480,8 @@ def _tabulated(
 
 
 def _finite(x: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(x)
+    finite: np.ndarray = np.nan_to_num(x)
+    return finite
 
 
 def _register_tables() -> None:

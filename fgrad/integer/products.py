@@ -57,10 +57,14 @@ class _Dot:
         return lax.dot_general(lhs, rhs, self.numbers, preferred_element_type=jnp.int32)
 
     def exact(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return arithmetic.exact_dot(lhs, rhs, dimension_numbers=self.numbers)
+        sums: jax.Array = arithmetic.exact_dot(lhs, rhs, dimension_numbers=self.numbers)
+        return sums
 
     def coarse(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return arithmetic.coarse_dot(lhs, rhs, dimension_numbers=self.numbers)
+        sums: jax.Array = arithmetic.coarse_dot(
+            lhs, rhs, dimension_numbers=self.numbers
+        )
+        return sums
 
 
 class _Convolution:
@@ -85,10 +89,12 @@ class _Convolution:
         )
 
     def exact(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return arithmetic.exact_conv(lhs, rhs, options=self.options)
+        sums: jax.Array = arithmetic.exact_conv(lhs, rhs, options=self.options)
+        return sums
 
     def coarse(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return arithmetic.coarse_conv(lhs, rhs, options=self.options)
+        sums: jax.Array = arithmetic.coarse_conv(lhs, rhs, options=self.options)
+        return sums
 
 
 def _sums(lhs: Fixed, rhs: Fixed, terms: int, operation: _Dot | _Convolution) -> Fixed:

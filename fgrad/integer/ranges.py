@@ -57,7 +57,8 @@ class Fixed:
     @property
     def wide(self) -> jax.Array:
         """Q as int32."""
-        return self.q.astype(jnp.int32)
+        wide: jax.Array = self.q.astype(jnp.int32)
+        return wide
 
     def replace(self, **changes: Any) -> Fixed:
         """A copy with other attributes."""
@@ -97,7 +98,7 @@ def prove(low: int, high: int, what: str) -> None:
 
 def limit_of(bits: int) -> int:
     """Largest integer of the symmetric grid of a width, ``2**(bits - 1) - 1``."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def clip(x: Fixed, low: int, high: int) -> Fixed:
@@ -173,12 +174,15 @@ def multiply(
     if magnitude * most < 2 ** (shift - 1):
         return jnp.zeros_like(q)
     if shift < 32 and magnitude * most + 2 ** (shift - 1) <= INT32:
-        return arithmetic.multiply_shift(q, multiplier, shift)
+        narrow: jax.Array = arithmetic.multiply_shift(q, multiplier, shift)
+        return narrow
     if shift >= 16:
-        return arithmetic.multiply_shift_wide(q, multiplier, shift)
+        wide: jax.Array = arithmetic.multiply_shift_wide(q, multiplier, shift)
+        return wide
     high, low = q >> 15, q & 0x7FFF
     low = arithmetic.multiply_shift(low, multiplier, shift)
-    return (high * multiplier << (15 - shift)) + low
+    sums: jax.Array = (high * multiplier << (15 - shift)) + low
+    return sums
 
 
 def _rounded(product: int, shift: int) -> int:

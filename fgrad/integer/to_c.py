@@ -168,7 +168,8 @@ def _numbered(name: str, leaves: Any) -> list[Field]:
 
 
 def _bytes(x: Any) -> int:
-    return int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+    size: int = int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+    return size
 
 
 # ------------------------------------------------------------------------- the text

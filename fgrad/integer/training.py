@@ -325,7 +325,8 @@ class TrainStep:
             value = self._loss(self.program.values(weights, *encoded), labels)
             ranges.prove(value.low, value.high, "the loss")
             ranges.prove(value.low - value.high, value.high - value.low, "a difference")
-        return value.q
+        q: jax.Array = value.q
+        return q
 
     def restore(self, weights: Any) -> Any:
         """Weights as parameters: `QTensor` leaves with the scales of the program."""
@@ -457,7 +458,8 @@ def normalized(differences: jax.Array) -> jax.Array:
     )
     inverse = arithmetic.exp2_negative(jnp.maximum(mean_log, 0) >> 1)
     shift = arithmetic.POWER_BITS - _COEFFICIENT_BITS
-    return arithmetic.multiply_shift(d, inverse, shift)
+    coefficients: jax.Array = arithmetic.multiply_shift(d, inverse, shift)
+    return coefficients
 
 
 def _rounded(

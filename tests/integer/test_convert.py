@@ -21,12 +21,12 @@ def test_digits_are_read_as_well_as_in_float(digits, pretrained, bits, bar):
     program = convert(function, pretrained, images[TRAIN], bits=bits)
     encoded = program.encode(images[TEST])
     found = jax.jit(program)(program.params, encoded)
-    exact = function(pretrained, images[TEST])
+    exact = jax.jit(function)(pretrained, images[TEST])
     assert accuracy(exact, labels[TEST]) > 0.9
     assert abs(accuracy(found, labels[TEST]) - accuracy(exact, labels[TEST])) <= bar
     agreement = np.mean(np.argmax(found, 1) == np.argmax(exact, 1))
     assert agreement > 0.985
-    decoded = program.decode(program.params, encoded)
+    decoded = jax.jit(program.decode)(program.params, encoded)
     assert np.max(np.abs(decoded - exact)) < 0.05 * np.max(np.abs(exact))
 
 
@@ -43,8 +43,9 @@ def test_no_float_and_no_64_bit_type(digits, pretrained):
 def test_the_batch_may_have_another_size(digits, pretrained):
     images = digits[0]
     program = convert(function, pretrained, images[:64])
-    several = program(program.params, program.encode(images[:3]))
-    one = program(program.params, program.encode(images[2:3]))
+    run = jax.jit(program)
+    several = run(program.params, program.encode(images[:3]))
+    one = run(program.params, program.encode(images[2:3]))
     np.testing.assert_array_equal(several[2], one[0])
 
 
@@ -191,17 +192,23 @@ class Transformer(nn.Module):
         return nn.Dense(3)(nn.LayerNorm()(x).mean(1))
 
 
-@pytest.mark.parametrize("network", [LSTM(), Transformer()], ids=["lstm", "vit"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(LSTM(), id="lstm"),
+        pytest.param(Transformer(), id="vit", marks=pytest.mark.slow),
+    ],
+)
 def test_networks_with_recurrence_attention_and_normalisation(network):
     x = jax.random.normal(jax.random.key(0), (32, 7, 5))
-    params = network.init(jax.random.key(1), x)["params"]
+    params = jax.jit(network.init)(jax.random.key(1), x)["params"]
 
     def logits(params, x):
         return network.apply({"params": params}, x)
 
     program = convert(logits, params, x)
     encoded = program.encode(x)
-    found = program.decode(program.params, encoded)
-    exact = logits(params, x)
+    found = jax.jit(program.decode)(program.params, encoded)
+    exact = jax.jit(logits)(params, x)
     assert np.std(np.asarray(found - exact)) < 0.05 * np.std(np.asarray(exact))
     audit.check(program, integers(program.params), encoded)

@@ -39,6 +39,7 @@ def after(step, images, labels):
     return jax.tree.leaves((weights, state))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_fgrad_takes_the_same_steps(training, tmp_path):
     pytest.importorskip("flatbuffers", reason="needs fgrad[export]")
     step, images, labels = training
@@ -78,6 +79,7 @@ def test_a_program_is_exported_without_custom_calls(training):
     np.testing.assert_array_equal(found, program(program.params, x))
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_iree_has_the_bits_of_jax_over_an_adaptation(training):
     compiler = pytest.importorskip("iree.compiler", reason="needs fgrad[integer]")

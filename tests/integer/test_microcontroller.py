@@ -5,6 +5,7 @@ import pytest
 from experiments.benchmarks import emulation, microcontroller
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not emulation.has_host_compiler(), reason="needs gcc or cc")
 def test_the_tables_are_printed(tmp_path, capsys):
     microcontroller.run(str(tmp_path), True, microcontroller.SMOKE)

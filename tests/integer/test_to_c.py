@@ -167,12 +167,17 @@ class Convolutions(nn.Module):
 @host
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [(LSTM(), (7, 5)), (Transformer(), (7, 5)), (Convolutions(), (8, 8, 2))],
-    ids=["lstm", "vit", "convolutions"],
+    [
+        pytest.param(LSTM(), (7, 5), id="lstm"),
+        pytest.param(Transformer(), (7, 5), id="vit", marks=pytest.mark.slow),
+        pytest.param(
+            Convolutions(), (8, 8, 2), id="convolutions", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_networks_have_the_bits_of_jax(network, shape, tmp_path):
     x = jax.random.normal(jax.random.key(0), (2, *shape))
-    params = network.init(jax.random.key(1), x)["params"]
+    params = jax.jit(network.init)(jax.random.key(1), x)["params"]
     program = convert(lambda p, x: network.apply({"params": p}, x), params, x)
     check_prediction(program, x, tmp_path)
 
