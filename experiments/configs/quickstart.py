@@ -8,7 +8,7 @@ Learning rates are chosen per method on the validation split, by runs of 0.3 of 
 length; runs of 0.1 choose rates that are too large.
 
 Expected test accuracy, seeds 0 to 2: 45.3% before, 98.0 ± 0.1 (backpropagation), 95.1 ±
-0.4 (float32), 96.3 ± 0.6 (16w8a), 94.3 ± 0.2 (8w8a).
+0.4 (float32), 95.3 ± 0.5 (16w8a), 94.3 ± 0.2 (8w8a).
 
     python -m experiments.main \
         --config=experiments/configs/quickstart.py --workdir=workdir/quickstart
