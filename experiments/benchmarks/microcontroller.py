@@ -5,7 +5,7 @@ by 30 degrees, in integers from the image to the weights. The whole adaptation r
 the generated C on this machine, and its bits are compared with those of JAX; an
 emulated Cortex-M3 runs the first steps, for their bits and the instructions executed.
 
-    python -m experiments.benchmarks.microcontroller --workdir=workdir/microcontroller
+    python -m experiments.benchmarks.microcontroller --out=workdir/microcontroller
 
 Prints its tables as Markdown. A try of some seconds: ``--smoke``.
 """
@@ -27,11 +27,6 @@ from experiments.drivers import training
 from experiments.drivers.progress import show_progress
 from fgrad import integer
 from fgrad.integer import CProgram, Program, TrainStep
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and C files.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples in a step.")
-_EMULATE = flags.DEFINE_bool("emulate", True, "Whether to run the Cortex-M3.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +205,15 @@ def main(argv: Sequence[str]) -> None:
     """Makes the tables."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    settings = SMOKE if _SMOKE.value else Settings(batch_size=_BATCH_SIZE.value)
-    run(_WORKDIR.value, _SMOKE.value, settings, _EMULATE.value)
+    given = flags.FLAGS
+    settings = SMOKE if given.smoke else Settings(batch_size=given.batch_size)
+    run(given.out, given.smoke, settings, given.emulate)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
+    # Here, so that a program may import this module beside others with such flags.
+    flags.DEFINE_string("out", None, "Directory for data and C files.", required=True)
+    flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
+    flags.DEFINE_integer("batch_size", 16, "Examples in a step.")
+    flags.DEFINE_bool("emulate", True, "Whether to run the Cortex-M3.")
     app.run(main)
