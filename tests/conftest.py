@@ -1,10 +1,22 @@
 """Settings of all tests."""
 
+import pathlib
+
 import jax
 import pytest
+from lanes import SLOW_FILES
 
 # Most programs here run for microseconds and compile for seconds.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of whole files as slow."""
+    here = pathlib.Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents]
+    for item in ours:
+        if item.path.relative_to(here).as_posix() in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,27 @@ from typing import Any
 
 import pytest
 
+# Files that are slow as a whole. What they try on networks, data and chains of links is
+# in the core lane in parts: the links, layers, readers and programs by themselves.
+SLOW_FILES = {
+    "integer/test_elsewhere.py",
+    "integer/test_to_c.py",
+    "test_adapt.py",
+    "test_benchmarks.py",
+    "test_compile_time.py",
+    "test_conformance.py",
+    "test_damaged_files.py",
+    "test_few_shot.py",
+    "test_few_shot_models.py",
+    "test_fine_tuning.py",
+    "test_gpu_benchmark.py",
+    "test_launcher.py",
+    "test_ood.py",
+    "test_public_few_shot.py",
+    "test_runs.py",
+    "test_training.py",
+}
+
 
 def some(cases: Iterable[Any], core: Iterable[Any]) -> list[Any]:
     """The values of one argument as parameters, slow but for those in ``core``."""

@@ -2,7 +2,11 @@
 
 import pytest
 
-from experiments.benchmarks import emulation, microcontroller
+from experiments.benchmarks import emulation
+
+microcontroller = pytest.importorskip(
+    "experiments.benchmarks.microcontroller", reason="needs the extra [experiments]"
+)
 
 
 @pytest.mark.slow
