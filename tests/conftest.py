@@ -11,11 +11,11 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of whole files as slow."""
+    """Marks the tests of whole files, and the examples of docstrings, as slow."""
     here = pathlib.Path(__file__).parent
-    ours = [item for item in items if here in item.path.parents]
-    for item in ours:
-        if item.path.relative_to(here).as_posix() in SLOW_FILES:
+    for item in items:
+        ours = here in item.path.parents
+        if not ours or item.path.relative_to(here).as_posix() in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
 
 

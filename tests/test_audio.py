@@ -34,6 +34,7 @@ def test_features_are_those_of_ast():
     )
 
 
+@pytest.mark.slow
 def test_signals_go_in_batches_under_jit():
     signals = np.stack([recorded.signal(16_000, 0.1), np.zeros(1600, np.float32)])
     both = jax.jit(audio.log_mel)(signals)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from lanes import every
 
 import fgrad
 from fgrad import enhancements, estimators, perturbations
@@ -52,7 +53,7 @@ def step(link, params):
     return update, (params, tx.init(params))
 
 
-@pytest.mark.parametrize("bits", [None, 16])
+@pytest.mark.parametrize("bits", every(2, [16, None]))
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_link_can_be_traced(switch, link, bits):
@@ -63,7 +64,7 @@ def test_every_link_can_be_traced(switch, link, bits):
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("switch", every(3, SWITCHES))
 def test_the_updates_are_those_without_the_switch(switch):
     params = fgrad.quantize(PARAMS)
     update, arguments = step(LINKS["low rank"], params)

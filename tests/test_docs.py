@@ -43,6 +43,7 @@ def run(page, capsys, **given):
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
+@pytest.mark.slow
 def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
     run(page, capsys)
 

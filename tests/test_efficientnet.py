@@ -109,6 +109,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 @installed
+@pytest.mark.slow
 def test_weights_are_read_without_pytorch():
     code = (
         "import sys; from experiments.models import efficientnet;"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import every, every_row
 
 import fgrad
 from fgrad import estimators, perturbations
@@ -37,7 +38,7 @@ def test_one_normalized_difference_is_its_sign(difference):
     assert coefficients([difference])[0] == np.sign(difference)
 
 
-@pytest.mark.parametrize("bits", [None, 16])
+@pytest.mark.parametrize("bits", every(2, [16, None]))
 @pytest.mark.parametrize("vectorize", [1, 4])
 def test_a_normalized_gradient_is_the_weighted_mean_of_z(bits, vectorize):
     rng = np.random.default_rng(1)
@@ -209,11 +210,14 @@ POLICIES = {
 
 @pytest.mark.parametrize(
     ("name", "estimator"),
-    [
-        *((name, estimators.sign_m_spsa) for name in POLICIES),
-        ("int16", estimators.spsa),
-        ("float", estimators.normalized_spsa),
-    ],
+    every_row(
+        3,
+        [
+            *((name, estimators.sign_m_spsa) for name in POLICIES),
+            ("int16", estimators.spsa),
+            ("float", estimators.normalized_spsa),
+        ],
+    ),
 )
 def test_the_recorded_losses_make_the_same_gradient(name, estimator):
     kind, policy = POLICIES[name]

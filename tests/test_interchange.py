@@ -29,6 +29,7 @@ def forward(params, x):
     return {"h": h, "params": params}
 
 
+@pytest.mark.slow
 def test_a_function_of_quantized_parameters_is_exported(tmp_path):
     params, x = tree(), jnp.ones((4, 2))
     content = export.export(jax.jit(forward))(params, x).serialize()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import product_equations
+from lanes import every, every_row
 
 import fgrad
 from fgrad import fixed_point, layers
@@ -141,7 +142,7 @@ CASES = {
     ),
 }
 PRODUCTS = [name for name, case in CASES.items() if case.product]
-every_case = pytest.mark.parametrize("name", CASES)
+every_case = pytest.mark.parametrize("name", every(2, CASES))
 every_mode = pytest.mark.parametrize("mode", ["static", "dynamic"])
 
 
@@ -316,19 +317,24 @@ SETTINGS = [
     ((8, 8), "static", True),
     ((8, 8), "dynamic", False),
 ]
-every_setting = pytest.mark.parametrize(("bits", "mode", "per_channel"), SETTINGS)
+every_setting = pytest.mark.parametrize(
+    ("bits", "mode", "per_channel"), every_row(2, SETTINGS)
+)
 # All settings of the four products, two of the same products at other shapes.
 every_product = pytest.mark.parametrize(
     ("name", "bits", "mode", "per_channel"),
-    [
-        (name, *setting)
-        for name in PRODUCTS
-        for setting in (
-            SETTINGS
-            if name in ("dense", "conv", "conv_depthwise", "embed_attend")
-            else SETTINGS[1:3]
-        )
-    ],
+    every_row(
+        3,
+        [
+            (name, *setting)
+            for name in PRODUCTS
+            for setting in (
+                SETTINGS
+                if name in ("dense", "conv", "conv_depthwise", "embed_attend")
+                else SETTINGS[1:3]
+            )
+        ],
+    ),
 )
 
 
@@ -396,7 +402,7 @@ def test_fixed_point_is_within_the_rounding_of_its_operands(
     assert bound.max() < 0.1 * magnitude.max()
 
 
-@pytest.mark.parametrize("channel_axis", [None, 0, -1])
+@pytest.mark.parametrize("channel_axis", every(3, [None, 0, -1]))
 @pytest.mark.parametrize("bits", [8, 16])
 def test_embed_looks_up_dequantized_rows(channel_axis, bits):
     params = fgrad.quantize(
@@ -545,7 +551,7 @@ TRAINED = [
         "lstm_reverse",
     )
 ]
-every_trained_case = pytest.mark.parametrize("name", TRAINED)
+every_trained_case = pytest.mark.parametrize("name", every(4, TRAINED))
 
 
 class Trained(NamedTuple):

@@ -128,6 +128,7 @@ def test_bad_configurations_are_refused(tmp_path):
             load(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_imports_tensorflow(package, tmp_path):
     code = (
         "import sys; from experiments.data import arrays, solar;"

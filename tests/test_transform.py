@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from lanes import some
+from lanes import every, some
 
 import fgrad
 from fgrad import (
@@ -123,6 +123,7 @@ def test_difference_quotient_is_the_directional_derivative():
     np.testing.assert_allclose((plus - minus) / (2 * epsilon), slope, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_mean_of_spsa_is_the_gradient():
     w = jnp.array([0.3, -1.2, 0.8])
     a = jnp.array([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]])
@@ -226,6 +227,7 @@ def test_a_step_is_equations_6_to_8_in_python_integers(channel_axis):
     assert moved.max() > 100
 
 
+@pytest.mark.slow
 def test_int16_storage_and_floats_on_the_grid_take_the_same_trajectory():
     params, loss_fn, batch = problem((16, 8))
     on_grid = jax.tree.map(
@@ -319,8 +321,8 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("bits", every(2, [8, 16]))
+@pytest.mark.parametrize("name", every(3, CHAINS))
 def test_a_chain_that_does_not_land_on_the_grid_is_refused(name, bits):
     """apply_updates would add loss per weight to integers, and cut the sum."""
     params = {"w": fgrad.quantize(jnp.linspace(-1.0, 1.0, 6), bits), "b": jnp.ones(2)}
@@ -420,6 +422,7 @@ def test_a_mask_may_be_a_function_of_the_params():
     assert np.all(trained["w"] != params["w"])
 
 
+@pytest.mark.slow
 def test_an_added_leaf_changes_no_other_leafs_z():
     params = {"w": jnp.ones((3, 5)), "b": jnp.zeros(5)}
     more = {**params, "a": jnp.ones(7), "layer": {"w": jnp.ones(2)}}
@@ -434,6 +437,7 @@ def test_an_added_leaf_changes_no_other_leafs_z():
     assert_equal({name: many[name] for name in few}, few)
 
 
+@pytest.mark.slow
 def test_qzo_ff_is_the_chain_of_its_links():
     params, loss_fn, batch = problem((16, 8))
     key, options = jax.random.key(2), {"epsilon": 1e-2, "num_perturbations": 2}

@@ -124,9 +124,7 @@ def leaves_with_paths(tree):
     ]
 
 
-@pytest.mark.parametrize(
-    "name", some(MODELS, ["no bias", "strided", "our depthwise", "attention", "norm"])
-)
+@pytest.mark.parametrize("name", some(MODELS, ["no bias", "norm"]))
 def test_an_exact_site_has_the_gradient_of_its_layer(name, float64):
     losses, params, sites, kwargs = problem(name)
     sites = [Site(site, exact=True, epsilon=1e-4) for site in sites]
@@ -251,6 +249,7 @@ class IntegerNet(nn.Module):
 
 
 @pytest.mark.parametrize("bits", some([(16, 8), (8, 8)], [(8, 8)]))
+@pytest.mark.slow
 def test_integer_layers_follow_the_float_ones(bits):
     x, y = normal(0, 16, 4, 4, 3), jnp.arange(16) % 3
     params = IntegerNet().init(jax.random.key(1), x)["params"]
@@ -356,6 +355,7 @@ TWO = {"a": normal(0, 4, 3), "b": normal(1, 3, 2)}
 X = {"x": normal(2, 6, 4)}
 
 
+@pytest.mark.slow
 def test_vectorize_is_a_trade_of_memory_for_speed_only():
     one, _state = sites_step(two_layers, TWO, ["a", "b"], kwargs=X)
     for vectorize in 3, 16:
@@ -414,6 +414,7 @@ def test_signs_of_examples():
     np.testing.assert_allclose(jnp.abs(found["a"]), 1 / (6 * scale), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_local_losses(float64):
     x, y = normal(0, 5, 4), normal(1, 5)
     params = {

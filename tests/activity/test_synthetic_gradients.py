@@ -157,6 +157,7 @@ def test_the_first_step_has_nothing_but_the_correction():
         np.testing.assert_allclose(a, 0.25 * b, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_step_of_the_running_mean(float64):
     """Against loops in NumPy over directions and examples."""
     losses, params, kwargs = problem(2, curved=1.0)
@@ -210,6 +211,7 @@ def directions_of(shape, count, directions):
     return np.stack(found)
 
 
+@pytest.mark.slow
 def test_an_example_whose_loss_is_not_finite_teaches_nothing():
     losses, params, kwargs = problem(3)
 

@@ -289,7 +289,7 @@ NOT_COMPILED = (
 )
 
 
-@pytest.mark.parametrize("name", every(2, CASES))
+@pytest.mark.parametrize("name", every(5, CASES))
 def test_float_leaves(name, request):
     if name in NOT_COMPILED:
         request.applymarker(
@@ -308,7 +308,7 @@ def test_float_leaves(name, request):
 @pytest.mark.parametrize(
     "name",
     every(
-        4, [n for n in CASES if not n.startswith(("linen", "nnx")) and "lstm" not in n]
+        8, [n for n in CASES if not n.startswith(("linen", "nnx")) and "lstm" not in n]
     ),
 )
 def test_fixed_point_leaves_some_of_them_frozen(name):
@@ -318,7 +318,7 @@ def test_fixed_point_leaves_some_of_them_frozen(name):
     assert_losses(losses, task.pairs(mask)[:, 0], task)
 
 
-@pytest.mark.parametrize("name", every(4, CASES))
+@pytest.mark.parametrize("name", every(10, CASES))
 def test_fixed_point_leaves_in_several_directions_at_once(name):
     task = problem(name, "int8")
     vectorize = M if task.vmap else 1
@@ -326,7 +326,7 @@ def test_fixed_point_leaves_in_several_directions_at_once(name):
     assert_losses(losses, task.pairs(), task)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every(4, CASES))
 def test_the_case_would_notice(name):
     """A leaf that is left alone changes the loss by far more than the tolerance."""
     task = problem(name, "float32")
@@ -411,14 +411,14 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", every(2, SOME))
 def test_keys_may_be_mapped_over(name):
     task = problem(name, "int8")
     keys = jnp.stack([sample_key(i) for i in range(M)])
     assert_losses(dual_losses(task, task.mask, keys), task.pairs(), task)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", every(4, SOME))
 def test_vectorize_changes_no_coefficient(name):
     task = problem(name, "int8")
     plus, minus = task.pairs()
@@ -594,7 +594,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("way", ["first", "at use"], indirect=True)
+@pytest.mark.parametrize("way", every(2, ["at use", "first"]), indirect=True)
 @pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("how", CALLS)
 def test_it_is_the_same_wherever_it_is_called(how, bits):
@@ -604,6 +604,7 @@ def test_it_is_the_same_wherever_it_is_called(how, bits):
     assert [float(loss) for loss in CALLS[how](params)] == linear_pair(params)
 
 
+@pytest.mark.slow
 def test_it_runs_without_jit():
     params = {"w": on_grid(LINEAR()["w"], 8), "b": LINEAR()["b"]}
     key = sample_key(0)

@@ -16,6 +16,7 @@ def accuracy(logits, labels):
 
 
 @pytest.mark.parametrize(("bits", "bar"), [((16, 8), 0.005), ((8, 8), 0.02)])
+@pytest.mark.slow
 def test_digits_are_read_as_well_as_in_float(digits, pretrained, bits, bar):
     images, _, labels = digits
     program = convert(function, pretrained, images[TRAIN], bits=bits)

@@ -24,6 +24,7 @@ def accuracy(program, weights, images, labels):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("bits", some([16, 8], [8]))
+@pytest.mark.slow
 def test_digits_are_adapted_without_a_float(digits, pretrained, program, bits):
     _, images, labels = digits
     if bits == 8:

@@ -240,6 +240,7 @@ def test_leaves_of_other_kinds_learn_by_the_same_evaluations():
     assert 0 < np.mean(np.asarray(updates["large"].qvalue) != 0) < 0.5  # sparse z
 
 
+@pytest.mark.slow
 def test_grid_steps_are_counted_by_signs_whatever_the_estimator():
     params = fgrad.quantize(PARAMS, bits=4)
     x = jnp.linspace(-1, 1, 80).reshape(2, 40)
@@ -270,6 +271,7 @@ def test_below_says_which_leaves_move_by_steps():
     assert kind(wide, moved) is FixedPointArithmetic
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_at_the_explicitly_perturbed_weights():
     params = fgrad.quantize(PARAMS, bits=5)
     policy = Policy(1.0, low_bit=low_bit.on_grid(0.3))
