@@ -39,14 +39,17 @@ _SHARED = {
 _WHOLE = {**_SHARED, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 
 SECTIONS = {
-    "vit": Section(gpu_sections.vit, 110, _SHARED),
+    "vit": Section(gpu_sections.vit, 60, _SHARED),
+    "vit_integers": Section(gpu_sections.vit_integers, 110, _SHARED),
     "int8": Section(gpu_sections.int8, 40, _SHARED),
     "kernel": Section(gpu_sections.kernel, 45, _SHARED),
     "headline": Section(gpu_sections.headline, 200, _WHOLE),
-    "decoder": Section(gpu_sections.decoder, 75, _SHARED),
+    "decoder": Section(gpu_sections.decoder, 40, _SHARED),
+    "decoder_integers": Section(gpu_sections.decoder_integers, 120, _SHARED),
     "peers": Section(gpu_sections.peers, 60, _SHARED),
     "mezo": Section(gpu_sections.mezo, 30, {"JAX_PLATFORMS": "cpu"}),
-    "seeds": Section(gpu_sections.seeds, 75, _SHARED),
+    "seeds": Section(gpu_sections.seeds, 60, _SHARED),
+    "seeds_integers": Section(gpu_sections.seeds_integers, 75, _SHARED),
     "plan": Section(gpu_sections.plan, 240, h100.ENVIRONMENT),
 }
 # The plan of what is run anyway would only cost time.

@@ -229,25 +229,43 @@ def _effort(smoke: bool) -> Effort:
 
 
 def vit(smoke: bool) -> Iterator[Row]:
-    """ViT-B/16: a step beside inference, in every arithmetic."""
+    """ViT-B/16: a step beside inference, in floats."""
+    yield from _encoder(smoke, ("float32",) if smoke else ("bfloat16", "float32"))
+
+
+def vit_integers(smoke: bool) -> Iterator[Row]:
+    """ViT-B/16: a step beside inference, in integers."""
+    yield from _encoder(smoke, ("8w8a",) if smoke else ("8w8a", "16w8a"))
+
+
+def _encoder(smoke: bool, arithmetics: tuple[str, ...]) -> Iterator[Row]:
     network = _TINY_VIT if smoke else transformer.VIT_B16
     batch_sizes = (2,) if smoke else (1, 8, 64)
-    for arithmetic in ("8w8a",) if smoke else ("bfloat16", "float32", "16w8a", "8w8a"):
+    for arithmetic in arithmetics:
         problems = _problems(network, arithmetic, batch_sizes)
         yield from compared(_pairs("ViT-B/16", arithmetic, problems), _effort(smoke))
 
 
 def decoder(smoke: bool) -> Iterator[Row]:
-    """A decoder of 1.3 billion weights: a step beside inference."""
+    """A decoder of 1.3 billion weights: a step beside inference, in bfloat16."""
     network = _TINY_DECODER if smoke else transformer.DECODER
-    batch_sizes = (2,) if smoke else (1, 8)
+    yield from _decoder(network, "bfloat16", smoke)
+
+
+def decoder_integers(smoke: bool) -> Iterator[Row]:
+    """The same in integers, in both layouts of the weights."""
+    network = _TINY_DECODER if smoke else transformer.DECODER
     outputs_first = network._replace(outputs_first=True)
-    cases = [("bfloat16", network), ("8w8a", outputs_first), ("16w8a", outputs_first)]
-    for arithmetic, stored in cases[:1] if smoke else [*cases, ("8w8a", network)]:
-        problems = _problems(stored, arithmetic, batch_sizes)
-        layout = ", weights [out, in]" if stored.outputs_first else ""
-        name = f"decoder of 1.3 B{layout}"
-        yield from compared(_pairs(name, arithmetic, problems), _effort(smoke))
+    cases = [(outputs_first, "8w8a"), (outputs_first, "16w8a"), (network, "8w8a")]
+    for stored, arithmetic in cases[:1] if smoke else cases:
+        yield from _decoder(stored, arithmetic, smoke)
+
+
+def _decoder(network: Transformer, arithmetic: str, smoke: bool) -> Iterator[Row]:
+    problems = _problems(network, arithmetic, (2,) if smoke else (1, 8))
+    layout = ", weights [out, in]" if network.outputs_first else ""
+    entries = _pairs(f"decoder of 1.3 B{layout}", arithmetic, problems)
+    yield from compared(entries, _effort(smoke))
 
 
 def peers(smoke: bool) -> Iterator[Row]:
@@ -287,25 +305,33 @@ def _peers(network: Transformer, arithmetic: str, smoke: bool) -> dict[str, Entr
 
 def seeds(smoke: bool) -> Iterator[Row]:
     """K pairs of rank 1 at once, beside inference on as many examples."""
+    yield from _seeds("float32" if smoke else "bfloat16", smoke)
+
+
+def seeds_integers(smoke: bool) -> Iterator[Row]:
+    """The same in integers."""
+    yield from _seeds("8w8a", smoke)
+
+
+def _seeds(arithmetic: str, smoke: bool) -> Iterator[Row]:
     network = _TINY_VIT if smoke else transformer.VIT_B16
     batch, counts = (1, (2,)) if smoke else (4, (1, 4, 16, 64))
-    for arithmetic in ("bfloat16",) if smoke else ("bfloat16", "8w8a"):
-        sizes = {2 * count * batch for count in counts} | {batch}
-        problems = _problems(network, arithmetic, tuple(sorted(sizes)))
-        entries = {}
-        for count in counts:
-            row, name = Row("ViT-B/16", arithmetic), f"inference {count}"
-            many = 2 * count * batch
-            entries[name] = Entry(
-                functools.partial(programs.inference, problems[many]),
-                row._replace(batch=many, what="inference"),
-            )
-            entries[f"K {count}"] = Entry(
-                functools.partial(programs.low_rank_step, problems[batch], count),
-                row._replace(batch=batch, what=f"step, K = {count}, rank 1"),
-                name,
-            )
-        yield from compared(entries, _effort(smoke))
+    sizes = {2 * count * batch for count in counts} | {batch}
+    problems = _problems(network, arithmetic, tuple(sorted(sizes)))
+    entries = {}
+    for count in counts:
+        row, name = Row("ViT-B/16", arithmetic), f"inference {count}"
+        many = 2 * count * batch
+        entries[name] = Entry(
+            functools.partial(programs.inference, problems[many]),
+            row._replace(batch=many, what="inference"),
+        )
+        entries[f"K {count}"] = Entry(
+            functools.partial(programs.low_rank_step, problems[batch], count),
+            row._replace(batch=batch, what=f"step, K = {count}, rank 1"),
+            name,
+        )
+    yield from compared(entries, _effort(smoke))
 
 
 # -------------------------------------------------------------------- int8 products
