@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from lanes import some
 from sklearn import datasets
 
 import fgrad
@@ -42,7 +43,10 @@ def run(page, capsys, **given):
     return names, last
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+QUICK = [page for page in WITH_CODE if page.name != "training_loop.md"]
+
+
+@pytest.mark.parametrize("page", some(WITH_CODE, QUICK), ids=name)
 def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
     run(page, capsys)
 
