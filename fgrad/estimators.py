@@ -160,12 +160,15 @@ class Estimate(NamedTuple):
       loss: float32 scalar, mean of the finite pairs' losses.
       loss_differences: float32 [m], ``L₊ - L₋`` of each pair.
       nonfinite_pairs: int32 scalar, pairs left out for a NaN or infinite loss.
+      aux: what the loss came with in the last evaluation, ``w - εz`` of the last pair,
+        or in the last of those with a finite loss; ``()`` without ``has_aux``.
     """
 
     gradient: Any
     loss: jax.Array
     loss_differences: jax.Array
     nonfinite_pairs: jax.Array
+    aux: Any = ()
 
 
 @usual_rules
@@ -179,6 +182,7 @@ def forward_gradient(
     estimator: Estimator = sign_m_spsa,
     vectorize: int = 1,
     on_nonfinite: str = "skip",
+    has_aux: bool = False,
     kwargs: Mapping[str, Any] | None = None,
     num_perturbations: int = 3,
     **policy: Any,
@@ -200,6 +204,7 @@ def forward_gradient(
         bits, since XLA adds up in another order.
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss, "raise"
         stops the program.
+      has_aux: whether ``value_fn`` returns ``(loss, aux)``.
       kwargs: passed to ``value_fn``.
       num_perturbations: m, the number of directions.
       **policy: ``epsilon``, ``perturbation`` and ``low_bit``, as in
@@ -229,6 +234,7 @@ def forward_gradient(
         estimator=estimator,
         vectorize=vectorize,
         on_nonfinite=on_nonfinite,
+        has_aux=has_aux,
     )
 
 
@@ -296,13 +302,17 @@ def estimate(
     estimator: Estimator,
     vectorize: int,
     on_nonfinite: str,
+    has_aux: bool = False,
 ) -> Estimate:
     """The estimate of one step, whose leaves a plan knows; see `forward_gradient`."""
     keys = plan.keys(key)
-    plus, minus = evaluate_pairs(value_fn, plan, keys, vectorize=vectorize)
+    plus, minus, aux = evaluate_pairs(
+        value_fn, plan, keys, vectorize=vectorize, has_aux=has_aux
+    )
     if on_nonfinite == "raise":
         jax.debug.callback(_raise_nonfinite, plus, minus, plan.step)
-    return estimate_from_losses(plan, keys, plus, minus, estimator)
+    found = estimate_from_losses(plan, keys, plus, minus, estimator)
+    return found._replace(aux=aux)
 
 
 def estimate_from_losses(

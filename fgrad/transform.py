@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, estimators, fixed_point, perturbations
+from fgrad import (
+    _arguments,
+    _loss_and_aux,
+    estimators,
+    fixed_point,
+    perturbations,
+)
 from fgrad.fixed_point import as_update, is_qtensor, stored, with_stored
 from fgrad.leaves import (
     Epsilon,
@@ -39,6 +45,8 @@ class ForwardGradState(NamedTuple):
         step's epsilon could not move: on a grid ``ε_q = 0``, of floats those to which
         the largest εz is too little to be added.
       guide: state of the ``guide``, or empty.
+      aux: with ``has_aux`` what the loss of the last step came with, before it
+        ``initial_aux``; or empty.
     """
 
     key: jax.Array
@@ -48,6 +56,7 @@ class ForwardGradState(NamedTuple):
     nonfinite_pairs: jax.Array
     frozen_fraction: jax.Array
     guide: Any = ()
+    aux: Any = ()
 
 
 class QuantizedUpdateState(NamedTuple):
@@ -73,6 +82,8 @@ def fixed_point_forward_grad(
     mask: Mask = None,
     on_nonfinite: str = "skip",
     guide: Guide | None = None,
+    has_aux: bool = False,
+    initial_aux: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the incoming updates by a gradient made of forward passes only.
 
@@ -104,6 +115,14 @@ def fixed_point_forward_grad(
         incoming updates, which are ignored here: put it around the optimizer only.
       guide: draws z around a direction that it keeps in the state, such as
         ``enhancements.momentum_guided_sampling()``; none by default.
+      has_aux: whether ``value_fn`` returns ``(loss, aux)``, where aux is a pytree of
+        arrays such as metrics or the statistics of batch normalisation. The state's
+        ``aux`` is that of the last evaluation, ``w - εz`` of the last pair; losses
+        that are not finite are passed over, unless all are. The aux of all 2m
+        evaluations is in memory until then.
+      initial_aux: the state's ``aux`` before the first step. It gives the state its
+        structure, which must not change in ``lax.scan``, ``optax.MultiSteps`` and
+        ``nnx.Optimizer``. By default it is ``()``, and the first step changes it.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -114,7 +133,8 @@ def fixed_point_forward_grad(
       TypeError, ValueError: here for bad options; in ``init`` for an integer leaf
         that is no `QTensor`, for a `QTensor` whose scale or integers are not those of
         a grid, and for an epsilon of at most half a weight step; in
-        ``update`` without params or value_fn, and for a loss that is no scalar.
+        ``update`` without params or value_fn, for a loss that is no scalar, and for
+        an aux that is not like ``initial_aux``.
 
     Example:
       >>> tx = optax.chain(
@@ -149,7 +169,10 @@ def fixed_point_forward_grad(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
         )
 
-    link = _ForwardGrad(key, policy, estimator, vectorize, mask, on_nonfinite, guide)
+    aux = _loss_and_aux.Aux.of(has_aux, initial_aux)
+    link = _ForwardGrad(
+        key, policy, estimator, vectorize, mask, on_nonfinite, guide, aux
+    )
 
     def update_fn(
         updates: Any,
@@ -179,6 +202,7 @@ class _ForwardGrad(NamedTuple):
     mask: Mask
     on_nonfinite: str
     guide: Guide | None
+    aux: _loss_and_aux.Aux
 
     def init(self, params: Any) -> ForwardGradState:
         """The state before the first step."""
@@ -195,6 +219,7 @@ class _ForwardGrad(NamedTuple):
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             frozen_fraction=jnp.zeros([], jnp.float32),
             guide=guide.init(params, plan.guided_mask) if guide else (),
+            aux=self.aux.at_first(),
         )
 
     def step(
@@ -215,6 +240,7 @@ class _ForwardGrad(NamedTuple):
             estimator=self.estimator,
             vectorize=self.vectorize,
             on_nonfinite=self.on_nonfinite,
+            has_aux=self.aux.expected,
         )
         gradient = estimate.gradient
         return gradient, ForwardGradState(
@@ -225,6 +251,7 @@ class _ForwardGrad(NamedTuple):
             nonfinite_pairs=estimate.nonfinite_pairs,
             frozen_fraction=frozen,
             guide=guide.advance(state.guide, gradient, names) if guide else (),
+            aux=self.aux.checked(estimate.aux),
         )
 
 
@@ -417,6 +444,8 @@ def qzo_ff(
     vectorize: int = 1,
     mask: Mask = None,
     on_nonfinite: str = "skip",
+    has_aux: bool = False,
+    initial_aux: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""QZO-FF: sign-m-SPSA with SGD, in fixed point where the leaves are.
 
@@ -438,6 +467,8 @@ def qzo_ff(
       vectorize: how many directions are evaluated at once.
       mask: leaves to train.
       on_nonfinite: what to do with a NaN or infinite loss.
+      has_aux: whether ``value_fn`` returns ``(loss, aux)``.
+      initial_aux: the state's ``aux`` before the first step.
 
     Returns:
       A transformation; see `fixed_point_forward_grad` for its ``update``.
@@ -472,6 +503,8 @@ def qzo_ff(
             vectorize=vectorize,
             mask=mask,
             on_nonfinite=on_nonfinite,
+            has_aux=has_aux,
+            initial_aux=initial_aux,
         ),
         optax.sgd(learning_rate),
         quantized_update(mask=mask),

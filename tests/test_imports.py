@@ -14,6 +14,7 @@ PACKAGE = ROOT / "fgrad"
 # needs one more of the others says so here first.
 ALLOWED = {
     "_trees": set(),
+    "_loss_and_aux": {"_trees"},
     "tracing": {"_trees"},
     "fixed_point": {"_trees", "tracing"},
     "_interchange": {"fixed_point"},
@@ -22,7 +23,8 @@ ALLOWED = {
     "perturbations": {"_trees", "fixed_point", "tracing"},
     "leaves": {"_trees", "fixed_point", "tracing", "perturbations"},
     "_arguments": {"_trees", "fixed_point", "tracing", "perturbations", "leaves"},
-    "evaluation": {"_trees", "fixed_point", "tracing", "perturbations", "leaves"},
+    "evaluation": {"_loss_and_aux", "_trees", "fixed_point", "tracing"}
+    | {"perturbations", "leaves"},
 }
 ALLOWED["estimators"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["transform"] = ALLOWED["estimators"] | {"estimators", "_arguments"}

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fgrad import _loss_and_aux
 from fgrad.activity import layer_gradients
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.sites import Site, site_leaves
@@ -30,6 +31,7 @@ class ExampleLosses:
       program: the traced function.
       values: all values of its evaluation at the parameters, by number.
       examples: how many examples there are.
+      aux: what the losses came with, ``()`` if nothing.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class ExampleLosses:
         params: Any,
         sites: Sequence[Site],
         kwargs: Mapping[str, Any],
+        *,
+        has_aux: bool = False,
     ) -> None:
         """Traces ``value_fn(params, **kwargs)`` and evaluates it.
 
@@ -50,20 +54,28 @@ class ExampleLosses:
 
         @integer_reads.checked
         def function(params: Any, kwargs: Any) -> list[jax.Array]:
-            losses = named_losses(value_fn(params, **kwargs))
+            result = value_fn(params, **kwargs)
+            losses, aux = _loss_and_aux.split(result) if has_aux else (result, ())
+            losses = named_losses(losses)
             names.extend(losses)
-            return list(losses.values())
+            leaves, self._aux_tree = jax.tree.flatten(aux)
+            return [*losses.values(), *leaves]
 
         kwargs = dict(kwargs)
-        self.program: Graph = graph.trace(function, params, kwargs)
+        whole = graph.trace(function, params, kwargs)
+        # Sites are found by what the losses make of their leaves.
+        self.program: Graph = whole.of_outputs(whole.outputs[: len(names)])
         self._losses = dict(zip(names, self.program.outputs, strict=True))
         self.examples = self._check_losses()
         self._layers = self._find_layers(params)
         arrays = jax.tree.leaves((params, kwargs))
         inputs = dict(zip(self.program.inputs, arrays, strict=True))
-        self.values = graph.evaluate(
-            self.program.nodes, {**self.program.constants, **inputs}
-        )
+        self.values = graph.evaluate(whole.nodes, {**whole.constants, **inputs})
+        leaves = [
+            self.values[x] if isinstance(x, int) else x.value
+            for x in whole.outputs[len(names) :]
+        ]
+        self.aux = jax.tree.unflatten(self._aux_tree, leaves)
 
     def outputs(self, site: Site) -> dict[int, dict[str, Layer]]:
         """The activations of a site, each with its layers by their leaf's path."""

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, estimators, perturbations
+from fgrad import _arguments, _loss_and_aux, estimators, perturbations
 from fgrad.activity.example_losses import ExampleLosses, named_losses
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.site_gradients import (
@@ -59,6 +59,8 @@ class ActivityForwardGradState(NamedTuple):
       others: state of ``others``, or empty.
       jacobians: of sites with a `SyntheticGradient`, by their first name: float32
         [outputs, channels].
+      aux: with ``has_aux`` what the losses of the last step came with, before it
+        ``initial_aux``; or empty.
     """
 
     key: jax.Array
@@ -67,6 +69,7 @@ class ActivityForwardGradState(NamedTuple):
     nonfinite_pairs: jax.Array
     others: Any = ()
     jacobians: Any = ()
+    aux: Any = ()
 
 
 def activity_forward_grad(
@@ -78,6 +81,8 @@ def activity_forward_grad(
     estimator: estimators.Estimator | None = None,
     vectorize: int = 1,
     others: optax.GradientTransformation | None = None,
+    has_aux: bool = False,
+    initial_aux: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the gradient of some layers by perturbing their output.
 
@@ -104,6 +109,11 @@ def activity_forward_grad(
       others: a transformation for the gradient of the other leaves, such as
         ``fixed_point_forward_grad(key, mask=activity.leaves_outside(sites))``. It
         receives the mean of the losses. By default the others' updates are zero.
+      has_aux: whether ``value_fn`` returns ``(losses, aux)``, where aux is a pytree of
+        arrays. The state's ``aux`` is that of the evaluation in which nothing is
+        perturbed. ``others`` gets the losses alone.
+      initial_aux: the state's ``aux`` before the first step, as in
+        `fgrad.fixed_point_forward_grad`.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -151,6 +161,7 @@ def activity_forward_grad(
         ),
         vectorize=vectorize,
         others=None if others is None else _arguments.transformation(others),
+        aux=_loss_and_aux.Aux.of(has_aux, initial_aux),
     )
 
     def init_fn(params: Any) -> ActivityForwardGradState:
@@ -165,6 +176,7 @@ def activity_forward_grad(
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             others=() if options.others is None else options.others.init(params),
             jacobians=mean_jacobians(options.sites, params),
+            aux=options.aux.at_first(),
         )
 
     def update_fn(
@@ -200,6 +212,7 @@ class _Options:
     estimator: estimators.Estimator
     vectorize: int
     others: optax.GradientTransformationExtraArgs | None
+    aux: _loss_and_aux.Aux
 
     def __post_init__(self) -> None:
         if not self.sites:
@@ -241,10 +254,13 @@ def _update(
     if options.others is None:
         gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
     else:
+        mean_fn = _mean_of(loss_fn, options.aux.expected)
         gradient, others_state = options.others.update(
-            updates, state.others, params, value_fn=_mean_of(loss_fn), **extra_args
+            updates, state.others, params, value_fn=mean_fn, **extra_args
         )
-    losses = ExampleLosses(loss_fn, params, options.sites, kwargs)
+    losses = ExampleLosses(
+        loss_fn, params, options.sites, kwargs, has_aux=options.aux.expected
+    )
     found = _site_gradients(options, losses, state)
     return _with_gradients(params, gradient, found), ActivityForwardGradState(
         key=state.key,
@@ -259,6 +275,7 @@ def _update(
             for site, f in zip(options.sites, found, strict=True)
             if f.jacobian is not None
         },
+        aux=options.aux.checked(losses.aux),
     )
 
 
@@ -378,12 +395,13 @@ def _explained(
     )
 
 
-def _mean_of(value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
+def _mean_of(value_fn: Callable[..., Any], has_aux: bool) -> Callable[..., jax.Array]:
     """A scalar loss: the mean over examples, summed over the losses if several."""
 
     @functools.wraps(value_fn)
     def mean(params: Any, **kwargs: Any) -> jax.Array:
-        losses = named_losses(value_fn(params, **kwargs))
+        result = value_fn(params, **kwargs)
+        losses = named_losses(_loss_and_aux.split(result)[0] if has_aux else result)
         return sum((jnp.mean(x) for x in losses.values()), jnp.zeros([]))
 
     return mean

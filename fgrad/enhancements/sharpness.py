@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fgrad import _arguments, perturbations, transform
+from fgrad import _arguments, _loss_and_aux, perturbations, transform
 from fgrad.evaluation import TracedLoss, evaluate_pairs
 from fgrad.leaves import LeafEpsilon, Mask, Plan
 from fgrad.leaves.epsilon import Schedule
@@ -130,7 +130,9 @@ def sharpness_aware(
         plan = plan_of(params)
         z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
         keys = jax.vmap(plan.leaf_keys)(z_key[None])
-        plus, minus = evaluate_pairs(lambda p: loss_fn(p, **named), plan, keys)
+        plus, minus, _ = evaluate_pairs(
+            lambda p: _loss_and_aux.loss_alone(loss_fn(p, **named)), plan, keys
+        )
         finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
         ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
         neighbour_fn = _shifted(loss_fn, z_key, ascent, plan_of)
@@ -178,10 +180,11 @@ def _shifted(
 
     # `wraps` passes on the signature, which says what extra arguments the loss takes.
     @functools.wraps(value_fn, updated=())
-    def neighbour_fn(params: Any, **kwargs: Any) -> jax.Array:
+    def neighbour_fn(params: Any, **kwargs: Any) -> Any:
         plan = plan_of(params)
-        loss = TracedLoss(lambda p: value_fn(p, **kwargs), plan)
-        return loss(plan.leaf_keys(z_key), sign)
+        loss = TracedLoss(lambda p: value_fn(p, **kwargs), plan, has_aux=None)
+        pair = loss.with_aux(plan.leaf_keys(z_key), sign)
+        return pair if loss.has_aux else pair[0]
 
     return neighbour_fn
 

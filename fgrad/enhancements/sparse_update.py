@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fgrad import _arguments, estimators, fixed_point, perturbations
+from fgrad import _arguments, _loss_and_aux, estimators, fixed_point, perturbations
 from fgrad.evaluation import evaluate_pairs
 from fgrad.fixed_point import integer_reads, is_qtensor, stored, with_stored
 from fgrad.leaves import Epsilon, Mask, Plan, Policy
@@ -376,7 +376,9 @@ def _scores(
         ]
     assert loss_of is not None
     keys = plan.keys(key)
-    plus, minus = evaluate_pairs(loss_of, plan, keys)
+    plus, minus, _ = evaluate_pairs(
+        lambda p: _loss_and_aux.loss_alone(loss_of(p)), plan, keys
+    )
     finite = jnp.isfinite(plus) & jnp.isfinite(minus)
     coefficients = estimators.spsa(plus, minus, plan.epsilon)
     coefficients = jnp.where(finite, coefficients, 0)
@@ -411,9 +413,13 @@ def _importance(
     coefficients: jax.Array,
     after: jax.Array,
 ) -> jax.Array:
-    """``|Σᵢ cᵢ zᵢ|``, up to a factor that is the same for all values of the leaf."""
-    delayed = keys.delayed(name, after)
-    return jnp.abs(arithmetic.weighted_sum(delayed, coefficients))
+    """The magnitude of the leaf's gradient, that of SPSA.
+
+    Channels with grids of their own have steps of their own: what the losses say is
+    about those, so their realised length counts.
+    """
+    total = arithmetic.weighted_sum(keys.delayed(name, after), coefficients)
+    return jnp.abs(arithmetic.gradient(total, len(coefficients), by_signs=False))
 
 
 def _largest(scores: Sequence[_Score | None], sizes: Sequence[int]) -> list[jax.Array]:

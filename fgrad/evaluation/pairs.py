@@ -7,6 +7,7 @@ copy of the model exists.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
+from fgrad._loss_and_aux import is_pair, split
 from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import integer_reads, is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
@@ -30,8 +32,9 @@ def dual_forward(
     perturbation: perturbations.Perturbation | None = None,
     *,
     mask: Mask = None,
+    has_aux: bool = False,
     **kwargs: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, Any]:
     r"""Evaluates a loss on both sides of the weights.
 
     .. math:: L(w + εz), \quad L(w - εz)
@@ -44,14 +47,17 @@ def dual_forward(
       perturbation: where z comes from; ``perturbations.normal()`` by default.
       mask: leaves to perturb: a pytree of bools, a prefix of one, or a function from
         params to it; all by default.
+      has_aux: whether ``value_fn`` returns ``(loss, aux)``, a pytree of arrays beside
+        the loss.
       **kwargs: passed to ``value_fn``.
 
     Returns:
-      ``(loss_plus, loss_minus)``, scalars in the dtype that ``value_fn`` returns.
+      ``(loss_plus, loss_minus)``, scalars in the dtype that ``value_fn`` returns; with
+      ``has_aux`` ``((loss_plus, aux_plus), (loss_minus, aux_minus))``.
 
     Raises:
-      TypeError: for an integer leaf that is no `QTensor`, or a loss that is no
-        real scalar.
+      TypeError: for an integer leaf that is no `QTensor`, a loss that is no real
+        scalar, or an aux of other things than arrays.
 
     Example:
       >>> plus, minus = dual_forward(
@@ -70,8 +76,11 @@ def dual_forward(
     """
     plan = Plan(params, _policy(epsilon, perturbation), mask=mask)
     keys = jax.vmap(plan.leaf_keys)(key[None])
-    plus, minus = evaluate_pairs(lambda p: value_fn(p, **kwargs), plan, keys)
-    return plus[0], minus[0]
+    losses, aux = _evaluations(lambda p: value_fn(p, **kwargs), plan, keys, 1, has_aux)
+    if not has_aux:
+        return losses[0], losses[1]
+    plus, minus = (jax.tree.map(operator.itemgetter(i), aux) for i in (0, 1))
+    return (losses[0], plus), (losses[1], minus)
 
 
 @usual_rules
@@ -107,51 +116,100 @@ def evaluate_pairs(
     keys: LeafKeys,
     *,
     vectorize: int = 1,
-) -> tuple[jax.Array, jax.Array]:
+    has_aux: bool = False,
+) -> tuple[jax.Array, jax.Array, Any]:
     """Evaluates a loss on both sides of the weights, for m perturbations.
 
     Args:
-      value_fn: ``value_fn(params) -> scalar loss``; it is traced once.
+      value_fn: ``value_fn(params) -> scalar loss``, or ``(loss, aux)``; it is traced
+        once.
       plan: the leaves of the step.
       keys: [m, leaves], of z.
       vectorize: with 1, the 2m evaluations run one after the other; with V > 1, the 2V
         of V pairs at once.
+      has_aux: whether ``value_fn`` returns an aux.
 
     Returns:
-      ``(losses_plus, losses_minus)``, each [m].
+      ``(losses_plus, losses_minus, aux)``, the losses [m] each, and the aux of the last
+      evaluation whose loss was finite, of the last one if none was. Without ``has_aux``
+      it is ``()``.
     """
-    loss = TracedLoss(value_fn, plan)
+    losses, aux = _evaluations(value_fn, plan, keys, vectorize, has_aux)
+    plus, minus = losses.reshape(-1, 2).T
+    if has_aux:
+        # What a loss that is no number comes with, such as statistics of a batch, would
+        # be kept by who trains on.
+        order = jnp.where(jnp.isfinite(losses), jnp.arange(len(losses)), -1)
+        last = jnp.max(order) % len(losses)
+        aux = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, last, keepdims=False), aux
+        )
+    return plus, minus, aux
+
+
+def _evaluations(
+    value_fn: Callable[[Any], Any],
+    plan: Plan,
+    keys: LeafKeys,
+    vectorize: int,
+    has_aux: bool,
+) -> tuple[jax.Array, Any]:
+    """The losses [2m], of each pair the positive side first, and their aux, stacked."""
+    loss = TracedLoss(value_fn, plan, has_aux=has_aux)
     pairs = len(keys.stacked)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
     keys = jax.tree.map(lambda k: jnp.repeat(k, 2, axis=0), keys)
 
-    def evaluate(address: tuple[jax.Array, LeafKeys]) -> jax.Array:
+    def evaluate(address: tuple[jax.Array, LeafKeys]) -> tuple[jax.Array, Any]:
         sign, keys_of_z = address
-        return loss(keys_of_z, sign)
+        return loss.with_aux(keys_of_z, sign)
 
+    found: tuple[jax.Array, Any]
     if vectorize >= pairs > 1:
-        losses = jax.vmap(evaluate)((signs, keys))
+        found = jax.vmap(evaluate)((signs, keys))
     else:
         batch_size = 2 * vectorize if vectorize > 1 else None
-        losses = jax.lax.map(evaluate, (signs, keys), batch_size=batch_size)
-    plus, minus = losses.reshape(pairs, 2).T
-    return plus, minus
+        found = jax.lax.map(evaluate, (signs, keys), batch_size=batch_size)
+    return found
 
 
 class TracedLoss:
-    """A loss function, traced once, to be evaluated at perturbed parameters."""
+    """A loss function, traced once, to be evaluated at perturbed parameters.
 
-    def __init__(self, value_fn: Callable[[Any], jax.Array], plan: Plan) -> None:
-        """Traces ``value_fn(params) -> scalar loss`` for the leaves of a plan."""
+    Attributes:
+      has_aux: whether the function returns an aux beside the loss.
+    """
+
+    def __init__(
+        self,
+        value_fn: Callable[[Any], Any],
+        plan: Plan,
+        *,
+        has_aux: bool | None = False,
+    ) -> None:
+        """Traces a loss function for the leaves of a plan.
+
+        Args:
+          value_fn: ``value_fn(params) -> scalar loss``, or ``(loss, aux)``.
+          plan: the leaves of the step.
+          has_aux: whether the function must return an aux; None for either.
+        """
         self.plan = plan
         leaves = [one.leaf for one in plan.arithmetic.values()]
         self.values = [stored(leaf) for leaf in leaves]
         self.scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
 
-        loss_fn = integer_reads.checked(lambda params: _check_loss(value_fn(params)))
+        @integer_reads.checked
+        def loss_fn(params: Any) -> Any:
+            result = value_fn(params)
+            self.has_aux = is_pair(result) if has_aux is None else has_aux
+            loss, aux = split(result) if self.has_aux else (result, ())
+            return _check_loss(loss), aux
 
         def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:
-            return loss_fn(plan.with_stored(values, scales))
+            loss, aux = loss_fn(plan.with_stored(values, scales))
+            leaves, self._aux_tree = jax.tree.flatten(aux)
+            return [loss, *leaves]
 
         self.program = point_of_use.trace(function, self.values, self.scales)
 
@@ -162,13 +220,25 @@ class TracedLoss:
         events: list[point_of_use.Event] | None = None,
     ) -> jax.Array:
         """The loss at ``w + sign * εz``, for the keys [leaves] of z."""
+        return self.with_aux(keys, sign, events)[0]
+
+    def with_aux(
+        self,
+        keys: LeafKeys,
+        sign: jax.Array,
+        events: list[point_of_use.Event] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """The loss at ``w + sign * εz`` and what it came with, ``()`` if nothing."""
         with integer_reads.library_arithmetic():
             sides = self.plan.sides(keys, sign)
             values = [
                 x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
                 for x, array in zip(sides, self.values, strict=True)
             ]
-            return point_of_use.run(self.program, [*values, *self.scales], sign, events)
+            loss, *leaves = point_of_use.run(
+                self.program, [*values, *self.scales], sign, events
+            )
+            return loss, jax.tree.unflatten(self._aux_tree, leaves)
 
 
 def _policy(epsilon: Any, perturbation: perturbations.Perturbation | None) -> Policy:
@@ -186,7 +256,8 @@ def _check_loss(loss: Any) -> jax.Array:
         )
         raise TypeError(
             f"value_fn must return a scalar loss, got {got}. Reduce it, for example "
-            "with jnp.mean, and return nothing else."
+            "with jnp.mean. To return more beside it return (loss, aux), and say "
+            "has_aux=True."
         )
     loss = jnp.asarray(loss)
     if not (

@@ -70,7 +70,7 @@ class Pending:
     kept: _Known | None = None
 
 
-def trace(function: Callable[..., jax.Array], *arguments: Any) -> core.ClosedJaxpr:
+def trace(function: Callable[..., Any], *arguments: Any) -> core.ClosedJaxpr:
     """The jaxpr of a function of pytrees of arrays, for `run`."""
     return jax.make_jaxpr(function)(*arguments)
 
@@ -80,11 +80,11 @@ def run(
     values: Sequence[Pending | jax.Array],
     seed: jax.Array,
     events: list[Event] | None = None,
-) -> jax.Array:
-    """The function's value with its pending arguments perturbed.
+) -> list[jax.Array]:
+    """The function's outputs with its pending arguments perturbed.
 
     Args:
-      program: from `trace`, of a function with one output.
+      program: from `trace`.
       values: its arguments in flat order.
       seed: any scalar that differs between evaluations, such as the sign. Until there
         is an activation, keys depend on it, so that a loop over evaluations cannot
@@ -92,15 +92,15 @@ def run(
       events: if given, receives an `Event` for each use.
 
     Returns:
-      What the traced function returns.
+      What the traced function returns, in flat order.
     """
     interpreter = _Interpreter(seed, [] if events is None else events)
     inputs: list[_Value] = [
         x if isinstance(x, Pending) else _constant(x) for x in values
     ]
     inputs = _with_keep(program.jaxpr, inputs)
-    (out,) = interpreter.run(program.jaxpr, program.consts, inputs)
-    return interpreter.force(out, "return").array
+    outputs = interpreter.run(program.jaxpr, program.consts, inputs)
+    return [interpreter.force(out, "return").array for out in outputs]
 
 
 def _with_keep(jaxpr: core.Jaxpr, values: Sequence[_Value]) -> list[_Value]:

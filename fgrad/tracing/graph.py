@@ -101,6 +101,13 @@ class Graph:
                 nodes.append(node)
         return nodes[::-1]
 
+    def of_outputs(self, outputs: Sequence[Operand]) -> Graph:
+        """The graph of some results alone: what these, and effects, need."""
+        effects = [x for n in self.nodes if n.equation.effects for x in n.inputs]
+        live = {id(node) for node in self.needed([*outputs, *effects])}
+        nodes = [n for n in self.nodes if id(n) in live or n.equation.effects]
+        return dataclasses.replace(self, nodes=nodes, outputs=list(outputs))
+
 
 def trace(function: Callable[..., Any], *arguments: Any) -> Graph:
     """The graph of a function of pytrees of arrays.
@@ -150,11 +157,7 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Graph:
         return [read(v) for v in jaxpr.outvars]
 
     graph.inputs = [number(v.aval) for v in closed.jaxpr.invars]
-    graph.outputs = inline(closed.jaxpr, closed.consts, graph.inputs)
-    effects = (x for n in graph.nodes if n.equation.effects for x in n.inputs)
-    live = {id(node) for node in graph.needed([*graph.outputs, *effects])}
-    graph.nodes = [n for n in graph.nodes if id(n) in live or n.equation.effects]
-    return graph
+    return graph.of_outputs(inline(closed.jaxpr, closed.consts, graph.inputs))
 
 
 def evaluate(nodes: Iterable[Node], values: Mapping[int, Any]) -> dict[int, Any]:

@@ -56,7 +56,7 @@ def shifted_run(function, arrays, *data, seed=1.0):
         Pending(Shifted(name, steps[name], calls[name]), jnp.asarray(array))
         for name, array in arrays.items()
     ]
-    got = point_of_use.run(program, pending, jnp.float32(seed), events)
+    (got,) = point_of_use.run(program, pending, jnp.float32(seed), events)
     moved = [jnp.asarray(array) + steps[name] for name, array in arrays.items()]
     return got, function(*moved, *data), events, calls
 
