@@ -17,6 +17,7 @@ import optax
 from fgrad import perturbations
 from fgrad.leaves import Epsilon, OnGrid, Policy
 from fgrad.leaves import epsilon as epsilons
+from fgrad.spread import Spread
 from fgrad.tracing import promotion
 
 
@@ -152,6 +153,23 @@ def count(name: str, value: Any) -> None:
             f"{name} must be a positive integer, got {value!r}; under "
             "optax.inject_hyperparams list it in static_args."
         )
+
+
+def spread(value: Any, pairs: int, vectorize: int = 1) -> None:
+    """Raises unless the value is a `Spread` whose devices can share the pairs, or None.
+
+    Args:
+      value: the ``spread=`` of a link.
+      pairs: m.
+      vectorize: how many pairs a device evaluates at once.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Spread):
+        raise TypeError(
+            f'spread must be fgrad.Spread(mesh, pairs="seeds") or None, got {value!r}.'
+        )
+    value.check_pairs(pairs, vectorize)
 
 
 def named_arguments(

@@ -7,7 +7,6 @@ coefficients the sum is an exact integer sum on the grid of z, equation (7).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from fgrad.evaluation import evaluate_pairs
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
+from fgrad.spread import Spread
 from fgrad.tracing.promotion import usual_rules
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
@@ -180,6 +180,7 @@ def forward_gradient(
     vectorize: int = 1,
     on_nonfinite: str = "skip",
     kwargs: Mapping[str, Any] | None = None,
+    spread: Spread | None = None,
     num_perturbations: int = 3,
     **policy: Any,
 ) -> Estimate:
@@ -201,6 +202,7 @@ def forward_gradient(
       on_nonfinite: "skip" leaves out a pair with a NaN or infinite loss, "raise"
         stops the program.
       kwargs: passed to ``value_fn``.
+      spread: how the devices of a mesh share the evaluations.
       num_perturbations: m, the number of directions.
       **policy: ``epsilon``, ``perturbation`` and ``low_bit``, as in
         `fgrad.fixed_point_forward_grad`.
@@ -223,12 +225,14 @@ def forward_gradient(
     """
     options = Policy(num_perturbations=num_perturbations, **policy)
     return estimate(
-        functools.partial(value_fn, **(kwargs or {})),
+        value_fn,
         Plan(params, options, mask=mask, step=step),
         key,
         estimator=estimator,
-        vectorize=vectorize,
         on_nonfinite=on_nonfinite,
+        kwargs=kwargs,
+        vectorize=vectorize,
+        spread=spread,
     )
 
 
@@ -289,17 +293,20 @@ def gradient_from_losses(
 
 
 def estimate(
-    value_fn: Callable[[Any], jax.Array],
+    value_fn: Callable[..., jax.Array],
     plan: Plan,
     key: jax.Array,
     *,
     estimator: Estimator,
-    vectorize: int,
     on_nonfinite: str,
+    **how: Any,
 ) -> Estimate:
-    """The estimate of one step, whose leaves a plan knows; see `forward_gradient`."""
+    """The estimate of one step, whose leaves a plan knows; see `forward_gradient`.
+
+    The arguments ``how`` are those of `evaluate_pairs`.
+    """
     keys = plan.keys(key)
-    plus, minus = evaluate_pairs(value_fn, plan, keys, vectorize=vectorize)
+    plus, minus = evaluate_pairs(value_fn, plan, keys, **how)
     if on_nonfinite == "raise":
         jax.debug.callback(_raise_nonfinite, plus, minus, plan.step)
     return estimate_from_losses(plan, keys, plus, minus, estimator)

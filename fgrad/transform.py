@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from fgrad.leaves import (
     on_grid,
     trained_leaves,
 )
+from fgrad.spread import Spread
 from fgrad.tracing import execution_order
 
 
@@ -73,6 +73,7 @@ def fixed_point_forward_grad(
     mask: Mask = None,
     on_nonfinite: str = "skip",
     guide: Guide | None = None,
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the incoming updates by a gradient made of forward passes only.
 
@@ -104,6 +105,8 @@ def fixed_point_forward_grad(
         incoming updates, which are ignored here: put it around the optimizer only.
       guide: draws z around a direction that it keeps in the state, such as
         ``enhancements.momentum_guided_sampling()``; none by default.
+      spread: how the devices of a mesh share the evaluations, such as
+        ``fgrad.Spread(mesh, pairs="seeds")``; with None the compiler decides.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -144,12 +147,14 @@ def fixed_point_forward_grad(
     )
     _arguments.count("vectorize", vectorize)
     _check_together(policy.perturbation, num_perturbations, vectorize, guide)
+    _arguments.spread(spread, num_perturbations, vectorize)
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
         )
 
-    link = _ForwardGrad(key, policy, estimator, vectorize, mask, on_nonfinite, guide)
+    how = {"vectorize": vectorize, "on_nonfinite": on_nonfinite, "spread": spread}
+    link = _ForwardGrad(key, policy, estimator, mask, guide, how)
 
     def update_fn(
         updates: Any,
@@ -164,21 +169,24 @@ def fixed_point_forward_grad(
         loss_fn = _arguments.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
-        return link.step(functools.partial(loss_fn, **kwargs), params, state)
+        return link.step(loss_fn, kwargs, params, state)
 
     return _arguments.link(link.init, update_fn)
 
 
 class _ForwardGrad(NamedTuple):
-    """`fixed_point_forward_grad`, its options being those, checked."""
+    """`fixed_point_forward_grad`, its options being those, checked.
+
+    Attributes:
+      how: the arguments of `estimators.estimate` that say how losses are evaluated.
+    """
 
     key: jax.Array
     policy: Policy
     estimator: estimators.Estimator
-    vectorize: int
     mask: Mask
-    on_nonfinite: str
     guide: Guide | None
+    how: dict[str, Any]
 
     def init(self, params: Any) -> ForwardGradState:
         """The state before the first step."""
@@ -198,9 +206,13 @@ class _ForwardGrad(NamedTuple):
         )
 
     def step(
-        self, loss_fn: Callable[[Any], jax.Array], params: Any, state: ForwardGradState
+        self,
+        loss_fn: Callable[..., jax.Array],
+        kwargs: dict[str, Any],
+        params: Any,
+        state: ForwardGradState,
     ) -> tuple[Any, ForwardGradState]:
-        """The gradient of ``loss_fn(params)``, and the state after the step."""
+        """The gradient of a loss at params, and the state after the step."""
         plan = Plan(params, self.policy, mask=self.mask, step=state.count)
         frozen = plan.frozen_fraction()
         guide, names = self.guide, plan.guidable
@@ -213,8 +225,8 @@ class _ForwardGrad(NamedTuple):
             # the update would make a donated buffer be copied.
             execution_order.delayed_key(state.key, frozen),
             estimator=self.estimator,
-            vectorize=self.vectorize,
-            on_nonfinite=self.on_nonfinite,
+            kwargs=kwargs,
+            **self.how,
         )
         gradient = estimate.gradient
         return gradient, ForwardGradState(
@@ -417,6 +429,7 @@ def qzo_ff(
     vectorize: int = 1,
     mask: Mask = None,
     on_nonfinite: str = "skip",
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""QZO-FF: sign-m-SPSA with SGD, in fixed point where the leaves are.
 
@@ -438,6 +451,7 @@ def qzo_ff(
       vectorize: how many directions are evaluated at once.
       mask: leaves to train.
       on_nonfinite: what to do with a NaN or infinite loss.
+      spread: how devices share the evaluations.
 
     Returns:
       A transformation; see `fixed_point_forward_grad` for its ``update``.
@@ -472,6 +486,7 @@ def qzo_ff(
             vectorize=vectorize,
             mask=mask,
             on_nonfinite=on_nonfinite,
+            spread=spread,
         ),
         optax.sgd(learning_rate),
         quantized_update(mask=mask),

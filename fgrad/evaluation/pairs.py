@@ -7,13 +7,15 @@ copy of the model exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
+from fgrad import spread as spreads
 from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import integer_reads, is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
@@ -102,25 +104,32 @@ def perturb(
 
 
 def evaluate_pairs(
-    value_fn: Callable[[Any], jax.Array],
+    value_fn: Callable[..., jax.Array],
     plan: Plan,
     keys: LeafKeys,
     *,
+    kwargs: Mapping[str, Any] | None = None,
     vectorize: int = 1,
+    spread: spreads.Spread | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Evaluates a loss on both sides of the weights, for m perturbations.
 
     Args:
-      value_fn: ``value_fn(params) -> scalar loss``; it is traced once.
+      value_fn: ``value_fn(params, **kwargs) -> scalar loss``.
       plan: the leaves of the step.
       keys: [m, leaves], of z.
+      kwargs: passed to ``value_fn``.
       vectorize: with 1, the 2m evaluations run one after the other; with V > 1, the 2V
         of V pairs at once.
+      spread: how devices share the evaluations; None leaves that to the compiler.
 
     Returns:
       ``(losses_plus, losses_minus)``, each [m].
     """
-    loss = TracedLoss(value_fn, plan)
+    kwargs = kwargs or {}
+    if spread is not None:
+        return _evaluate_spread(value_fn, plan, keys, kwargs, vectorize, spread)
+    loss = TracedLoss(functools.partial(value_fn, **kwargs), plan)
     pairs = len(keys.stacked)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
     keys = jax.tree.map(lambda k: jnp.repeat(k, 2, axis=0), keys)
@@ -135,6 +144,24 @@ def evaluate_pairs(
         batch_size = 2 * vectorize if vectorize > 1 else None
         losses = jax.lax.map(evaluate, (signs, keys), batch_size=batch_size)
     plus, minus = losses.reshape(pairs, 2).T
+    return plus, minus
+
+
+def _evaluate_spread(
+    value_fn: Callable[..., jax.Array],
+    plan: Plan,
+    keys: LeafKeys,
+    kwargs: Mapping[str, Any],
+    vectorize: int,
+    spread: spreads.Spread,
+) -> tuple[jax.Array, jax.Array]:
+    """`evaluate_pairs` shared by devices; each loss is the mean over the shards."""
+
+    def evaluate(sign: jax.Array, keys: LeafKeys, kwargs: Any) -> jax.Array:
+        return TracedLoss(functools.partial(value_fn, **kwargs), plan)(keys, sign)
+
+    table = spread.table(evaluate, keys, kwargs, vectorize=vectorize)
+    plus, minus = spreads.mean_over_shards(table)
     return plus, minus
 
 
