@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import perturbations
+from fgrad import spread as spreads
 from fgrad.leaves import Epsilon, OnGrid, Policy
 from fgrad.leaves import epsilon as epsilons
 from fgrad.spread import Spread
@@ -22,9 +23,19 @@ from fgrad.tracing import promotion
 
 
 def link(
-    init_fn: Callable[[Any], Any], update_fn: Callable[..., tuple[Any, Any]]
+    init_fn: Callable[[Any], Any],
+    update_fn: Callable[..., tuple[Any, Any]],
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that computes under JAX's usual rules of promotion."""
+    """A transformation that computes under JAX's usual rules of promotion.
+
+    Args:
+      init_fn: of the transformation.
+      update_fn: of the transformation.
+      spread: how devices share the evaluations that ``update_fn`` makes.
+    """
+    if spread is not None:
+        update_fn = spreads.with_auto_axes(update_fn)
     return optax.GradientTransformationExtraArgs(
         promotion.usual_rules(init_fn), promotion.usual_rules(update_fn)
     )

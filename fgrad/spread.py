@@ -151,7 +151,7 @@ class Spread:
         """The same, but every device evaluates all pairs."""
         return dataclasses.replace(self, pairs=None)
 
-    # ----------------------------------------------------------------- filling the table
+    # ---------------------------------------------------------------- filling the table
 
     def table(
         self,
@@ -195,14 +195,14 @@ class Spread:
             return local(batch.rows)
         mapped = jax.shard_map(
             local,
-            mesh=self.mesh,
+            mesh=_with_auto_axes(self.mesh),
             in_specs=PartitionSpec(self.batch),
             out_specs=PartitionSpec(),
             axis_names=axes,
             # The user's loss runs inside, and its loops may begin with constants.
             check_vma=False,
         )
-        table: jax.Array = jax.jit(mapped)(_placed(batch.rows, self.of_batch))
+        table: jax.Array = jax.jit(mapped)(batch.rows)
         return table
 
     def _gathered(self, part: jax.Array) -> jax.Array:
@@ -334,6 +334,67 @@ def mean_over_shards(table: jax.Array) -> jax.Array:
     return whole + functools.reduce(jnp.add, list(table % shards)) // shards
 
 
+def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """An optax ``update`` that computes on axes that the compiler places.
+
+    On a mesh of explicit axes, as ``jax.make_mesh`` makes, types say how arrays are
+    sharded, and a ``shard_map`` cannot read the arrays around it. Here the arguments
+    are of such types outside only. Updates are sharded as the parameters, and the new
+    state as the old one.
+    """
+
+    @functools.wraps(update_fn)
+    def wrapped(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        inputs = updates, state, params, extra
+        leaves, treedef = jax.tree.flatten(inputs)
+        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        mesh = _explicit_mesh([leaves[i] for i in places])
+        if mesh is None:
+            return update_fn(updates, state, params, **extra)
+        structure: list[Any] = []
+
+        def inside(arrays: list[jax.Array]) -> Any:
+            for place, array in zip(places, arrays, strict=True):
+                leaves[place] = array
+            updates, state, params, extra = jax.tree.unflatten(treedef, leaves)
+            changes, state = update_fn(updates, state, params, **extra)
+            # A gradient and its parameters are trees of different nodes.
+            found, of_changes = jax.tree.flatten(changes)
+            structure.append(of_changes)
+            return found, state
+
+        places_of = [jax.tree.leaves(params), state]
+        shardings = jax.tree.map(functools.partial(_sharding_on, mesh), places_of)
+        spread_fn = jax.sharding.auto_axes(
+            inside, axes=mesh.axis_names, out_sharding=tuple(shardings)
+        )
+        found, state = spread_fn([leaves[i] for i in places])
+        return jax.tree.unflatten(structure[-1], found), state
+
+    return wrapped
+
+
+def _explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
+    """The mesh that the types of arrays, or the context, are about; None if none is."""
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    explicit = jax.sharding.AxisType.Explicit
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
+        if explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _sharding_on(mesh: Any, array: Any) -> NamedSharding:
+    sharding: Any = getattr(jax.typeof(array), "sharding", None)
+    known = sharding is not None and sharding.mesh.axis_names == mesh.axis_names
+    return NamedSharding(mesh, sharding.spec if known else PartitionSpec())
+
+
+def _with_auto_axes(mesh: Mesh) -> Mesh:
+    """The same devices, on axes that the compiler places."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def _has_examples(spread: Spread, path: tuple[Any, ...], leaf: Any) -> bool:
     """Whether a leaf of the arguments has examples along its first axis."""
     if spread.examples is not None:
@@ -354,7 +415,7 @@ def _check_rows(
             + f", only {arguments}. Give the examples as arguments: "
             "tx.update(..., value_fn=loss_fn, batch=batch)."
         )
-    counts = {name: x.shape[0] if x.ndim else 0 for name, x in zip(names, rows)}
+    counts = {name: x.shape[0] if x.ndim else 0 for name, x in zip(names, rows, strict=True)}
     if len(set(counts.values())) > 1:
         raise ValueError(
             "the arguments of value_fn have different numbers of examples along their "
@@ -381,12 +442,6 @@ def _index(axes: Axes) -> jax.Array:
     names = _names(axes)
     index: jax.Array = lax.axis_index(names) if names else jnp.int32(0)
     return index
-
-
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """The arrays of a tree as ``shard_map`` wants them on a mesh of explicit axes."""
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return jax.sharding.reshard(tree, sharding) if explicit else tree
 
 
 def _names(axes: Axes) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ def fixed_point_forward_grad(
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
         return link.step(loss_fn, kwargs, params, state)
 
-    return _arguments.link(link.init, update_fn)
+    return _arguments.link(link.init, update_fn, spread)
 
 
 class _ForwardGrad(NamedTuple):
