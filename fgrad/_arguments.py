@@ -166,12 +166,12 @@ def count(name: str, value: Any) -> None:
         )
 
 
-def spread(value: Any, pairs: int, vectorize: int = 1) -> None:
+def spread(value: Any, pairs: int | None = None, vectorize: int = 1) -> None:
     """Raises unless the value is a `Spread` whose devices can share the pairs, or None.
 
     Args:
       value: the ``spread=`` of a link.
-      pairs: m.
+      pairs: m, or None if devices do not share them.
       vectorize: how many pairs a device evaluates at once.
     """
     if value is None:
@@ -180,7 +180,8 @@ def spread(value: Any, pairs: int, vectorize: int = 1) -> None:
         raise TypeError(
             f'spread must be fgrad.Spread(mesh, pairs="seeds") or None, got {value!r}.'
         )
-    value.check_pairs(pairs, vectorize)
+    if pairs is not None:
+        value.check_pairs(pairs, vectorize)
 
 
 def named_arguments(

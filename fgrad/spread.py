@@ -151,6 +151,11 @@ class Spread:
         """The same, but every device evaluates all pairs."""
         return dataclasses.replace(self, pairs=None)
 
+    def whole(self, tree: Any) -> Any:
+        """The arrays of a tree, whole on every device."""
+        sharding = NamedSharding(_with_auto_axes(self.mesh), PartitionSpec())
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, sharding), tree)
+
     # ---------------------------------------------------------------- filling the table
 
     def table(
@@ -415,7 +420,9 @@ def _check_rows(
             + f", only {arguments}. Give the examples as arguments: "
             "tx.update(..., value_fn=loss_fn, batch=batch)."
         )
-    counts = {name: x.shape[0] if x.ndim else 0 for name, x in zip(names, rows, strict=True)}
+    counts = {
+        name: x.shape[0] if x.ndim else 0 for name, x in zip(names, rows, strict=True)
+    }
     if len(set(counts.values())) > 1:
         raise ValueError(
             "the arguments of value_fn have different numbers of examples along their "

@@ -44,6 +44,7 @@ from fgrad.activity.sites import (
     site_leaves,
 )
 from fgrad.fixed_point import as_gradient, check_values, is_qtensor, path_str
+from fgrad.spread import Spread
 from fgrad.tracing import primitives
 
 
@@ -78,6 +79,7 @@ def activity_forward_grad(
     estimator: estimators.Estimator | None = None,
     vectorize: int = 1,
     others: optax.GradientTransformation | None = None,
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the gradient of some layers by perturbing their output.
 
@@ -104,6 +106,9 @@ def activity_forward_grad(
       others: a transformation for the gradient of the other leaves, such as
         ``fixed_point_forward_grad(key, mask=activity.leaves_outside(sites))``. It
         receives the mean of the losses. By default the others' updates are zero.
+      spread: how the devices of a mesh share the directions, and the coordinates of
+        exact sites. It has no ``batch``: a gradient is a product of the activations
+        of all examples, which every device computes.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -150,6 +155,7 @@ def activity_forward_grad(
             estimator, estimators.spsa, "fgrad.estimators.spsa or sign_m_spsa"
         ),
         vectorize=vectorize,
+        spread=spread,
         others=None if others is None else _arguments.transformation(others),
     )
 
@@ -178,9 +184,11 @@ def activity_forward_grad(
     ) -> tuple[Any, ActivityForwardGradState]:
         loss_fn = _arguments.loss("activity_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
+        if spread is not None:  # or the compiler would sum up each device's examples
+            extra_args = spread.whole(extra_args)
         return _update(options, updates, state, params, loss_fn, extra_args)
 
-    return _arguments.link(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn, spread)
 
 
 def _check_values(params: Any) -> None:
@@ -199,6 +207,7 @@ class _Options:
     perturbation: perturbations.Perturbation
     estimator: estimators.Estimator
     vectorize: int
+    spread: Spread | None
     others: optax.GradientTransformationExtraArgs | None
 
     def __post_init__(self) -> None:
@@ -206,6 +215,7 @@ class _Options:
             raise ValueError('sites is empty; name layers, for example sites=["head"].')
         _arguments.count("num_perturbations", self.num_perturbations)
         _arguments.count("vectorize", self.vectorize)
+        self._check_spread()
         for site in self.sites:
             if site.synthetic is None:
                 continue
@@ -215,6 +225,23 @@ class _Options:
                     f"site {site.names} has a synthetic gradient, which is corrected "
                     "by differences of losses; leave out estimator."
                 )
+
+    def _check_spread(self) -> None:
+        _arguments.spread(self.spread)
+        if self.spread is None:
+            return
+        if self.spread.batch is not None or self.spread.shards > 1:
+            raise ValueError(
+                f"activity_forward_grad cannot spread a batch, got batch="
+                f"{self.spread.batch!r}, shards={self.spread.shards}: the gradient of "
+                "a layer is a product of the activations of all examples, not of "
+                "losses. Share the directions by all axes of the mesh: "
+                "fgrad.Spread(mesh, pairs=mesh.axis_names)."
+            )
+        for site in self.sites:
+            if not site.exact:
+                count = site.num_perturbations or self.num_perturbations
+                self.spread.check_pairs(count, min(self.vectorize, count))
 
     def directions(self, site: Site, state: ActivityForwardGradState) -> Directions:
         """The random directions of a site in this step."""
@@ -226,6 +253,7 @@ class _Options:
             perturbation=self.perturbation,
             estimator=self.estimator,
             vectorize=self.vectorize,
+            spread=self.spread,
         )
 
 
