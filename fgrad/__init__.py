@@ -11,6 +11,7 @@ from fgrad import (
     layers,
     leaves,
     perturbations,
+    spread,
     transform,
 )
 from fgrad.activity import activity_forward_grad
@@ -19,6 +20,7 @@ from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, products, quantize
 from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
 from fgrad.serialization import load, save
+from fgrad.spread import Spread
 from fgrad.transform import (
     fixed_point_forward_grad,
     on_values,
@@ -32,6 +34,7 @@ _interchange.register()
 
 __all__ = [
     "QTensor",
+    "Spread",
     "activity",
     "activity_forward_grad",
     "analysis",
@@ -55,6 +58,7 @@ __all__ = [
     "qzo_ff",
     "relative_epsilon",
     "save",
+    "spread",
     "step_epsilon",
     "transform",
 ]

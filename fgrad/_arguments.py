@@ -15,15 +15,27 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import perturbations
+from fgrad import spread as spreads
 from fgrad.leaves import Epsilon, OnGrid, Policy
 from fgrad.leaves import epsilon as epsilons
+from fgrad.spread import Spread
 from fgrad.tracing import promotion
 
 
 def link(
-    init_fn: Callable[[Any], Any], update_fn: Callable[..., tuple[Any, Any]]
+    init_fn: Callable[[Any], Any],
+    update_fn: Callable[..., tuple[Any, Any]],
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that computes under JAX's usual rules of promotion."""
+    """A transformation that computes under JAX's usual rules of promotion.
+
+    Args:
+      init_fn: of the transformation.
+      update_fn: of the transformation.
+      spread: how devices share the evaluations that ``update_fn`` makes.
+    """
+    if spread is not None:
+        update_fn = spreads.with_auto_axes(update_fn)
     return optax.GradientTransformationExtraArgs(
         promotion.usual_rules(init_fn), promotion.usual_rules(update_fn)
     )
@@ -152,6 +164,24 @@ def count(name: str, value: Any) -> None:
             f"{name} must be a positive integer, got {value!r}; under "
             "optax.inject_hyperparams list it in static_args."
         )
+
+
+def spread(value: Any, pairs: int | None = None, vectorize: int = 1) -> None:
+    """Raises unless the value is a `Spread` whose devices can share the pairs, or None.
+
+    Args:
+      value: the ``spread=`` of a link.
+      pairs: m, or None if devices do not share them.
+      vectorize: how many pairs a device evaluates at once.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Spread):
+        raise TypeError(
+            f'spread must be fgrad.Spread(mesh, pairs="seeds") or None, got {value!r}.'
+        )
+    if pairs is not None:
+        value.check_pairs(pairs, vectorize)
 
 
 def named_arguments(

@@ -7,7 +7,6 @@ coefficients the sum is an exact integer sum on the grid of z, equation (7).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from fgrad.evaluation import evaluate_pairs
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
+from fgrad.spread import Spread
 from fgrad.tracing.promotion import usual_rules
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
@@ -184,6 +184,7 @@ def forward_gradient(
     on_nonfinite: str = "skip",
     has_aux: bool = False,
     kwargs: Mapping[str, Any] | None = None,
+    spread: Spread | None = None,
     num_perturbations: int = 3,
     **policy: Any,
 ) -> Estimate:
@@ -206,6 +207,7 @@ def forward_gradient(
         stops the program.
       has_aux: whether ``value_fn`` returns ``(loss, aux)``.
       kwargs: passed to ``value_fn``.
+      spread: how the devices of a mesh share the evaluations.
       num_perturbations: m, the number of directions.
       **policy: ``epsilon``, ``perturbation`` and ``low_bit``, as in
         `fgrad.fixed_point_forward_grad`.
@@ -228,13 +230,15 @@ def forward_gradient(
     """
     options = Policy(num_perturbations=num_perturbations, **policy)
     return estimate(
-        functools.partial(value_fn, **(kwargs or {})),
+        value_fn,
         Plan(params, options, mask=mask, step=step),
         key,
         estimator=estimator,
-        vectorize=vectorize,
         on_nonfinite=on_nonfinite,
         has_aux=has_aux,
+        kwargs=kwargs,
+        vectorize=vectorize,
+        spread=spread,
     )
 
 
@@ -295,20 +299,20 @@ def gradient_from_losses(
 
 
 def estimate(
-    value_fn: Callable[[Any], jax.Array],
+    value_fn: Callable[..., jax.Array],
     plan: Plan,
     key: jax.Array,
     *,
     estimator: Estimator,
-    vectorize: int,
     on_nonfinite: str,
-    has_aux: bool = False,
+    **how: Any,
 ) -> Estimate:
-    """The estimate of one step, whose leaves a plan knows; see `forward_gradient`."""
+    """The estimate of one step, whose leaves a plan knows; see `forward_gradient`.
+
+    The arguments ``how`` are those of `evaluate_pairs`.
+    """
     keys = plan.keys(key)
-    plus, minus, aux = evaluate_pairs(
-        value_fn, plan, keys, vectorize=vectorize, has_aux=has_aux
-    )
+    plus, minus, aux = evaluate_pairs(value_fn, plan, keys, **how)
     if on_nonfinite == "raise":
         jax.debug.callback(_raise_nonfinite, plus, minus, plan.step)
     found = estimate_from_losses(plan, keys, plus, minus, estimator)

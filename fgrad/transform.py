@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from fgrad.leaves import (
     on_grid,
     trained_leaves,
 )
+from fgrad.spread import Spread
 from fgrad.tracing import execution_order
 
 
@@ -84,6 +84,7 @@ def fixed_point_forward_grad(
     guide: Guide | None = None,
     has_aux: bool = False,
     initial_aux: Any = (),
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the incoming updates by a gradient made of forward passes only.
 
@@ -123,6 +124,8 @@ def fixed_point_forward_grad(
       initial_aux: the state's ``aux`` before the first step. It gives the state its
         structure, which must not change in ``lax.scan``, ``optax.MultiSteps`` and
         ``nnx.Optimizer``. By default it is ``()``, and the first step changes it.
+      spread: how the devices of a mesh share the evaluations, such as
+        ``fgrad.Spread(mesh, pairs="seeds")``; with None the compiler decides.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -164,15 +167,26 @@ def fixed_point_forward_grad(
     )
     _arguments.count("vectorize", vectorize)
     _check_together(policy.perturbation, num_perturbations, vectorize, guide)
+    _arguments.spread(spread, num_perturbations, vectorize)
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(
             f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
         )
 
+    if has_aux and spread is not None:
+        raise ValueError(
+            "has_aux=True and spread= do not go together, since each device evaluates "
+            "losses of its own; leave out one of them, and compute what the loss "
+            "returns beside its value by a call of its own."
+        )
+    how = {
+        "vectorize": vectorize,
+        "on_nonfinite": on_nonfinite,
+        "spread": spread,
+        "has_aux": has_aux,
+    }
     aux = _loss_and_aux.Aux.of(has_aux, initial_aux)
-    link = _ForwardGrad(
-        key, policy, estimator, vectorize, mask, on_nonfinite, guide, aux
-    )
+    link = _ForwardGrad(key, policy, estimator, mask, guide, aux, how)
 
     def update_fn(
         updates: Any,
@@ -187,22 +201,25 @@ def fixed_point_forward_grad(
         loss_fn = _arguments.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
-        return link.step(functools.partial(loss_fn, **kwargs), params, state)
+        return link.step(loss_fn, kwargs, params, state)
 
-    return _arguments.link(link.init, update_fn)
+    return _arguments.link(link.init, update_fn, spread)
 
 
 class _ForwardGrad(NamedTuple):
-    """`fixed_point_forward_grad`, its options being those, checked."""
+    """`fixed_point_forward_grad`, its options being those, checked.
+
+    Attributes:
+      how: the arguments of `estimators.estimate` that say how losses are evaluated.
+    """
 
     key: jax.Array
     policy: Policy
     estimator: estimators.Estimator
-    vectorize: int
     mask: Mask
-    on_nonfinite: str
     guide: Guide | None
     aux: _loss_and_aux.Aux
+    how: dict[str, Any]
 
     def init(self, params: Any) -> ForwardGradState:
         """The state before the first step."""
@@ -223,9 +240,13 @@ class _ForwardGrad(NamedTuple):
         )
 
     def step(
-        self, loss_fn: Callable[[Any], jax.Array], params: Any, state: ForwardGradState
+        self,
+        loss_fn: Callable[..., jax.Array],
+        kwargs: dict[str, Any],
+        params: Any,
+        state: ForwardGradState,
     ) -> tuple[Any, ForwardGradState]:
-        """The gradient of ``loss_fn(params)``, and the state after the step."""
+        """The gradient of a loss at params, and the state after the step."""
         plan = Plan(params, self.policy, mask=self.mask, step=state.count)
         frozen = plan.frozen_fraction()
         guide, names = self.guide, plan.guidable
@@ -238,9 +259,8 @@ class _ForwardGrad(NamedTuple):
             # the update would make a donated buffer be copied.
             execution_order.delayed_key(state.key, frozen),
             estimator=self.estimator,
-            vectorize=self.vectorize,
-            on_nonfinite=self.on_nonfinite,
-            has_aux=self.aux.expected,
+            kwargs=kwargs,
+            **self.how,
         )
         gradient = estimate.gradient
         return gradient, ForwardGradState(
@@ -446,6 +466,7 @@ def qzo_ff(
     on_nonfinite: str = "skip",
     has_aux: bool = False,
     initial_aux: Any = (),
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""QZO-FF: sign-m-SPSA with SGD, in fixed point where the leaves are.
 
@@ -469,6 +490,7 @@ def qzo_ff(
       on_nonfinite: what to do with a NaN or infinite loss.
       has_aux: whether ``value_fn`` returns ``(loss, aux)``.
       initial_aux: the state's ``aux`` before the first step.
+      spread: how devices share the evaluations.
 
     Returns:
       A transformation; see `fixed_point_forward_grad` for its ``update``.
@@ -505,6 +527,7 @@ def qzo_ff(
             on_nonfinite=on_nonfinite,
             has_aux=has_aux,
             initial_aux=initial_aux,
+            spread=spread,
         ),
         optax.sgd(learning_rate),
         quantized_update(mask=mask),

@@ -21,6 +21,7 @@ from fgrad.activity import layer_gradients, synthetic_gradients
 from fgrad.activity.example_losses import ExampleLosses
 from fgrad.activity.sites import Site
 from fgrad.activity.synthetic_gradients import Evidence
+from fgrad.spread import Spread
 
 # The least rms that an activation counts with, so that one of zeros can be perturbed.
 _LEAST_SCALE = 1e-3
@@ -62,6 +63,7 @@ class Directions:
       perturbation: where the directions come from.
       estimator: makes coefficients of the directions from losses.
       vectorize: how many directions are evaluated at once.
+      spread: how devices share the evaluations, or None.
     """
 
     step_key: Callable[[Any], jax.Array]
@@ -69,6 +71,28 @@ class Directions:
     perturbation: perturbations.Perturbation
     estimator: estimators.Estimator
     vectorize: int
+    spread: Spread | None = None
+
+    def evaluated(
+        self, evaluate: Callable[[Any, Any], jax.Array], count: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """``evaluate(sign, index)`` for both signs and ``count`` indices.
+
+        Returns:
+          Two arrays [count, ...].
+        """
+        at_once = min(self.vectorize, count)
+        if self.spread is None:
+            return _both_signs(evaluate, count, self.vectorize)
+        # The coordinates of an exact site are as many as they are: some are evaluated
+        # for nothing where devices cannot share them evenly.
+        group = self.spread.devices_of_pairs * at_once
+        indices = jnp.minimum(jnp.arange(-(-count // group) * group), count - 1)
+        (table,) = self.spread.table(
+            lambda sign, index, _: evaluate(sign, index), indices, {}, vectorize=at_once
+        )
+        plus, minus = table[:, :count]
+        return plus, minus
 
 
 def site_gradient(
@@ -82,12 +106,12 @@ def site_gradient(
     Args:
       losses: the losses of the examples.
       site: which activations are perturbed.
-      directions: along what; for an exact site only its ``vectorize`` counts.
+      directions: along what; for an exact site only how they are evaluated counts.
       evidence: for a site with a synthetic gradient, from `evidence_for`.
     """
     jacobian = None
     if site.exact:
-        dy, plus, minus = _along_coordinates(losses, site, directions.vectorize)
+        dy, plus, minus = _along_coordinates(losses, site, directions)
     elif site.synthetic is None or evidence is None:
         dy, plus, minus = _along_directions(losses, site, directions, {})
         dy = {output: value / losses.examples for output, value in dy.items()}
@@ -244,7 +268,7 @@ def _along_directions(
     def evaluate(sign: Any, index: Any) -> jax.Array:
         return losses.evaluate(probes.noise(sign * site.epsilon, index), name)
 
-    plus, minus = _both_signs(evaluate, directions.count, directions.vectorize)
+    plus, minus = directions.evaluated(evaluate, directions.count)
     finite = jnp.isfinite(plus) & jnp.isfinite(minus)
     coefficients = directions.estimator(plus, minus, site.epsilon)
 
@@ -276,7 +300,7 @@ def _along_directions(
 
 
 def _along_coordinates(
-    losses: ExampleLosses, site: Site, vectorize: int
+    losses: ExampleLosses, site: Site, directions: Directions
 ) -> tuple[_ByActivation, jax.Array, jax.Array]:
     """Central differences along every coordinate of an example.
 
@@ -305,7 +329,7 @@ def _along_coordinates(
             noise = jnp.broadcast_to(step * u.reshape(value.shape[1:]), value.shape)
             return losses.evaluate({output: noise}, name)
 
-        plus, minus = _both_signs(evaluate, size, vectorize)
+        plus, minus = directions.evaluated(evaluate, size)
         difference = (plus - minus) / (2 * site.epsilon * losses.examples)
         difference = jnp.where(jnp.isfinite(difference), difference, 0)
         dy[output] = difference.T.reshape(value.shape)

@@ -44,6 +44,7 @@ from fgrad.activity.sites import (
     site_leaves,
 )
 from fgrad.fixed_point import as_gradient, check_values, is_qtensor, path_str
+from fgrad.spread import Spread
 from fgrad.tracing import primitives
 
 
@@ -83,6 +84,7 @@ def activity_forward_grad(
     others: optax.GradientTransformation | None = None,
     has_aux: bool = False,
     initial_aux: Any = (),
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the gradient of some layers by perturbing their output.
 
@@ -114,6 +116,9 @@ def activity_forward_grad(
         perturbed. ``others`` gets the losses alone.
       initial_aux: the state's ``aux`` before the first step, as in
         `fgrad.fixed_point_forward_grad`.
+      spread: how the devices of a mesh share the directions, and the coordinates of
+        exact sites. It has no ``batch``: a gradient is a product of the activations
+        of all examples, which every device computes.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -160,6 +165,7 @@ def activity_forward_grad(
             estimator, estimators.spsa, "fgrad.estimators.spsa or sign_m_spsa"
         ),
         vectorize=vectorize,
+        spread=spread,
         others=None if others is None else _arguments.transformation(others),
         aux=_loss_and_aux.Aux.of(has_aux, initial_aux),
     )
@@ -190,9 +196,11 @@ def activity_forward_grad(
     ) -> tuple[Any, ActivityForwardGradState]:
         loss_fn = _arguments.loss("activity_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
+        if spread is not None:  # or the compiler would sum up each device's examples
+            extra_args = spread.whole(extra_args)
         return _update(options, updates, state, params, loss_fn, extra_args)
 
-    return _arguments.link(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn, spread)
 
 
 def _check_values(params: Any) -> None:
@@ -211,6 +219,7 @@ class _Options:
     perturbation: perturbations.Perturbation
     estimator: estimators.Estimator
     vectorize: int
+    spread: Spread | None
     others: optax.GradientTransformationExtraArgs | None
     aux: _loss_and_aux.Aux
 
@@ -219,6 +228,7 @@ class _Options:
             raise ValueError('sites is empty; name layers, for example sites=["head"].')
         _arguments.count("num_perturbations", self.num_perturbations)
         _arguments.count("vectorize", self.vectorize)
+        self._check_spread()
         for site in self.sites:
             if site.synthetic is None:
                 continue
@@ -228,6 +238,23 @@ class _Options:
                     f"site {site.names} has a synthetic gradient, which is corrected "
                     "by differences of losses; leave out estimator."
                 )
+
+    def _check_spread(self) -> None:
+        _arguments.spread(self.spread)
+        if self.spread is None:
+            return
+        if self.spread.batch is not None or self.spread.shards > 1:
+            raise ValueError(
+                f"activity_forward_grad cannot spread a batch, got batch="
+                f"{self.spread.batch!r}, shards={self.spread.shards}: the gradient of "
+                "a layer is a product of the activations of all examples, not of "
+                "losses. Share the directions by all axes of the mesh: "
+                "fgrad.Spread(mesh, pairs=mesh.axis_names)."
+            )
+        for site in self.sites:
+            if not site.exact:
+                count = site.num_perturbations or self.num_perturbations
+                self.spread.check_pairs(count, min(self.vectorize, count))
 
     def directions(self, site: Site, state: ActivityForwardGradState) -> Directions:
         """The random directions of a site in this step."""
@@ -239,6 +266,7 @@ class _Options:
             perturbation=self.perturbation,
             estimator=self.estimator,
             vectorize=self.vectorize,
+            spread=self.spread,
         )
 
 

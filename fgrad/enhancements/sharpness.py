@@ -15,6 +15,7 @@ from fgrad import _arguments, _loss_and_aux, perturbations, transform
 from fgrad.evaluation import TracedLoss, evaluate_pairs
 from fgrad.leaves import LeafEpsilon, Mask, Plan
 from fgrad.leaves.epsilon import Schedule
+from fgrad.spread import Spread
 
 # The index of the ascent's z. No estimator has so many perturbations, so the same key
 # gives other directions here than in the estimator.
@@ -48,6 +49,7 @@ def sharpness_aware(
     rho: Schedule,
     perturbation: perturbations.Perturbation | None = None,
     mask: Mask = None,
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets a transformation estimate its gradient at the worse of two neighbours.
 
@@ -70,6 +72,8 @@ def sharpness_aware(
         weights; or an optax schedule of it.
       perturbation: where z₀ comes from; ``perturbations.normal()`` by default.
       mask: leaves that take part in the ascent, as in ``fixed_point_forward_grad``.
+      spread: how devices share the examples of the ascent's pair, which each of those
+        that share pairs evaluates; ``inner`` has a ``spread`` of its own.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``) and what it
@@ -102,6 +106,8 @@ def sharpness_aware(
             "would be that of the perturbed leaf."
         )
     policy = _arguments.policy(rho, 1, perturbation, name="rho")
+    _arguments.spread(spread)
+    ascents = None if spread is None else spread.without_pairs()
 
     def init_fn(params: Any) -> SharpnessAwareState:
         plan = Plan(params, policy, mask=mask)
@@ -131,7 +137,11 @@ def sharpness_aware(
         z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
         keys = jax.vmap(plan.leaf_keys)(z_key[None])
         plus, minus, _ = evaluate_pairs(
-            lambda p: _loss_and_aux.loss_alone(loss_fn(p, **named)), plan, keys
+            lambda p, **kw: _loss_and_aux.loss_alone(loss_fn(p, **kw)),
+            plan,
+            keys,
+            kwargs=named,
+            spread=ascents,
         )
         finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
         ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
@@ -147,7 +157,7 @@ def sharpness_aware(
             inner_state=inner_state,
         )
 
-    return _arguments.link(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn, spread)
 
 
 def _shifted(

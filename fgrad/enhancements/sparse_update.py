@@ -19,6 +19,7 @@ from fgrad.fixed_point import integer_reads, is_qtensor, stored, with_stored
 from fgrad.leaves import Epsilon, Mask, Plan, Policy
 from fgrad.leaves.arithmetic import Arithmetic
 from fgrad.perturbations import LeafKeys
+from fgrad.spread import Spread
 from fgrad.tracing import execution_order
 
 _LossFn = Callable[..., jax.Array]
@@ -75,6 +76,7 @@ def sparse_update(
     epsilon: Epsilon = 1e-3,
     num_perturbations: int = 16,
     perturbation: perturbations.Perturbation | None = None,
+    spread: Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Perturbs and updates a share of the weights of each leaf.
 
@@ -113,6 +115,8 @@ def sparse_update(
         as many forward passes, in the first update and when it is due. Before, the
         state holds the first k indices.
       perturbation: z of the importance score; ``perturbations.normal()`` by default.
+      spread: how devices share the evaluations of the importance score; ``inner`` has
+        a ``spread`` of its own.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``) as that of
@@ -150,6 +154,7 @@ def sparse_update(
         reselect_every=reselect_every,
         mask=mask,
         policy=_arguments.policy(epsilon, num_perturbations, perturbation),
+        spread=spread,
     )
 
     def init_fn(params: Any) -> SparseUpdateState:
@@ -168,7 +173,7 @@ def sparse_update(
         loss_fn = _arguments.loss("sparse_update", params, value_fn, obj_fn)
         return _update(options, state, params, loss_fn, extra_args)
 
-    return _arguments.link(init_fn, update_fn)
+    return _arguments.link(init_fn, update_fn, spread)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,8 +192,10 @@ class _Options:
     reselect_every: int | None
     mask: Mask
     policy: Policy
+    spread: Spread | None
 
     def __post_init__(self) -> None:
+        _arguments.spread(self.spread, self.policy.num_perturbations)
         if isinstance(self.density, bool) or not 0 < self.density <= 1:
             raise ValueError(
                 f"density must lie in (0, 1], got {self.density}: it is the share of "
@@ -266,15 +273,13 @@ def _update(
     loss_fn: _LossFn,
     extra_args: dict[str, Any],
 ) -> tuple[Any, SparseUpdateState]:
-    loss_of = functools.partial(
-        loss_fn, **_arguments.named_arguments(loss_fn, extra_args)
-    )
+    named = _arguments.named_arguments(loss_fn, extra_args)
     indices, inner_state = state.indices, state.inner_state
     due = options.due(state.count)
     if due is not None:
         indices, inner_state = lax.cond(
             due,
-            lambda: _chosen_anew(options, state, params, loss_of),
+            lambda: _chosen_anew(options, state, params, (loss_fn, named)),
             lambda: (state.indices, state.inner_state),
         )
     chosen = _compress(params, indices)
@@ -336,10 +341,13 @@ def _number_above(leaf: Any, threshold: float) -> int:
 
 
 def _chosen_anew(
-    options: _Options, state: SparseUpdateState, params: Any, loss_of: _LossFn
+    options: _Options,
+    state: SparseUpdateState,
+    params: Any,
+    loss: tuple[_LossFn, dict[str, Any]],
 ) -> tuple[Any, Any]:
     """Other indices, and the state of ``inner`` for the values there."""
-    scores = _scores(options, params, state.key, state.count, loss_of)
+    scores = _scores(options, params, state.key, state.count, loss)
     sizes = [index.size for index in jax.tree.leaves(state.indices)]
     indices = _unflatten(params, _largest(scores, sizes))
     chosen = _as_floats(_compress(params, indices))
@@ -353,7 +361,7 @@ def _scores(
     params: Any,
     key: Any,
     count: jax.Array,
-    loss_of: _LossFn | None = None,
+    loss: tuple[_LossFn, dict[str, Any]] | None = None,
 ) -> list[_Score | None]:
     """For each leaf the score of its values; None for a leaf without one.
 
@@ -362,7 +370,7 @@ def _scores(
       params: pytree of float arrays and `QTensor`.
       key: PRNG key, or None for a criterion that draws no random numbers.
       count: number of the step.
-      loss_of: ``loss_of(params)``, for the importance.
+      loss: the loss and its arguments beside params, for the importance.
     """
     plan = Plan(params, options.policy, mask=options.mask, step=count)
     if options.criterion in ("magnitude", "threshold"):
@@ -374,10 +382,15 @@ def _scores(
             functools.partial(_random_words, keys[name], jnp.size(leaf))
             for name, leaf in zip(plan.names, plan.leaves, strict=True)
         ]
-    assert loss_of is not None
+    assert loss is not None
+    value_fn, kwargs = loss
     keys = plan.keys(key)
     plus, minus, _ = evaluate_pairs(
-        lambda p: _loss_and_aux.loss_alone(loss_of(p)), plan, keys
+        lambda p, **kw: _loss_and_aux.loss_alone(value_fn(p, **kw)),
+        plan,
+        keys,
+        kwargs=kwargs,
+        spread=options.spread,
     )
     finite = jnp.isfinite(plus) & jnp.isfinite(minus)
     coefficients = estimators.spsa(plus, minus, plan.epsilon)

@@ -7,14 +7,16 @@ copy of the model exists.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
+from fgrad import spread as spreads
 from fgrad._loss_and_aux import is_pair, split
 from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import integer_reads, is_qtensor, stored
@@ -111,29 +113,37 @@ def perturb(
 
 
 def evaluate_pairs(
-    value_fn: Callable[[Any], jax.Array],
+    value_fn: Callable[..., jax.Array],
     plan: Plan,
     keys: LeafKeys,
     *,
+    kwargs: Mapping[str, Any] | None = None,
     vectorize: int = 1,
     has_aux: bool = False,
+    spread: spreads.Spread | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Evaluates a loss on both sides of the weights, for m perturbations.
 
     Args:
-      value_fn: ``value_fn(params) -> scalar loss``, or ``(loss, aux)``; it is traced
-        once.
+      value_fn: ``value_fn(params, **kwargs) -> scalar loss``, or ``(loss, aux)``; it is
+        traced once.
       plan: the leaves of the step.
       keys: [m, leaves], of z.
+      kwargs: passed to ``value_fn``.
       vectorize: with 1, the 2m evaluations run one after the other; with V > 1, the 2V
         of V pairs at once.
-      has_aux: whether ``value_fn`` returns an aux.
+      has_aux: whether ``value_fn`` returns an aux; not with ``spread``.
+      spread: how devices share the evaluations; None leaves that to the compiler.
 
     Returns:
       ``(losses_plus, losses_minus, aux)``, the losses [m] each, and the aux of the last
       evaluation whose loss was finite, of the last one if none was. Without ``has_aux``
       it is ``()``.
     """
+    kwargs = kwargs or {}
+    if spread is not None:
+        return _evaluate_spread(value_fn, plan, keys, kwargs, vectorize, spread)
+    value_fn = functools.partial(value_fn, **kwargs)
     losses, aux = _evaluations(value_fn, plan, keys, vectorize, has_aux)
     plus, minus = losses.reshape(-1, 2).T
     if has_aux:
@@ -171,6 +181,24 @@ def _evaluations(
         batch_size = 2 * vectorize if vectorize > 1 else None
         found = jax.lax.map(evaluate, (signs, keys), batch_size=batch_size)
     return found
+
+
+def _evaluate_spread(
+    value_fn: Callable[..., jax.Array],
+    plan: Plan,
+    keys: LeafKeys,
+    kwargs: Mapping[str, Any],
+    vectorize: int,
+    spread: spreads.Spread,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """`evaluate_pairs` shared by devices; each loss is the mean over the shards."""
+
+    def evaluate(sign: jax.Array, keys: LeafKeys, kwargs: Any) -> jax.Array:
+        return TracedLoss(functools.partial(value_fn, **kwargs), plan)(keys, sign)
+
+    table = spread.table(evaluate, keys, kwargs, vectorize=vectorize)
+    plus, minus = spreads.mean_over_shards(table)
+    return plus, minus, ()
 
 
 class TracedLoss:

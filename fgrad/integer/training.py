@@ -28,12 +28,14 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
-from fgrad import fixed_point, perturbations
+from fgrad import _arguments, fixed_point, perturbations
+from fgrad import spread as spreads
 from fgrad.fixed_point import QTensor, is_qtensor
 from fgrad.integer import arithmetic, ranges
 from fgrad.integer import loss as losses
 from fgrad.integer.convert import Program, integers
 from fgrad.integer.ranges import INT32
+from fgrad.spread import Spread
 
 # Coefficients of a pair are multiples of 1/64.
 _COEFFICIENT_BITS = 6
@@ -249,6 +251,7 @@ class TrainStep:
         decay_steps: int | None,
         normalized: bool,
         loss: losses.Loss,
+        spread: Spread | None,
     ):
         """Takes what `train_step` made of its arguments."""
         self.program = program
@@ -258,6 +261,7 @@ class TrainStep:
         self._decay_steps = decay_steps
         self._normalized = normalized
         self._loss = loss
+        self._spread = spread
 
     def init(self, params: Any = None) -> tuple[Any, State]:
         """Weights and state to start from.
@@ -287,19 +291,15 @@ class TrainStep:
         decay = self._decay(state.count)
         keys = self._keys(state)
 
-        def evaluate(_: Any, address: Any) -> tuple[Any, jax.Array]:
-            sign, leaf_keys = address
+        def evaluate(sign: jax.Array, leaf_keys: Any, arguments: Any) -> jax.Array:
             moved = list(leaves)
             for i, rule in self.rules.items():
                 with jax.named_scope("perturb"):
                     z = rule.z(leaf_keys[i], decay)
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
-            return (), self.loss(jax.tree.unflatten(structure, moved), batch)
+            return self.loss(jax.tree.unflatten(structure, moved), arguments["batch"])
 
-        signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
-        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
-        _, found = lax.scan(evaluate, (), (signs, twice))
-        pairs = found.reshape(self.num_perturbations, 2)
+        pairs = self._pairs(evaluate, keys, {"batch": batch})
         differences = pairs[:, 0] - pairs[:, 1]
         coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
         bound = self.num_perturbations
@@ -316,6 +316,20 @@ class TrainStep:
                 updated[i] = rule.updated(leaves[i], total, 128 * bound, decay)
         state = State(state.key, state.count + 1, pairs[0, 0], differences)
         return jax.tree.unflatten(structure, updated), state
+
+    def _pairs(
+        self, evaluate: Callable[..., jax.Array], keys: Any, arguments: dict[str, Any]
+    ) -> jax.Array:
+        """int32 [m, 2], the losses of all pairs."""
+        if self._spread is not None:
+            table = self._spread.table(evaluate, keys, arguments)
+            return spreads.mean_over_shards(table).T
+        signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
+        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
+        _, found = lax.scan(
+            lambda _, x: ((), evaluate(*x, arguments)), (), (signs, twice)
+        )
+        return found.reshape(self.num_perturbations, 2)
 
     def loss(self, weights: Any, batch: Any) -> jax.Array:
         """int32 scalar, the loss of a batch at given weights."""
@@ -367,6 +381,7 @@ def train_step(
     estimator: str = "sign",
     loss: losses.Loss = losses.softmax_cross_entropy,
     where: Callable[[str], bool] | None = None,
+    spread: Spread | None = None,
 ) -> tuple[Callable[..., tuple[Any, State]], TrainStep]:
     """The paper's QZO-FF, without a float anywhere in the step.
 
@@ -384,6 +399,9 @@ def train_step(
       loss: ``loss(outputs, labels)``, from the program's result as `Fixed` and the
         batch's labels to a `Fixed` scalar.
       where: ``where(path) -> bool`` picks the leaves that train; all by default.
+      spread: how the devices of a mesh share the evaluations. The loss of a batch is
+        then the whole part of the mean over its shards. `fgrad.integer.to_c` and
+        ``export`` take steps of one device.
 
     Returns:
       ``(init, step)``: ``weights, state = init()`` and
@@ -410,6 +428,7 @@ def train_step(
       2024.
     """
     _check(learning_rate, epsilon, num_perturbations, decay_steps, estimator)
+    _arguments.spread(spread, num_perturbations)
     with_paths, _ = jax.tree_util.tree_flatten_with_path(
         program.params, is_leaf=is_qtensor
     )
@@ -436,6 +455,7 @@ def train_step(
         decay_steps=decay_steps,
         normalized=estimator == "normalized",
         loss=loss,
+        spread=spread,
     )
     return step.init, step
 

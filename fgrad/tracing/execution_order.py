@@ -55,6 +55,19 @@ def hidden(value: int, after: jax.Array) -> jax.Array:
     return lax.squeeze(lax.slice(pair, (0,), (1,)), (0,))
 
 
+def stored(vector: jax.Array) -> jax.Array:
+    """The same vector, as an array that XLA stores.
+
+    Nothing that reads it is compiled together with what made it: it comes out of a loop
+    of which no compiler knows that it runs once.
+    """
+    once = hidden(1, vector).astype(jnp.int32)
+    found: jax.Array = lax.fori_loop(
+        0, once, lambda _, last: vector, jnp.zeros_like(vector)
+    )
+    return found
+
+
 def delayed_row(array: jax.Array, row: int, after: jax.Array, axis: int) -> jax.Array:
     """``array`` at a row of an axis, at a `hidden` place and not before ``after``."""
     if _varying(after) - _varying(array):
