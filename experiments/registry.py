@@ -96,6 +96,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vit_tiny": vit.ViT,
     # 11,018 parameters for 28x28 images, at the cost of "cnn" for 8x8 ones.
     "cnn_28": functools.partial(cnn.CNN, features=(8, 16, 32), strides=(2, 2, 2)),
+    # 16,426 parameters for 28x28 images.
+    "cnn_28_deep": functools.partial(
+        cnn.CNN, features=(8, 16, 32, 32), strides=(2, 2, 2, 2)
+    ),
     # 28,682 parameters for 32x32x1 images: 16 patches and the class token.
     "vit_32": functools.partial(
         vit.ViT, patch=8, width=32, depth=3, num_heads=4, mlp_width=64

@@ -62,6 +62,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.early_stopping = False
     # How many estimates of each method to compare with the gradient; 0 for none.
     config.gradient_estimates = 0
+    # Whether to count the products of the weights' gradients as passes of their own.
+    config.count_products = False
     config.figure = "curves"  # or "dots", for many methods
 
     # Factors that the layers of the network are multiplied with before it is adapted;
@@ -117,6 +119,8 @@ def _backward(smoke: bool) -> ConfigDict:
     method.gradient = "backward"
     method.optimizer = "momentum"  # SGD with momentum 0.9
     method.bits = None  # float32
+    # Whether to keep nothing of a stage but its input, and to evaluate it once more.
+    method.checkpoint = False
     method.steps = 20 if smoke else 300
     method.batch_size = 128
     method.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
@@ -145,6 +149,8 @@ def _forward(smoke: bool) -> ConfigDict:
     # fgrad.activity_forward_grad.
     method.sites = ConfigDict()
     method.others = False
+    # For the gradient "joint": the arguments of fgrad.activity.joint_forward_grad.
+    method.joint = ConfigDict()
     method.epsilon_unit = "weights"  # or each leaf's "rms" or weight "step"
     method.low_bit = True  # weights of less than 16 bits move by sparse grid steps
     method.per_channel = False  # one weight scale per output channel

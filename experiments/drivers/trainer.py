@@ -16,6 +16,7 @@ from experiments.learners.learner import TrainState, make_learner
 from experiments.registry import Splits
 from experiments.workdir import events, runs
 from fgrad.analysis import Memory
+from fgrad.tracing import primitives
 
 _CHUNK = 10  # steps between two looks at the clock
 # Steps at a learning rate of zero, in which synthetic gradients learn before they are
@@ -74,10 +75,25 @@ class Trainer:
         # What is frozen does not depend on the seed.
         self._data = self.learner.cached(state, data)
         step = jax.jit(self.learner.step, donate_argnums=0)
-        lowered = step.lower(state, jnp.float32(0), jnp.float32(1), self._data["train"])
-        self._step = lowered.compile()
+        traced = step.trace(state, jnp.float32(0), jnp.float32(1), self._data["train"])
+        self._equations = traced.jaxpr.jaxpr.eqns
+        self._step = traced.lower().compile()
         self._logits = jax.jit(self.learner.logits)
         self.temporaries = Memory.planned(self._step).temporaries
+
+    def multiply_adds(self, steps: int) -> float:
+        """Multiply-adds of a run, as its traced step has them.
+
+        Args:
+          steps: length of the run. Of a method that perturbs in some of its steps only,
+            those do more.
+        """
+        every = self.learner.method.get("joint", {}).get("every", 1)
+        rare = -(-steps // every)
+        long, short = (
+            primitives.multiply_adds(self._equations, branch) for branch in (max, min)
+        )
+        return rare * long + (steps - rare) * short
 
     def train(
         self,

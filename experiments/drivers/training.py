@@ -19,7 +19,7 @@ from experiments import features, registry
 from experiments.drivers import settings
 from experiments.drivers.progress import Progress, show_progress
 from experiments.drivers.trainer import Run, Trainer
-from experiments.learners import adapt, metrics
+from experiments.learners import adapt, metrics, optimizers
 from experiments.models import cnn
 from experiments.registry import Splits
 from experiments.workdir import report, runs
@@ -300,7 +300,11 @@ def _adapt(
         "learning_rate": learning_rate,
         "tuning": {f"{rate:g}": tuned[rate] for rate in sorted(tuned)},
         "steps": method.steps,
-        "forward_passes": method.steps * trainer.learner.passes_per_step,
+        "forward_passes": round(method.steps * trainer.learner.passes_per_step),
+        "passes_with_products": round(
+            method.steps * optimizers.passes_with_products(method)
+        ),
+        "multiply_adds": trainer.multiply_adds(method.steps),
         "seconds": float(np.mean([run.seconds for run in adapted])),
         "temporaries_mib": trainer.temporaries / 2**20,
         "curves": [[test for test, _ in run.curve] for run in adapted],

@@ -108,7 +108,7 @@ class Learner:
     skips_frozen: bool
 
     @property
-    def passes_per_step(self) -> int:
+    def passes_per_step(self) -> float:
         """Forward passes of a step; a backward pass counts as two."""
         return optimizers.forward_passes(self.method)
 
@@ -249,7 +249,18 @@ class Learner:
         variables = {"params": adapt.merge(params, frozen), **scales}
         cut = self._cut(params)
         stages: dict[str, Any] = {"start": cut} if cut else {}
+        if self.method.get("checkpoint", False):
+            return functools.partial(self._checkpointed, variables)
         return functools.partial(self.model.outputs, variables, **stages)
+
+    def _checkpointed(
+        self, variables: Any, x: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The logits, of stages that keep nothing but their inputs for a gradient."""
+        for index in range(len(self.model.module.stages)):
+            stage = functools.partial(self.model.apply, start=index, stop=index + 1)
+            x = jax.checkpoint(stage)(variables, x)
+        return x, {}
 
     def logits(self, state: TrainState, x: jax.Array) -> jax.Array:
         """What the network of a state says of an input, or of what stands for it.
@@ -295,7 +306,8 @@ class Learner:
     @property
     def _value_fn(self) -> Callable[..., Any]:
         """What the first link evaluates: perturbed activities need every loss."""
-        return self.losses_fn if self.method.gradient == "activity" else self.loss_fn
+        of_examples = self.method.gradient in ("activity", "joint")
+        return self.losses_fn if of_examples else self.loss_fn
 
     @functools.cached_property
     def _quantized(self) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -347,6 +359,11 @@ def check_method(method: ConfigDict) -> None:
     optimizers.check_method(method)
     adapt.check_way(method.get("adaptation", {}))
     augments = method.get("input_shift") or method.get("input_noise")
+    if method.get("checkpoint", False) and method.get("adaptation", {}):
+        raise UsageError(
+            "checkpoint evaluates the stages of a network again, all of them; leave it "
+            "out, or adaptation."
+        )
     if method.get("cache_frozen", False) and augments:
         raise UsageError(
             "cache_frozen keeps activations of images as they are, and input_shift or "

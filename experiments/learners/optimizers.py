@@ -13,7 +13,7 @@ import fgrad
 from experiments.usage import UsageError, check_names
 from fgrad import activity, enhancements, estimators, leaves, perturbations
 
-GRADIENTS = ("backward", "forward", "activity")
+GRADIENTS = ("backward", "forward", "activity", "joint")
 
 ESTIMATORS: dict[str, Callable[..., Any]] = {
     "sign_m_spsa": estimators.sign_m_spsa,
@@ -41,6 +41,10 @@ EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
 }
 
 
+# What `fgrad.activity.joint_forward_grad` does by default.
+_JOINT = {"every": 8, "num_perturbations": 1, "on_the_way": False}
+
+
 def check_method(method: ConfigDict) -> None:
     """Makes sure that the chain of a method can be built.
 
@@ -52,7 +56,7 @@ def check_method(method: ConfigDict) -> None:
     """
     if method.gradient not in GRADIENTS:
         raise UsageError(
-            'gradient must be "backward", "forward" or "activity", got '
+            'gradient must be "backward", "forward", "activity" or "joint", got '
             f"{method.gradient!r}."
         )
     check_names("optimizer", [method.optimizer], OPTIMIZERS)
@@ -140,6 +144,8 @@ def make_estimator(
             guide=guide,
         )
 
+    if method.gradient == "joint":
+        return activity.joint_forward_grad(key, **method.joint)
     if method.gradient != "activity":
         return weights()
     sites = [_site(name, **given) for name, given in method.sites.items()]
@@ -152,14 +158,19 @@ def make_estimator(
     )
 
 
-def forward_passes(method: ConfigDict) -> int:
+def forward_passes(method: ConfigDict) -> float:
     """Forward passes of a step; a backward pass counts as two.
 
     Behind a perturbed activation only the rest of the network is evaluated again. That
-    counts as a whole pass as well.
+    counts as a whole pass as well. Joint pairs that come in some steps only count with
+    their mean.
     """
     if method.gradient == "backward":
         return 3
+    if method.gradient == "joint":
+        joint = {**_JOINT, **method.joint}
+        pairs = 2 * joint["num_perturbations"] / joint["every"]
+        return 1 + joint["on_the_way"] + pairs
     pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
     if method.gradient == "activity":
         # One pass reaches the loss without perturbations. An exact site evaluates
@@ -167,6 +178,21 @@ def forward_passes(method: ConfigDict) -> int:
         random = sum(not site.get("exact") for site in method.sites.values())
         return 1 + 2 * pairs * (random + bool(method.others))
     return 2 * pairs
+
+
+def passes_with_products(method: ConfigDict) -> float:
+    """Forward passes of a step, with the products of the weights' gradients as one.
+
+    Backpropagation multiplies twice for each product of a forward pass: once for the
+    gradient of the layer's input and once for that of its weights. Perturbed
+    activations need the second as well. That of an exact head alone, which is a small
+    part of a network, counts for nothing.
+    """
+    random = [
+        site for site in method.get("sites", {}).values() if not site.get("exact")
+    ]
+    local = method.gradient == "joint" or (method.gradient == "activity" and random)
+    return forward_passes(method) + bool(local)
 
 
 def _site(

@@ -1,6 +1,7 @@
 """Small convolutional networks without normalisation, for digits."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,8 @@ from fgrad import fixed_point, layers
 class CNN(nn.Module):
     """3x3 convolutions and a linear head.
 
-    By default 25,866 parameters for 8x8x1 images and 10 classes.
+    By default 25,866 parameters for 8x8x1 images and 10 classes. Its stages are the
+    convolutions, the flattening of the image, and the head.
 
     Attributes:
       num_classes: number of logits.
@@ -29,16 +31,54 @@ class CNN(nn.Module):
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the parameters of each stage."""
+        convolutions = ((f"Conv_{i}",) for i in range(len(self.features)))
+        return (*convolutions, (), ("Dense_0",))
+
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [batch, classes] of float images [batch, height, width, channels]."""
+    def __call__(
+        self, x: jax.Array, start: int = 0, stop: int | None = None
+    ) -> jax.Array:
+        """Runs the network, or a slice of its stages.
+
+        Args:
+          x: float images [batch, height, width, channels]; with ``start`` what the
+            stages before it return.
+          start: first stage to run.
+          stop: stage to stop before, as in a slice.
+
+        Returns:
+          Logits [batch, classes]; with ``stop`` what the stage before it returns.
+        """
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
-        x = images
-        for features, strides in zip(self.features, self.strides, strict=True):
-            x = layers.Conv(features, (3, 3), strides=strides, **settings)(x)
-            x = nn.relu(x)
-        x = x.reshape(x.shape[0], -1)
-        return layers.Dense(self.num_classes, **settings)(x)
+
+        def convolution(index: int, x: jax.Array) -> jax.Array:
+            layer = layers.Conv(
+                self.features[index],
+                (3, 3),
+                strides=self.strides[index],
+                name=f"Conv_{index}",
+                **settings,
+            )
+            return nn.relu(layer(x))
+
+        def flatten(x: jax.Array) -> jax.Array:
+            return x.reshape(x.shape[0], -1)
+
+        def classify(x: jax.Array) -> jax.Array:
+            return layers.Dense(self.num_classes, name="Dense_0", **settings)(x)
+
+        indices = range(len(self.features))
+        stages: list[Callable[[jax.Array], jax.Array]] = [
+            *(functools.partial(convolution, i) for i in indices),
+            flatten,
+            classify,
+        ]
+        for stage in stages[start:stop]:
+            x = stage(x)
+        return x
 
 
 def rescaled(params: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any]:

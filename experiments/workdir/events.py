@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
 
 def point(
-    step: int, forward_passes: int, opt_state: Any, values: Mapping[str, float]
+    step: int, forward_passes: float, opt_state: Any, values: Mapping[str, float]
 ) -> Point:
     """Collects what a training loop knows after a step.
 

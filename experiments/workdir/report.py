@@ -19,6 +19,8 @@ mpl.use("Agg")
 
 _COLUMNS = ("forward passes", "learning rate", "seconds", "temporaries MiB")
 
+_PRODUCTS = ("passes with products of gradients", "multiply-adds, 1e9")
+
 
 def write_json(results: dict[str, Any], directory: pathlib.Path) -> None:
     """Writes results.json, also of an unfinished experiment.
@@ -51,6 +53,10 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
     """
     columns = ("method", *config.metrics, *_COLUMNS)
     rows = [_row(name, result, config.metrics) for name, result in results.items()]
+    if config.get("count_products", False):
+        columns += _PRODUCTS
+        for row, result in zip(rows, results.values(), strict=True):
+            row += _products(result)
     if config.gradient_estimates:
         columns += ("cosine",)
         for row, result in zip(rows, results.values(), strict=True):
@@ -67,6 +73,12 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         "counts as two forward passes; seconds per run with "
         f"{config.parallel_runs} runs at a time; temporaries of the compiled step."
     )
+    if config.get("count_products", False):
+        note += (
+            " forward passes count a backward pass as two, whose second half is the "
+            "products of the weights' gradients; passes with these products count them "
+            "for every method."
+        )
     if config.gradient_estimates:
         note += (
             " cosine: of an estimate with the float gradient of its batch where runs "
@@ -192,6 +204,15 @@ def _row(name: str, result: dict[str, Any], metrics: Sequence[str]) -> list[str]
         f"{result['learning_rate']:g}",
         f"{result['seconds']:.1f}",
         f"{result['temporaries_mib']:.2f}",
+    ]
+
+
+def _products(result: dict[str, Any]) -> list[str]:
+    if "steps" not in result:
+        return [""] * len(_PRODUCTS)
+    return [
+        f"{result['passes_with_products']:,}",
+        f"{result['multiply_adds'] / 1e9:.1f}",
     ]
 
 

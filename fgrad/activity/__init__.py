@@ -1,5 +1,10 @@
 """Gradients from perturbed activations, for layers deep inside a network."""
 
+from fgrad.activity.joint import (
+    JointForwardGradState,
+    explain_joint,
+    joint_forward_grad,
+)
 from fgrad.activity.sites import Site, leaves_of, leaves_outside
 from fgrad.activity.synthetic_gradients import SyntheticGradient
 from fgrad.activity.transform import (
@@ -11,11 +16,14 @@ from fgrad.activity.transform import (
 
 __all__ = [
     "ActivityForwardGradState",
+    "JointForwardGradState",
     "PerturbedActivation",
     "Site",
     "SyntheticGradient",
     "activity_forward_grad",
     "explain",
+    "explain_joint",
+    "joint_forward_grad",
     "leaves_of",
     "leaves_outside",
 ]

@@ -6,6 +6,7 @@ that, is computed again for every perturbation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class ExampleLosses:
       values: all values of its evaluation at the parameters, by number.
       examples: how many examples there are.
       aux: what the losses came with, ``()`` if nothing.
+      batch: numbers of the arguments whose first axis is that of the examples.
     """
 
     def __init__(
@@ -67,6 +69,12 @@ class ExampleLosses:
         self.program: Graph = whole.of_outputs(whole.outputs[: len(names)])
         self._losses = dict(zip(names, self.program.outputs, strict=True))
         self.examples = self._check_losses()
+        of_data = self.program.inputs[len(jax.tree.leaves(params)) :]
+        self.batch = frozenset(
+            number
+            for number in of_data
+            if self.program.avals[number].shape[:1] == (self.examples,)
+        )
         self._layers = self._find_layers(params)
         arrays = jax.tree.leaves((params, kwargs))
         inputs = dict(zip(self.program.inputs, arrays, strict=True))
@@ -103,6 +111,31 @@ class ExampleLosses:
                 f"{names}."
             )
         return names[0] if site.loss is None else site.loss
+
+    def only_loss(self) -> str:
+        """The name of the loss, of which there must be one.
+
+        Raises:
+          ValueError: if ``value_fn`` returns several.
+        """
+        if len(self._losses) > 1:
+            raise ValueError(
+                f"value_fn returns losses {list(self._losses)}, and joint pairs need "
+                "one for each example; return their sum, or use "
+                "fgrad.activity_forward_grad, whose sites have losses of their own."
+            )
+        return next(iter(self._losses))
+
+    def output(self, loss_name: str) -> int:
+        """The number of a loss.
+
+        Raises:
+          ValueError: for a loss that depends on nothing.
+        """
+        output = self._losses[loss_name]
+        if not isinstance(output, int):
+            raise ValueError(f"the loss is {output.value} whatever the parameters are.")
+        return output
 
     def evaluate(self, noise: Mapping[int, jax.Array], loss_name: str) -> jax.Array:
         """A loss [examples] with noise added to some activations.
@@ -150,13 +183,7 @@ class ExampleLosses:
             for i, path in enumerate(_value_paths(params))
             if path is not None
         }
-        of_data = self.program.inputs[len(jax.tree.leaves(params)) :]
-        batch = [
-            number
-            for number in of_data
-            if self.program.avals[number].shape[:1] == (self.examples,)
-        ]
-        data = self.program.depending(batch)
+        data = self.program.depending(self.batch)
         return {
             path: self._layer(path, number_of[path], data)
             for paths in self._leaves.values()
@@ -179,6 +206,20 @@ def named_losses(losses: Any) -> dict[str, jax.Array]:
     if not isinstance(losses, dict):
         losses = {"loss": losses}
     return {name: jnp.asarray(value) for name, value in losses.items()}
+
+
+def mean_of(
+    value_fn: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., jax.Array]:
+    """A scalar loss: the mean over examples, summed over the losses if several."""
+
+    @functools.wraps(value_fn)
+    def mean(params: Any, **kwargs: Any) -> jax.Array:
+        result = value_fn(params, **kwargs)
+        losses = named_losses(_loss_and_aux.split(result)[0] if has_aux else result)
+        return sum((jnp.mean(x) for x in losses.values()), jnp.zeros([]))
+
+    return mean
 
 
 def _value_paths(params: Any) -> list[str | None]:

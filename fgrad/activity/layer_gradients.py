@@ -13,7 +13,7 @@ integers: its input is int8 already, and dL/dy is put on a grid of 8 bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -176,6 +176,29 @@ def gradient(
     result: jax.Array
     (result,) = transpose(dy.astype(program.avals[layer.output].dtype))
     return result
+
+
+def with_gradients(params: Any, others: Any, gradients: Mapping[str, jax.Array]) -> Any:
+    """The gradients of some leaves, and those of the other leaves as they are.
+
+    Args:
+      params: pytree of float arrays and `QTensor`.
+      others: gradients of the other leaves, in the structure of ``params``.
+      gradients: by path, per unit of what each leaf stores.
+    """
+
+    def leaf_fn(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
+        value = gradients.get(fixed_point.path_str(path))
+        if value is None:
+            return other
+        # Per unit of the weight's value, not per grid step.
+        is_qtensor = fixed_point.is_qtensor(leaf)
+        value = value / leaf.scale if is_qtensor else value
+        return fixed_point.as_gradient(leaf, value)
+
+    return jax.tree_util.tree_map_with_path(
+        leaf_fn, params, others, is_leaf=fixed_point.is_qtensor
+    )
 
 
 def _linear_part(

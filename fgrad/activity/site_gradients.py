@@ -217,7 +217,7 @@ class _Probes:
         outputs = losses.outputs(site)
         values = {output: losses.values[output] for output in outputs}
         names = {output: next(iter(layers)) for output, layers in outputs.items()}
-        scales = {output: _rms(value) for output, value in values.items()}
+        scales = {output: rms(value) for output, value in values.items()}
         return cls(values, names, scales, directions)
 
     def u(self, index: Any) -> _ByActivation:
@@ -280,12 +280,12 @@ def _along_directions(
             unexplained -= probes.scales[output] * jnp.sum(predicted * u[output], axes)
         unexplained = jnp.where(finite[index], unexplained, 0)
         return {
-            output: value + _per_example(unexplained, value) * u[output]
+            output: value + per_example(unexplained, value) * u[output]
             for output, value in total.items()
         }, None
 
     zeros = {
-        output: jnp.zeros(jnp.shape(value), _wide(value))
+        output: jnp.zeros(jnp.shape(value), wide(value))
         for output, value in probes.values.items()
     }
     total, _ = jax.lax.scan(add, zeros, jnp.arange(directions.count))
@@ -356,17 +356,17 @@ def _both_signs(
     return plus, minus
 
 
-def _rms(x: jax.Array) -> jax.Array:
+def rms(x: jax.Array) -> jax.Array:
     """The root mean square of an activation, but at least `_LEAST_SCALE`."""
-    squares = jnp.mean(jnp.square(x.astype(_wide(x))))
+    squares = jnp.mean(jnp.square(x.astype(wide(x))))
     return jnp.maximum(jnp.sqrt(squares), _LEAST_SCALE)
 
 
-def _wide(x: jax.Array) -> Any:
+def wide(x: jax.Array) -> Any:
     """The dtype that sums over an activation are made in: float32 or wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _per_example(coefficients: jax.Array, like: jax.Array) -> jax.Array:
+def per_example(coefficients: jax.Array, like: jax.Array) -> jax.Array:
     """Coefficients [examples] with as many axes as an activation, to multiply it."""
     return coefficients.reshape(-1, *[1] * (like.ndim - 1)).astype(like.dtype)

@@ -171,6 +171,13 @@ def site_leaves(sites: Sequence[Site], params: Any) -> dict[Site, list[str]]:
     return found
 
 
+def check_values(params: Any) -> None:
+    """Raises a ValueError for a `QTensor` that is no tensor on a grid."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
+        if is_qtensor(leaf):
+            fixed_point.check_values(leaf, fixed_point.path_str(path))
+
+
 def exact_site(site: Site, sites: Sequence[Site]) -> Site:
     """The exact site that a site's synthetic gradient names.
 

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import optax
 
 from fgrad import _arguments, _loss_and_aux, estimators, perturbations
-from fgrad.activity.example_losses import ExampleLosses, named_losses
+from fgrad.activity import layer_gradients
+from fgrad.activity.example_losses import ExampleLosses, mean_of
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.site_gradients import (
     Directions,
@@ -39,11 +40,11 @@ from fgrad.activity.site_gradients import (
 from fgrad.activity.sites import (
     Site,
     as_site,
+    check_values,
     exact_site,
     mean_jacobians,
     site_leaves,
 )
-from fgrad.fixed_point import as_gradient, check_values, is_qtensor, path_str
 from fgrad.spread import Spread
 from fgrad.tracing import primitives
 
@@ -174,7 +175,7 @@ def activity_forward_grad(
         _arguments.visible(params)
         if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
             site_leaves(options.sites, params)
-        _check_values(params)
+        check_values(params)
         return ActivityForwardGradState(
             key=jnp.array(key, copy=True),
             count=jnp.zeros([], jnp.int32),
@@ -201,13 +202,6 @@ def activity_forward_grad(
         return _update(options, updates, state, params, loss_fn, extra_args)
 
     return _arguments.link(init_fn, update_fn, spread)
-
-
-def _check_values(params: Any) -> None:
-    """Raises a ValueError for a `QTensor` that is no tensor on a grid."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
-        if is_qtensor(leaf):
-            check_values(leaf, path_str(path))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -282,7 +276,7 @@ def _update(
     if options.others is None:
         gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
     else:
-        mean_fn = _mean_of(loss_fn, options.aux.expected)
+        mean_fn = mean_of(loss_fn, has_aux=options.aux.expected)
         gradient, others_state = options.others.update(
             updates, state.others, params, value_fn=mean_fn, **extra_args
         )
@@ -290,7 +284,10 @@ def _update(
         loss_fn, params, options.sites, kwargs, has_aux=options.aux.expected
     )
     found = _site_gradients(options, losses, state)
-    return _with_gradients(params, gradient, found), ActivityForwardGradState(
+    gradients = {k: v for one in found for k, v in one.gradients.items()}
+    return layer_gradients.with_gradients(
+        params, gradient, gradients
+    ), ActivityForwardGradState(
         key=state.key,
         count=optax.safe_increment(state.count),
         loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),
@@ -324,20 +321,6 @@ def _site_gradients(
         directions = options.directions(site, state)
         found[site] = site_gradient(losses, site, directions, evidence)
     return [found[site] for site in options.sites]
-
-
-def _with_gradients(params: Any, others: Any, found: Sequence[SiteGradient]) -> Any:
-    """The gradients of the sites' leaves, and those of the other leaves as they are."""
-    gradients = {k: v for one in found for k, v in one.gradients.items()}
-
-    def leaf_fn(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
-        value = gradients.get(path_str(path))
-        if value is None:
-            return other
-        # Per unit of the weight's value, not per grid step.
-        return as_gradient(leaf, value / leaf.scale if is_qtensor(leaf) else value)
-
-    return jax.tree_util.tree_map_with_path(leaf_fn, params, others, is_leaf=is_qtensor)
 
 
 class PerturbedActivation(NamedTuple):
@@ -421,15 +404,3 @@ def _explained(
         bytes=aval.size * aval.dtype.itemsize,
         evaluated_again=again / max(total, 1),
     )
-
-
-def _mean_of(value_fn: Callable[..., Any], has_aux: bool) -> Callable[..., jax.Array]:
-    """A scalar loss: the mean over examples, summed over the losses if several."""
-
-    @functools.wraps(value_fn)
-    def mean(params: Any, **kwargs: Any) -> jax.Array:
-        result = value_fn(params, **kwargs)
-        losses = named_losses(_loss_and_aux.split(result)[0] if has_aux else result)
-        return sum((jnp.mean(x) for x in losses.values()), jnp.zeros([]))
-
-    return mean

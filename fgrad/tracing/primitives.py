@@ -8,7 +8,7 @@ its line here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jax import lax
@@ -202,10 +202,17 @@ def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def multiply_adds(equations: Iterable[core.JaxprEqn]) -> float:
+def multiply_adds(
+    equations: Iterable[core.JaxprEqn],
+    branch: Callable[[Iterable[float]], float] = max,
+) -> float:
     """Multiply-adds of all products, those inside loops, branches and calls included.
 
-    Of a branch the longest counts, and a ``while`` loop as one round.
+    A ``while`` loop counts as one round.
+
+    Args:
+      equations: of a jaxpr.
+      branch: which of the branches of a ``cond`` counts, by default the longest.
 
     Example:
       >>> import jax
@@ -214,10 +221,12 @@ def multiply_adds(equations: Iterable[core.JaxprEqn]) -> float:
       >>> multiply_adds(closed.jaxpr.eqns)
       30.0
     """
-    return sum(map(_multiply_adds, equations))
+    return sum(_multiply_adds(equation, branch) for equation in equations)
 
 
-def _multiply_adds(equation: core.JaxprEqn) -> float:
+def _multiply_adds(
+    equation: core.JaxprEqn, branch: Callable[[Iterable[float]], float]
+) -> float:
     if facts(equation).product:
         weight: Any = equation.invars[1].aval
         numbers = equation.params["dimension_numbers"]
@@ -232,12 +241,14 @@ def _multiply_adds(equation: core.JaxprEqn) -> float:
         return size * per_output
     if equation.primitive.name == "cond":
         branches = equation.params["branches"]
-        return max(multiply_adds(branch.jaxpr.eqns) for branch in branches)
+        return branch(multiply_adds(b.jaxpr.eqns, branch) for b in branches)
     inner = (
         getattr(parameter, "jaxpr", parameter) for parameter in equation.params.values()
     )
     once = sum(
-        multiply_adds(jaxpr.eqns) for jaxpr in inner if isinstance(jaxpr, core.Jaxpr)
+        multiply_adds(jaxpr.eqns, branch)
+        for jaxpr in inner
+        if isinstance(jaxpr, core.Jaxpr)
     )
     rounds: int = equation.params.get("length", 1)
     return once * rounds
