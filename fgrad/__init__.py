@@ -17,7 +17,7 @@ from fgrad import (
 from fgrad.activity import activity_forward_grad
 from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
-from fgrad.fixed_point import QTensor, dequantize, products, quantize
+from fgrad.fixed_point import QTensor, adopt, dequantize, products, quantize
 from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
 from fgrad.serialization import load, save
 from fgrad.spread import Spread
@@ -37,6 +37,7 @@ __all__ = [
     "Spread",
     "activity",
     "activity_forward_grad",
+    "adopt",
     "analysis",
     "dequantize",
     "dual_forward",

@@ -12,6 +12,10 @@ float      (w, a)           float on the grid, straight-through gradient (AQT)
 `QTensor`  None, (w, None)  float product with the dequantized kernel
 =========  ===============  ========================================================
 
+In the place of ``bits``, a layer takes a configuration of AQT as ``aqt``, such as
+``aqt.jax.v2.config.config_v4()``. Its numerics and calibration then quantize
+activations and float kernels; `fgrad.fixed_point.aqt_products` says whose product runs.
+
 Scales of activations are "static", calibrated once by `calibrate` and kept in the
 variable collection "activation_scales", or "dynamic", taken from each input.
 """
@@ -31,7 +35,7 @@ from flax.linen import dtypes
 from jax import lax
 
 from fgrad import fixed_point
-from fgrad.fixed_point import QTensor, is_qtensor, products
+from fgrad.fixed_point import QTensor, aqt_products, is_qtensor, products
 
 SCALES = "activation_scales"
 
@@ -129,14 +133,23 @@ class _Quantized(nn.Module, kw_only=True):  # type: ignore[call-arg]  # Flax is 
       bits: (bits of weights, bits of activations), or None; see `Dense`.
       activation_scale: "static" or "dynamic".
       calibration: how a scale is found, in `calibrate` or from each input.
+      aqt: an AQT configuration, which takes the place of the three above, or None.
     """
 
     bits: Bits = None
     activation_scale: str = "static"
     calibration: fixed_point.Calibration = fixed_point.abs_max
+    aqt: Any = None
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
+        if self.aqt is not None:
+            aqt_products.check_config(self.aqt)
+            if self.bits is not None:
+                raise ValueError(
+                    f"a layer takes bits={self.bits} or an AQT configuration, aqt=, "
+                    "and this one has both."
+                )
         if self.activation_scale not in ("static", "dynamic"):
             raise ValueError(
                 'activation_scale must be "static" or "dynamic", got '
@@ -146,11 +159,12 @@ class _Quantized(nn.Module, kw_only=True):  # type: ignore[call-arg]  # Flax is 
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The three settings, for a layer or a product inside this one."""
+        """The settings, for a layer or a product inside this one."""
         return {
             "bits": self.bits,
             "activation_scale": self.activation_scale,
             "calibration": self.calibration,
+            "aqt": self.aqt,
         }
 
 
@@ -168,6 +182,11 @@ class _Product(_Quantized):
     def static_activations(self) -> bool:
         """Whether the scales of activations are stored."""
         return bool(self.activation_bits) and self.activation_scale == "static"
+
+    @property
+    def rounding_key(self) -> jax.Array | None:
+        """The key of AQT's rounding at random, which backward passes may have."""
+        return self.make_rng("params") if self.has_rng("params") else None
 
     def _with_weights(
         self,
@@ -249,6 +268,10 @@ class DotGeneral(_Product):
         preferred_element_type: Any = None,
     ) -> jax.Array:
         """See ``jax.lax.dot_general``; ``rhs`` may be a `QTensor`."""
+        if self.aqt is not None:
+            return aqt_products.dot_general(
+                self.aqt, lhs, rhs, dimension_numbers, key=self.rounding_key
+            )
         return self._with_weights(
             lhs,
             rhs,
@@ -269,6 +292,10 @@ class ActivationDotGeneral(_Product):
         self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, integer: bool
     ) -> jax.Array:
         """See ``jax.lax.dot_general``; ``integer`` asks for the int8 product."""
+        if self.aqt is not None:
+            return aqt_products.activation_dot_general(
+                self.aqt, lhs, rhs, dimension_numbers, key=self.rounding_key
+            )
         lhs_scale, rhs_scale = self._scale("lhs", lhs), self._scale("rhs", rhs)
         if integer and lhs_scale is not None and rhs_scale is not None:
             bits = self.activation_bits
@@ -307,6 +334,8 @@ class ConvGeneralDilated(_Product):
             dimension_numbers,
             feature_group_count,
         )
+        if self.aqt is not None:
+            return aqt_products.conv_general_dilated(self.aqt, lhs, rhs, *arguments)
         return self._with_weights(
             lhs,
             rhs,
@@ -340,6 +369,7 @@ class Dense(_Quantized, nn.Dense):
         float operand, or for both.
       activation_scale: "static" (see `calibrate`) or "dynamic".
       calibration: how the scale of the input is found; ``fixed_point.abs_max``.
+      aqt: an AQT configuration in the place of these, as for all layers that follow.
 
     All other attributes are Flax's.
 
@@ -447,6 +477,9 @@ class Embed(_Quantized, nn.Embed):
         """Rows of the table for integer ``inputs`` of any shape."""
         table = self.embedding
         if not is_qtensor(table):
+            if self.aqt is not None:
+                quantizer = self.aqt.fwd.dg_quantizer.rhs
+                table = aqt_products.fake_quantize(quantizer, table, range(2))
             if self.bits and self.bits[0]:
                 scale = fixed_point.calibrate_scale(table, self.bits[0])
                 table = fixed_point.fake_quantize(table, scale, self.bits[0])

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quantized_networks
 from flax import nnx
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -1430,3 +1431,74 @@ def fixed_point_lstm(bits):
             return layers.Dense(3, bits=self.bits)(x[:, -1])
 
     return quantized(Net, integers(3, 3, 4), bits)
+
+
+# ------------------------------------------------- networks that others have quantized
+
+
+def largest(apply: Callable[[Any, Any], jax.Array]) -> Callable[..., jax.Array]:
+    """The largest distance of a network's logits from labels."""
+
+    def value_fn(params, x):
+        labels = jax.nn.one_hot(np.arange(len(x)), 3)
+        return jnp.max(jnp.abs(apply(params, x) - labels))
+
+    return value_fn
+
+
+@case
+def aqt_training():
+    """AQT quantizes a float kernel, or the values of a QTensor, in each evaluation."""
+    x = quantized_networks.images()
+    net = quantized_networks.aqt_net(8)
+    value_fn = largest(lambda params, x: net.apply({"params": params}, x))
+    return Case(value_fn, quantized_networks.weights(x), {"x": x}, exact=True)
+
+
+@layers_case
+def aqt_serving(bits):
+    """The integers that AQT serves are the leaves."""
+    if not bits:
+        return aqt_training()
+    x = quantized_networks.images()
+    variables = {"params": quantized_networks.weights(x, attention=True)}
+    _, params, apply = quantized_networks.aqt_serving(
+        bits, variables, x, attention=True
+    )
+    floats = jax.tree.map(np.asarray, fgrad.dequantize(params))
+    return Case(largest(apply), floats, {"x": x}, exact=True, same_bits=True)
+
+
+@layers_case
+def layers_of_aqt(bits):
+    """`fgrad.layers` that take AQT's configuration."""
+    x = quantized_networks.images()
+    config = quantized_networks.aqt_dot(bits or 8)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(layers.Conv(4, (3, 3), aqt=config)(x))
+            return layers.Dense(3, aqt=config)(x.reshape(len(x), -1))
+
+    net = Net()
+    value_fn = largest(lambda params, x: net.apply({"params": params}, x))
+    params = quantized_networks.weights(x)
+    return Case(value_fn, params, {"x": x}, exact=True, same_bits=True)
+
+
+@layers_case
+def qwix_training_and_serving(bits):
+    """Qwix finds its weights among arrays, and serves integers of 8 bits at most."""
+    x = quantized_networks.images()
+    params = quantized_networks.weights(x)
+    if bits == 8:
+        _, adopted, apply = quantized_networks.qwix_serving(params, x)
+        params = jax.tree.map(np.asarray, fgrad.dequantize(adopted))
+    else:
+        train = quantized_networks.qwix_training()
+
+        def apply(params, x):
+            return train(fgrad.dequantize(params), x)
+
+    return Case(largest(apply), params, {"x": x}, exact=True, same_bits=True)

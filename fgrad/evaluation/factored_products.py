@@ -35,22 +35,14 @@ class Factored(NamedTuple):
       base: the unperturbed weight.
       u: [rank, ...] with the weight's axes, of length 1 where v varies.
       v: [rank, ...] with the weight's axes, of length 1 where u varies.
-      amplitude: scalar, or with the weight's axes, of length 1 where u varies.
+      amplitude: scalar, or with the weight's axes, like the scale of a grid. No
+        product contracts an axis along which it varies.
     """
 
     base: jax.Array
     u: jax.Array
     v: jax.Array
     amplitude: jax.Array
-
-
-def factored(
-    base: jax.Array, u: jax.Array, v: jax.Array, amplitude: jax.Array
-) -> Factored | None:
-    """A `Factored`, or None if the amplitude varies along an axis of u."""
-    if amplitude.ndim and any(n > 1 for n in amplitude.shape[:-1]):
-        return None
-    return Factored(base, u, v, amplitude)
 
 
 # ------------------------------------------------------------------------- views
@@ -61,6 +53,11 @@ def factored(
 
 def _convert(weight: Factored, *, equation: core.JaxprEqn) -> Factored | None:
     dtype = equation.params["new_dtype"]
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        if not jnp.issubdtype(weight.base.dtype, jnp.signedinteger):
+            return None
+        # Integers of a grid that fit: the base, u and v do so as their sum does.
+        return weight._replace(base=weight.base.astype(dtype))
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
     return Factored(
@@ -94,8 +91,15 @@ def _transpose(weight: Factored, *, equation: core.JaxprEqn) -> Factored:
     )
 
 
+def _copy(weight: Factored, *, equation: core.JaxprEqn) -> Factored:
+    del equation
+    return weight
+
+
 VIEWS: dict[str, Callable[..., Factored | None]] = {
     "convert_element_type": _convert,
+    "copy": _copy,
+    "copy_p": _copy,
     "mul": _multiply,
     "transpose": _transpose,
 }
@@ -107,7 +111,11 @@ VIEWS: dict[str, Callable[..., Factored | None]] = {
 # output, or None where the dense product is the better way.
 
 
-def _dot_general(x: Any, y: Any, *, equation: core.JaxprEqn) -> jax.Array:
+def _dot_general(x: Any, y: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
+    of_x, of_y = equation.params["dimension_numbers"][0]
+    weight, contracted = (x, of_x) if isinstance(x, Factored) else (y, of_y)
+    if any(_varies_along(weight.amplitude, axis) for axis in contracted):
+        return None
     base: jax.Array = primitives.bind(equation, [_base(x), _base(y)])[0]
     if isinstance(x, Factored):
         return base + _dot_correction(y, x, equation, weight_first=True)
@@ -192,7 +200,7 @@ def _axis_letters(
 def _aligned(amplitude: jax.Array, axes: _Axes) -> jax.Array:
     """An amplitude with the weight's axes, as an array that broadcasts to the output.
 
-    It varies along axes of v only, and those are not contracted.
+    The axes along which it varies are not contracted.
     """
     sizes = [
         amplitude.shape[axes.weight.index(c)] if c in axes.weight else 1
@@ -236,12 +244,18 @@ def _conv(x: Any, weight: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
 
 def _can_be_apart(weight: Factored, params: Mapping[str, Any]) -> bool:
     """Whether `_conv` can take a convolution with this kernel apart."""
+    last = weight.base.ndim - 1
     return (
-        params["dimension_numbers"].rhs_spec[0] == weight.base.ndim - 1
+        params["dimension_numbers"].rhs_spec[0] == last
+        and not any(_varies_along(weight.amplitude, axis) for axis in range(last))
         and params["feature_group_count"] == 1
         and params.get("batch_group_count", 1) == 1
         and all(d == 1 for d in params["lhs_dilation"])
     )
+
+
+def _varies_along(amplitude: jax.Array, axis: int) -> bool:
+    return amplitude.ndim > 0 and amplitude.shape[axis] > 1
 
 
 def _accumulator(x: jax.Array) -> Any:

@@ -296,7 +296,7 @@ class _Interpreter:
                 return None
             # No need to wait: the base product waits for its activation anyway.
             parts = value.side.factored(value.array, value.block)
-            return None if parts is None else factored_products.factored(*parts)
+            return None if parts is None else Factored(*parts)
         if isinstance(value, _Output):
             equation = value.source.equation
             view = factored_products.VIEWS.get(equation.primitive.name)

@@ -1,7 +1,8 @@
 """Fixed-point numbers: grids, quantized tensors, exact integers and their products."""
 
 from fgrad._trees import is_concrete, path_str
-from fgrad.fixed_point import integer_reads, products
+from fgrad.fixed_point import aqt_products, integer_reads, products
+from fgrad.fixed_point.adoption import adopt
 from fgrad.fixed_point.calibration import (
     Calibration,
     abs_max,
@@ -45,6 +46,8 @@ __all__ = [
     "QGradient",
     "QTensor",
     "abs_max",
+    "adopt",
+    "aqt_products",
     "as_gradient",
     "as_update",
     "calibrate_scale",

@@ -308,7 +308,13 @@ def test_float_leaves(name, request):
 @pytest.mark.parametrize(
     "name",
     every(
-        8, [n for n in CASES if not n.startswith(("linen", "nnx")) and "lstm" not in n]
+        8,
+        [
+            name
+            for name in CASES
+            if not name.startswith(("linen", "nnx", "aqt", "qwix"))
+            and "lstm" not in name
+        ],
     ),
 )
 def test_fixed_point_leaves_some_of_them_frozen(name):
@@ -363,6 +369,7 @@ PRODUCTS = [
     "a_branch_that_hands_leaves_on",
     *(n for n in CASES if n.startswith(("vmap", "scan", "nested_scans"))),
     *(n for n in CASES if n.startswith(("linen", "nnx", "fixed_point"))),
+    *(n for n in CASES if "aqt" in n or "qwix" in n),
 ]
 
 
