@@ -63,6 +63,17 @@ class Program:
         encoded = jax.tree.unflatten(structure, coded)
         return encoded[0] if len(encoded) == 1 else encoded
 
+    @property
+    def examples_encoded(self) -> tuple[Any, ...]:
+        """Shapes and types of the encoded calibration arguments."""
+        leaves, structure = jax.tree.flatten(self.examples)
+        coded = [
+            x if scale is None else jax.ShapeDtypeStruct(x.shape, jnp.int8)
+            for x, scale in zip(leaves, self.input_scales, strict=True)
+        ]
+        arguments: tuple[Any, ...] = jax.tree.unflatten(structure, coded)
+        return arguments
+
     def __call__(self, params: Any, *encoded: Any) -> Any:
         """The integers of the results.
 
@@ -94,9 +105,30 @@ class Program:
 
     def values(self, params: Any, *encoded: Any) -> Any:
         """The results as `Fixed`, with their scales and bounds."""
+        graph, structure = self.traced(encoded)
+        results = run(graph, self.grids, self._operands(graph, params, encoded))
+        return jax.tree.unflatten(structure, results)
+
+    def values_and_factors(
+        self, params: Any, *encoded: Any, product: Callable[[Graph], Node]
+    ) -> tuple[Any, tuple[Fixed, Fixed]]:
+        """`values`, and what one of the products multiplies.
+
+        Args:
+          params: as `values` takes them.
+          *encoded: as `values` takes them.
+          product: finds that product among the equations.
+        """
+        graph, structure = self.traced(encoded)
+        operands = self._operands(graph, params, encoded)
+        seen: list[Fixed] = []
+        results = run(graph, self.grids, operands, product(graph), seen)
+        return jax.tree.unflatten(structure, results), (seen[0], seen[1])
+
+    def _operands(self, graph: Graph, params: Any, encoded: Any) -> list[Any]:
+        """The inputs of the graph as the rules take them."""
         weights = integers(params)
         leaves = jax.tree.leaves(encoded)
-        graph, structure = self._traced(encoded)
         if tuple(node.name for node in graph.nodes) != self.equations:
             raise ConversionError(
                 "the function computes something else for arguments of these shapes "
@@ -115,10 +147,9 @@ class Program:
             else Fixed(jnp.asarray(x), scale, -limit, limit)
             for x, scale in zip(leaves, self.input_scales, strict=True)
         ]
-        results = run(graph, self.grids, operands)
-        return jax.tree.unflatten(structure, results)
+        return operands
 
-    def _traced(self, encoded: Sequence[Any]) -> tuple[Graph, Any]:
+    def traced(self, encoded: Sequence[Any]) -> tuple[Graph, Any]:
         """The graph for arguments of these shapes, and the result's structure."""
         leaves, structure = jax.tree.flatten(tuple(encoded))
         kinds = jax.tree.leaves(self.examples)
@@ -206,7 +237,7 @@ def convert(
     names = tuple(node.name for node in graph.nodes)
     program = Program(fn, qparams, examples, grids, names, scales)
     # Every rule and every proof, before the first run.
-    jax.eval_shape(program, qparams, *_encoded(program))
+    jax.eval_shape(program, qparams, *program.examples_encoded)
     return program
 
 
@@ -219,13 +250,21 @@ def integers(params: Any) -> Any:
     )
 
 
-def run(graph: Graph, grids: Grids, operands: Sequence[Any]) -> list[Any]:
+def run(
+    graph: Graph,
+    grids: Grids,
+    operands: Sequence[Any],
+    product: Node | None = None,
+    seen: list[Fixed] | None = None,
+) -> list[Any]:
     """The results of a graph on integers.
 
     Args:
       graph: of the float function.
       grids: where its values lie.
       operands: for its inputs, as the rules take them.
+      product: a product whose two factors are of interest.
+      seen: a list that gets these factors.
     """
     known: dict[int, Any] = {
         number: _constant(x) for number, x in graph.constants.items()
@@ -236,7 +275,13 @@ def run(graph: Graph, grids: Grids, operands: Sequence[Any]) -> list[Any]:
         return _constant(x.value) if isinstance(x, tracing.Literal) else known[x]
 
     for node in graph.nodes:
-        results = _evaluate(grids, node, [read(x) for x in node.inputs])
+        values = [read(x) for x in node.inputs]
+        results: Sequence[Any]
+        if node is product and seen is not None:
+            seen += primitives.factors(grids, node, *values)
+            results = [primitives.linear(grids, node, *seen)]
+        else:
+            results = _evaluate(grids, node, values)
         known.update(zip(node.outputs, results, strict=True))
     return [read(x) for x in graph.outputs]
 
@@ -344,16 +389,6 @@ def _trace(function: Any, params: Any, args: Sequence[Any]) -> tuple[Graph, Any]
     leaves, structure = jax.tree.flatten((params, tuple(args)))
     shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
     return _cached(function, structure, shapes)
-
-
-def _encoded(program: Program) -> tuple[Any, ...]:
-    leaves, structure = jax.tree.flatten(program.examples)
-    coded = [
-        x if scale is None else jax.ShapeDtypeStruct(x.shape, jnp.int8)
-        for x, scale in zip(leaves, program.input_scales, strict=True)
-    ]
-    arguments: tuple[Any, ...] = jax.tree.unflatten(structure, coded)
-    return arguments
 
 
 def _layer(node: Node) -> str:

@@ -11,12 +11,26 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fgrad.integer import arithmetic
-from fgrad.integer.ranges import FINE, INT32, ConversionError, Fixed, limit_of, rescale
+from fgrad.integer.ranges import (
+    FINE,
+    INT32,
+    MIDDLE,
+    ConversionError,
+    Fixed,
+    fixed,
+    limit_of,
+    rescale,
+)
 
 # loss(outputs, labels) -> a scalar: what the program returns, and what is in the batch
 Loss = Callable[..., Fixed]
+
+
+# Fractional bits of a probability.
+PROBABILITY_BITS = 15
 
 
 def softmax_cross_entropy(logits: Fixed, labels: jax.Array) -> Fixed:
@@ -37,27 +51,10 @@ def softmax_cross_entropy(logits: Fixed, labels: jax.Array) -> Fixed:
     Raises:
       ConversionError: if logits have another number of axes.
     """
-    if logits.q.ndim != 2:
-        raise ConversionError(
-            f"softmax_cross_entropy takes logits [batch, classes], got the shape "
-            f"{logits.q.shape}; give train_step another loss=."
-        )
+    _check(logits)
     batch, classes = logits.q.shape
-    z = logits.wide
-    span = logits.high - logits.low
-    distance = Fixed(
-        jnp.max(z, axis=1, keepdims=True) - z,
-        logits.scale * math.log2(math.e),
-        0,
-        span,
-    )
-    unit = 2.0**-arithmetic.EXPONENT_BITS
-    t = rescale(distance, unit, FINE)
-    chosen = jnp.arange(classes, dtype=labels.dtype) == labels[:, None]
-    own = jnp.sum(jnp.where(chosen, t.wide, 0), axis=1)
-
-    largest = arithmetic.MAX_EXPONENT << arithmetic.EXPONENT_BITS
-    powers = arithmetic.exp2_negative(jnp.minimum(t.wide, largest))
+    t, powers = _powers(logits)
+    own = jnp.sum(jnp.where(_is_own(classes, labels), t.wide, 0), axis=1)
     # 2**22 each: 256 of them stay below 2**31.
     drop = max(0, math.ceil(math.log2(classes / 256)))
     total = jnp.sum(powers >> drop, axis=1)
@@ -71,6 +68,70 @@ def softmax_cross_entropy(logits: Fixed, labels: jax.Array) -> Fixed:
     bound = batch * ((high >> coarser) + 1)
     scale = math.log(2) * 2.0 ** (coarser - arithmetic.LOG_BITS)
     return Fixed(jnp.sum(losses), scale, -batch, bound)
+
+
+def softmax_error(logits: Fixed, labels: jax.Array) -> Fixed:
+    r"""The gradient of `softmax_cross_entropy` at the logits, softmax minus one-hot.
+
+    .. math:: e_{bc} = 2^{-t_{bc}} / \sum_{c'} 2^{-t_{bc'}} - [c = y_b]
+
+    One unit is 2**-15. The error of a value is below 2 units, and a factor of the
+    probability that is within ``classes * 2**-16`` of 1.
+
+    Args:
+      logits: [batch, up to 2**15 classes].
+      labels: integers [batch].
+
+    Returns:
+      A `Fixed` of 16 bits [batch, classes].
+
+    Raises:
+      ConversionError: if logits have another number of axes, or too many classes.
+    """
+    _check(logits)
+    classes = logits.q.shape[1]
+    if classes > 1 << PROBABILITY_BITS:
+        raise ConversionError(
+            f"softmax_error divides by a sum over up to 2**15 classes, got {classes}; "
+            "train such a head by perturbations."
+        )
+    _, powers = _powers(logits)
+    drop = arithmetic.POWER_BITS - PROBABILITY_BITS
+    powers = (powers + (1 << (drop - 1))) >> drop
+    total = jnp.sum(powers, axis=1, keepdims=True)
+    # 2**30 and half of a sum of up to 2**15 * 2**15.
+    share = lax.div((powers << PROBABILITY_BITS) + (total >> 1), total)
+    own = _is_own(classes, labels).astype(jnp.int32) << PROBABILITY_BITS
+    limit = limit_of(MIDDLE)
+    error = jnp.clip(share - own, -limit, limit)
+    return fixed(error, 2.0**-PROBABILITY_BITS, -limit, limit)
+
+
+def _check(logits: Fixed) -> None:
+    if logits.q.ndim != 2:
+        raise ConversionError(
+            f"a softmax is taken of logits [batch, classes], got the shape "
+            f"{logits.q.shape}; give train_step another loss=."
+        )
+
+
+def _powers(logits: Fixed) -> tuple[Fixed, jax.Array]:
+    """Distances t from the largest logit in units of 2**-16, and 2**(22 - t)."""
+    z = logits.wide
+    distance = Fixed(
+        jnp.max(z, axis=1, keepdims=True) - z,
+        logits.scale * math.log2(math.e),
+        0,
+        logits.high - logits.low,
+    )
+    t = rescale(distance, 2.0**-arithmetic.EXPONENT_BITS, FINE)
+    largest = arithmetic.MAX_EXPONENT << arithmetic.EXPONENT_BITS
+    return t, arithmetic.exp2_negative(jnp.minimum(t.wide, largest))
+
+
+def _is_own(classes: int, labels: jax.Array) -> jax.Array:
+    own: jax.Array = jnp.arange(classes, dtype=labels.dtype) == labels[:, None]
+    return own
 
 
 def sum_of_outputs(outputs: Fixed, labels: jax.Array | None = None) -> Fixed:

@@ -528,14 +528,24 @@ def _power(grids: Grids, node: Node, x: Any, y: Any) -> Fixed:
 
 @_rule("dot_general", "conv_general_dilated")
 def _linear(grids: Grids, node: Node, lhs: Any, rhs: Any) -> Fixed:
+    return linear(grids, node, *factors(grids, node, lhs, rhs))
+
+
+def factors(grids: Grids, node: Node, lhs: Any, rhs: Any) -> tuple[Fixed, Fixed]:
+    """The operands of a dot or convolution as it multiplies them."""
     operands = [as_fixed(x) for x in (lhs, rhs)]
     if operands[0].weight and operands[1].weight:
         operands[0] = operands[0].replace(weight=False)
-    operands = [
+    first, second = (
         x if x.weight else grids.narrow(x, n if isinstance(n, int) else None)
         for x, n in zip(operands, node.inputs, strict=True)
-    ]
-    return _settled(grids, node, products.product(node, *operands), MIDDLE)
+    )
+    return first, second
+
+
+def linear(grids: Grids, node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
+    """A dot or convolution of such operands."""
+    return _settled(grids, node, products.product(node, lhs, rhs), MIDDLE)
 
 
 def unsupported(node: Node) -> ConversionError:

@@ -34,7 +34,11 @@ def product(node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
         contracted = params["dimension_numbers"].rhs_spec[1:]
         terms = math.prod(rhs.q.shape[axis] for axis in contracted)
         return _sums(lhs, rhs, terms, _Convolution(params))
-    numbers = _tuples(params["dimension_numbers"])
+    return dot(lhs, rhs, _tuples(params["dimension_numbers"]))
+
+
+def dot(lhs: Fixed, rhs: Fixed, numbers: Any) -> Fixed:
+    """`product` for the dimension numbers of ``jax.lax.dot_general``, as tuples."""
     terms = math.prod(lhs.q.shape[axis] for axis in numbers[0][0])
     if lhs.q.dtype != jnp.int8:
         (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers

@@ -17,23 +17,24 @@ draws. Weights of less than 16 bits move by whole grid steps, as ``fgrad.on_grid
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.random import threefry2x32_p
 
 from fgrad import _arguments, fixed_point, perturbations
 from fgrad import spread as spreads
 from fgrad.fixed_point import QTensor, is_qtensor
 from fgrad.integer import arithmetic, ranges
+from fgrad.integer import exact_head as exact_heads
 from fgrad.integer import loss as losses
+from fgrad.integer.addresses import Address, Words, address_of, counter_hash, fold_in
 from fgrad.integer.convert import Program, integers
+from fgrad.integer.exact_head import ExactHead
 from fgrad.integer.ranges import INT32
 from fgrad.spread import Spread
 
@@ -52,48 +53,14 @@ class State(NamedTuple):
       key: uint32 [2], the words of the key that every z is addressed by.
       count: int32 scalar, steps taken.
       loss: int32 scalar, the last step's first loss; 0 before it.
-      differences: int32 [m], ``L₊ - L₋`` of the last step's pairs.
+      differences: int32 [m], ``L₊ - L₋`` of the last step's pairs; zero if no leaf is
+        perturbed.
     """
 
     key: jax.Array
     count: jax.Array  # type: ignore[assignment]  # the name that optax has, and tuple's
     loss: jax.Array
     differences: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """Where the z of a leaf comes from.
-
-    Attributes:
-      digests: two words, a hash of the leaf's path.
-      shape: of the leaf.
-    """
-
-    digests: tuple[int, int]
-    shape: tuple[int, ...]
-
-    def key(self, key: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The words of the leaf's key, from those of a perturbation's."""
-        for digest in self.digests:
-            key = _fold_in(key, jnp.uint32(digest))
-        return key
-
-    def indices(self, like: jax.Array) -> jax.Array:
-        """The place of every value, uint32, from n-d indices: nothing is reshaped.
-
-        Args:
-          like: a word of one key, or of several along a first axis, which the result
-            has as well.
-        """
-        before = like.shape[:1]
-        shape, terms = (*before, *self.shape), []
-        stride = 1
-        for axis in range(len(self.shape) - 1, -1, -1):
-            index = lax.broadcasted_iota(jnp.uint32, shape, axis + len(before))
-            terms.append(index * np.uint32(stride) if stride > 1 else index)
-            stride *= self.shape[axis]
-        return sum(terms[1:], terms[0]) if terms else jnp.zeros(shape, jnp.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +85,12 @@ class Rounded:
     per_word: int
     step: float
 
-    def z(self, key: tuple[jax.Array, jax.Array], decay: Any) -> jax.Array:
+    def z(self, key: Words, decay: Any) -> jax.Array:
         """int32 z of a key's words."""
         del decay
         width = 32 // self.per_word
         index = self.address.indices(key[0])
-        words = _hash(key, index >> (self.per_word.bit_length() - 1))
+        words = counter_hash(key, index >> (self.per_word.bit_length() - 1))
         place = (index & np.uint32(self.per_word - 1)) * np.uint32(width)
         field = (words >> place) & np.uint32(2**width - 1)
         table = jnp.asarray(self.table)
@@ -172,9 +139,9 @@ class OnGrid:
     threshold: int
     probe: tuple[int, int]
 
-    def z(self, key: tuple[jax.Array, jax.Array], decay: Any) -> jax.Array:
+    def z(self, key: Words, decay: Any) -> jax.Array:
         """int32 z of a key's words: -M, 0 or M."""
-        words = _hash(key, self.address.indices(key[0]))
+        words = counter_hash(key, self.address.indices(key[0]))
         threshold: Any = np.uint32(self.threshold)
         if decay is not None:  # the probability falls as the square of the rate
             share = (decay * decay >> _RATE_BITS).astype(jnp.uint32)
@@ -203,29 +170,6 @@ class OnGrid:
         return jnp.clip(q.astype(jnp.int32) - total, -limit, limit).astype(q.dtype)
 
 
-def _fold_in(
-    key: tuple[jax.Array, jax.Array], data: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """``jax.random.fold_in`` on the two words of a Threefry key.
-
-    A typed key would put a sharding call into the program, which other compilers than
-    XLA do not know.
-    """
-    first, second, data = jnp.broadcast_arrays(*key, data)
-    return tuple(threefry2x32_p.bind(first, second, jnp.zeros_like(data), data))
-
-
-def _hash(key: tuple[jax.Array, jax.Array], indices: jax.Array) -> jax.Array:
-    """`fgrad.perturbations.counter_hash` for a key's two words."""
-    x = indices * np.uint32(0x9E3779B9)
-    for word in key:
-        x = x ^ word
-        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-        x = x ^ (x >> 16)
-    return x
-
-
 Rule = Rounded | OnGrid
 
 
@@ -237,8 +181,9 @@ class TrainStep:
 
     Attributes:
       program: what is trained.
-      rules: how each leaf moves, by its place among the leaves; others stay.
-      num_perturbations: m.
+      rules: how each leaf that is perturbed moves, by its place among the leaves.
+      head: the last layer, if it learns by its exact gradient. Other leaves stay.
+      num_perturbations: m; 1 if no leaf is perturbed.
     """
 
     def __init__(
@@ -247,6 +192,7 @@ class TrainStep:
         key: jax.Array,
         rules: dict[int, Rule],
         *,
+        head: ExactHead | None = None,
         num_perturbations: int,
         decay_steps: int | None,
         normalized: bool,
@@ -256,6 +202,7 @@ class TrainStep:
         """Takes what `train_step` made of its arguments."""
         self.program = program
         self.rules = rules
+        self.head = head
         self.num_perturbations = num_perturbations
         self._key = key
         self._decay_steps = decay_steps
@@ -289,6 +236,22 @@ class TrainStep:
         """
         leaves, structure = jax.tree.flatten(weights)
         decay = self._decay(state.count)
+        loss, differences = state.loss, state.differences
+        updated = dict(enumerate(leaves))
+        if self.rules:
+            moved, loss, differences = self._perturbed(weights, state, batch, decay)
+            updated.update(moved)
+        if self.head is not None:
+            moved, loss = self._learned(self.head, weights, state, batch, decay)
+            updated.update(moved)
+        state = State(state.key, state.count + 1, loss, differences)
+        return jax.tree.unflatten(structure, updated.values()), state
+
+    def _perturbed(
+        self, weights: Any, state: State, batch: Any, decay: Any
+    ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
+        """Leaves after equations (6) to (8), the first loss, and the differences."""
+        leaves, structure = jax.tree.flatten(weights)
         keys = self._keys(state)
 
         def evaluate(sign: jax.Array, leaf_keys: Any, arguments: Any) -> jax.Array:
@@ -306,7 +269,7 @@ class TrainStep:
         if self._normalized:
             coefficients[Rounded] = normalized(differences)
             bound *= math.ceil(self.num_perturbations**0.5) << _COEFFICIENT_BITS
-        updated = list(leaves)
+        updated = {}
         for i, rule in self.rules.items():
             with jax.named_scope("update"):
                 shape = [self.num_perturbations, *[1] * leaves[i].ndim]
@@ -314,8 +277,25 @@ class TrainStep:
                 z = rule.z((first, second), decay)
                 total = jnp.sum(coefficients[type(rule)].reshape(shape) * z, axis=0)
                 updated[i] = rule.updated(leaves[i], total, 128 * bound, decay)
-        state = State(state.key, state.count + 1, pairs[0, 0], differences)
-        return jax.tree.unflatten(structure, updated), state
+        return updated, pairs[0, 0], differences
+
+    def _learned(
+        self, head: ExactHead, weights: Any, state: State, batch: Any, decay: Any
+    ) -> tuple[dict[int, jax.Array], jax.Array]:
+        """Leaves of the head after a step along its exact gradient, and the loss."""
+        encoded, labels = _split(batch)
+        leaves = jax.tree.leaves(weights)
+        with jax.named_scope("loss"):
+            logits, factors, numbers = head.evaluated(self.program, weights, encoded)
+            error = losses.softmax_error(logits, labels)
+            loss = self._loss(logits, labels)
+        key = self._step_key(state)
+        updated = {}
+        with jax.named_scope("update"):
+            for leaf, change in head.changes(factors, numbers, error):
+                q = leaves[leaf.index]
+                updated[leaf.index] = leaf.updated(q, change, decay, key)
+        return updated, loss.q
 
     def _pairs(
         self, evaluate: Callable[..., jax.Array], keys: Any, arguments: dict[str, Any]
@@ -333,8 +313,7 @@ class TrainStep:
 
     def loss(self, weights: Any, batch: Any) -> jax.Array:
         """int32 scalar, the loss of a batch at given weights."""
-        encoded, labels = batch
-        encoded = encoded if isinstance(encoded, tuple) else (encoded,)
+        encoded, labels = _split(batch)
         with jax.named_scope("loss"):
             value = self._loss(self.program.values(weights, *encoded), labels)
             ranges.prove(value.low, value.high, "the loss")
@@ -353,12 +332,14 @@ class TrainStep:
             ],
         )
 
-    def _keys(self, state: State) -> dict[int, tuple[jax.Array, jax.Array]]:
+    def _keys(self, state: State) -> dict[int, Words]:
         """The words of the keys [m] of each leaf."""
-        step = _fold_in((state.key[0], state.key[1]), state.count.astype(jnp.uint32))
         indices = jnp.arange(self.num_perturbations, dtype=jnp.uint32)
-        sample = _fold_in(step, indices)
+        sample = fold_in(self._step_key(state), indices)
         return {i: rule.address.key(sample) for i, rule in self.rules.items()}
+
+    def _step_key(self, state: State) -> Words:
+        return fold_in((state.key[0], state.key[1]), state.count.astype(jnp.uint32))
 
     def _decay(self, count: jax.Array) -> jax.Array | None:
         """The share of the learning rate, in units of 2**-15."""
@@ -375,33 +356,41 @@ def train_step(
     key: jax.Array,
     *,
     learning_rate: float,
-    epsilon: float,
+    epsilon: float | None = None,
     num_perturbations: int = 3,
     decay_steps: int | None = None,
     estimator: str = "sign",
     loss: losses.Loss = losses.softmax_cross_entropy,
     where: Callable[[str], bool] | None = None,
     spread: Spread | None = None,
+    exact_head: str | Sequence[str] | None = None,
 ) -> tuple[Callable[..., tuple[Any, State]], TrainStep]:
     """The paper's QZO-FF, without a float anywhere in the step.
+
+    With ``exact_head`` the last linear layer learns by its gradient, which one forward
+    pass gives exactly: features times softmax error. The backbone may be frozen, or
+    perturbed as well.
 
     Args:
       program: from `fgrad.integer.convert`.
       key: Threefry PRNG key (JAX's default); z is that of
         ``fgrad.fixed_point_forward_grad(key)`` with its default perturbation.
       learning_rate: η in units of the weights.
-      epsilon: ε in units of the weights, for leaves of 16 bits.
-      num_perturbations: m; a step costs 2m forward passes.
+      epsilon: ε in units of the weights, for leaves of 16 bits that are perturbed.
+      num_perturbations: m; a step costs 2m forward passes. An exact head costs one.
       decay_steps: the learning rate decays linearly to zero over as many steps, in
         integers; by default it stays.
       estimator: "sign", equation (7), or "normalized", which weighs the directions of
         a step by how much the loss changes along them, in multiples of 1/64.
       loss: ``loss(outputs, labels)``, from the program's result as `Fixed` and the
         batch's labels to a `Fixed` scalar.
-      where: ``where(path) -> bool`` picks the leaves that train; all by default.
+      where: ``where(path) -> bool`` picks the leaves that are perturbed: all by
+        default, none beside an exact head.
       spread: how the devices of a mesh share the evaluations. The loss of a batch is
         then the whole part of the mean over its shards. `fgrad.integer.to_c` and
         ``export`` take steps of one device.
+      exact_head: path of the last layer, such as "Dense_0", or of its kernel and bias.
+        The learning rate is then one for the mean loss of a batch.
 
     Returns:
       ``(init, step)``: ``weights, state = init()`` and
@@ -410,6 +399,7 @@ def train_step(
     Raises:
       ValueError: for a rate, epsilon or number that is out of range, and for an
         epsilon that rounds to zero on the grid of a leaf.
+      ConversionError: if ``exact_head`` is not the last linear layer.
 
     Example:
       >>> x, y = jnp.array([[0.5, -1.0]]), jnp.array([1])
@@ -429,35 +419,77 @@ def train_step(
     """
     _check(learning_rate, epsilon, num_perturbations, decay_steps, estimator)
     _arguments.spread(spread, num_perturbations)
-    with_paths, _ = jax.tree_util.tree_flatten_with_path(
-        program.params, is_leaf=is_qtensor
-    )
-    factor = 64 if estimator == "normalized" else 1
-    rules = {}
-    for i, (path, leaf) in enumerate(with_paths):
-        name = fixed_point.path_str(path)
-        if not is_qtensor(leaf) or (where is not None and not where(name)):
-            continue
-        address = _address(path, leaf)
-        rate = learning_rate / num_perturbations / float(leaf.scale)
-        rules[i] = (
-            _rounded(name, address, leaf, rate / factor, epsilon, decay_steps)
-            if leaf.bits == 16
-            else _on_grid(address, leaf, rate)
-        )
-    if not rules:
+    head = None
+    if exact_head is not None:
+        if loss is not losses.softmax_cross_entropy:
+            raise ValueError(
+                "exact_head= has the gradient of loss.softmax_cross_entropy alone: "
+                "leave loss= out, or train the head by perturbations."
+            )
+        head = exact_heads.find(program, exact_head, learning_rate)
+    chosen = _chosen(program, where, head)
+    if not chosen and head is None:
         raise ValueError("no leaf trains; where= must pick one of program.params.")
+    if chosen and epsilon is None:
+        raise ValueError("epsilon= must be given: leaves are perturbed by it.")
+    rate = learning_rate / num_perturbations
+    rules = {
+        i: _rule(path, leaf, rate, epsilon or 0.0, decay_steps, estimator)
+        for i, (path, leaf) in chosen.items()
+    }
     step = TrainStep(
         program,
         key,
         rules,
-        num_perturbations=num_perturbations,
+        head=head,
+        num_perturbations=num_perturbations if rules else 1,
         decay_steps=decay_steps,
         normalized=estimator == "normalized",
         loss=loss,
         spread=spread,
     )
     return step.init, step
+
+
+def _chosen(
+    program: Program, where: Callable[[str], bool] | None, head: ExactHead | None
+) -> dict[int, tuple[Any, QTensor]]:
+    """Path and leaf of what is perturbed, by its place among the leaves."""
+    if where is None and head is not None:
+        return {}
+    exact = {leaf.index for leaf in head.leaves} if head is not None else set()
+    leaves = jax.tree_util.tree_flatten_with_path(program.params, is_leaf=is_qtensor)[0]
+    return {
+        i: (path, leaf)
+        for i, (path, leaf) in enumerate(leaves)
+        if is_qtensor(leaf)
+        and i not in exact
+        and (where is None or where(fixed_point.path_str(path)))
+    }
+
+
+def _rule(
+    path: Any,
+    leaf: QTensor,
+    learning_rate: float,
+    epsilon: float,
+    decay_steps: int | None,
+    estimator: str,
+) -> Rule:
+    """How a leaf that is perturbed moves, at a learning rate for one direction."""
+    address = address_of(path, leaf)
+    rate = learning_rate / float(leaf.scale)
+    if leaf.bits < 16:
+        return _on_grid(address, leaf, rate)
+    factor = 64 if estimator == "normalized" else 1
+    name = fixed_point.path_str(path)
+    return _rounded(name, address, leaf, rate / factor, epsilon, decay_steps)
+
+
+def _split(batch: Any) -> tuple[tuple[Any, ...], Any]:
+    """The encoded arguments of a batch, and its labels."""
+    encoded, labels = batch
+    return (encoded if isinstance(encoded, tuple) else (encoded,)), labels
 
 
 def normalized(differences: jax.Array) -> jax.Array:
@@ -526,22 +558,15 @@ def _on_grid(address: Address, leaf: QTensor, rate: float) -> OnGrid:
     return OnGrid(address, leaf.bits, largest, threshold, PROBE)
 
 
-def _address(path: Any, leaf: QTensor) -> Address:
-    name = jax.tree_util.keystr(path)
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    first, second = np.frombuffer(digest, "<u4")
-    return Address((int(first), int(second)), tuple(leaf.shape))
-
-
 def _check(
     learning_rate: float,
-    epsilon: float,
+    epsilon: float | None,
     num_perturbations: int,
     decay_steps: int | None,
     estimator: str,
 ) -> None:
     for name, value in (("learning_rate", learning_rate), ("epsilon", epsilon)):
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}.")
     if not 1 <= num_perturbations <= 127:
         raise ValueError(

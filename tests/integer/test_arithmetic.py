@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from fgrad import perturbations
-from fgrad.integer import arithmetic, products, ranges, tables, training
+from fgrad.integer import addresses, arithmetic, products, ranges, tables, training
 from fgrad.integer.ranges import Fixed
 from fgrad.tracing import graph
 
@@ -202,14 +202,14 @@ def test_z_is_that_of_the_float_library():
     params = {"a": np.zeros((3, 7)), "b": {"c": np.zeros((130,))}}
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     words = jax.random.key_data(key)
-    step = training._fold_in((words[0], words[1]), jnp.uint32(4))
-    sample = training._fold_in(step, jnp.uint32(2))
+    step = addresses.fold_in((words[0], words[1]), jnp.uint32(4))
+    sample = addresses.fold_in(step, jnp.uint32(2))
     names = [jax.tree_util.keystr(path) for path, _ in paths]
     theirs = perturbations.leaf_keys(perturbations.sample_key(key, 4, 2), names)
     source = perturbations.normal()
     for (path, leaf), name in zip(paths, names, strict=True):
         q = training.QTensor(jnp.asarray(leaf, jnp.int16), jnp.float32(1e-3))
-        address = training._address(path, q)
+        address = addresses.address_of(path, q)
         rule = training._rounded(name, address, q, 1.0, 1.0, None)
         z = rule.z(address.key(sample), None)
         np.testing.assert_array_equal(z, source.sample(theirs[name], leaf.shape))

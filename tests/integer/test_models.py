@@ -9,11 +9,21 @@ import pytest
 from lanes import some
 
 from experiments.benchmarks import emulation
-from experiments.models import crnn, lstm, mlp, resnet12, vit
+from experiments.models import cnn, crnn, efficientnet, lstm, mlp, resnet12, vit
 from fgrad.integer import audit, convert, to_c, train_step
+
+
+class EfficientNetHead(efficientnet.EfficientNetLite0):
+    """What follows the blocks: the last convolution, pooling, standardization, head."""
+
+    def __call__(self, x):
+        return super().__call__(x, start=-2)
+
 
 NETWORKS = {
     "mlp": (mlp.MLP(3, width=8, depth=2), (6,)),
+    "cnn": (cnn.CNN(3, features=(4, 6, 8)), (8, 8, 1)),
+    "efficientnet_head": (EfficientNetHead(3, standardized=True), (1, 1, 320)),
     "resnet12": (resnet12.ResNet12(3, widths=(4, 6)), (8, 8, 3)),
     "vit": (
         vit.ViT(3, patch=4, width=8, depth=1, num_heads=2, mlp_width=16),
