@@ -13,7 +13,7 @@ One task, one method and one seed at a time take less than two minutes on one co
 
     python -m experiments.main --config=experiments/configs/joint.py:mnist \
         --workdir=workdir/joint/mnist/joint_fp32_0 \
-        --config.run=joint_fp32, --config.seeds=0,
+        --config.run=joint_fp32 --config.seeds=0,
 
 All of one task: leave the last line out. Smoke runs of some seconds are
 ``:digits_smoke`` and ``:mnist_smoke``.
@@ -94,7 +94,12 @@ def _methods(config: ConfigDict, task: str, smoke: bool) -> ConfigDict:
     }
     joint: dict[str, Any] = {
         "gradient": "joint",
-        "joint": {"head": "Dense_0", "every": EVERY, "transposed_head": True},
+        "joint": {
+            "head": "Dense_0",
+            "every": EVERY,
+            "transposed_head": True,
+            "on_the_way": False,
+        },
         "steps": _steps(1 + 2 / EVERY, smoke),
         "learning_rates": rates["joint"],
     }
