@@ -14,6 +14,7 @@ from fgrad import (
     transform,
 )
 from fgrad.activity import activity_forward_grad
+from fgrad.adaptation import adapt
 from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, products, quantize
@@ -34,6 +35,7 @@ __all__ = [
     "QTensor",
     "activity",
     "activity_forward_grad",
+    "adapt",
     "analysis",
     "dequantize",
     "dual_forward",

@@ -72,6 +72,7 @@ def joint_forward_grad(
     correction: float | Literal["auto"] = 0.0,
     memory: float = 200.0,
     transposed_head: bool = False,
+    residual: bool = False,
     on_the_way: bool = False,
     activations: Sequence[PerturbedActivation] | None = None,
     per_position: bool = False,
@@ -110,6 +111,12 @@ def joint_forward_grad(
         exactly, by the head's own transposed product (and what lies between the two),
         and is not perturbed. This needs the weights of the head a second time,
         transposed, and no other layer's.
+      residual: whether the residual stream that ends at the last activation carries the
+        gradient there, that of each example and position, to all activations that skip
+        connections lead from, as if the blocks between were the identity. An activation
+        inside a block gets it through the rest of its own block, transposed. None of
+        these are perturbed; any others are. For transformers and other pre-activation
+        networks.
       on_the_way: whether to compute each layer's gradient on one more forward pass,
         with one activation alive at a time, instead of keeping all activations. It
         gives the same result, but for rounding, with four passes in a step that
@@ -175,6 +182,7 @@ def joint_forward_grad(
         correction=correction,
         memory=memory,
         transposed_head=transposed_head,
+        residual=residual,
         on_the_way=on_the_way,
         activations=activations,
         per_position=per_position,
@@ -216,6 +224,7 @@ class _Options:
     correction: float | Literal["auto"]
     memory: float
     transposed_head: bool
+    residual: bool
     on_the_way: bool
     activations: Sequence[PerturbedActivation] | None
     per_position: bool
@@ -332,6 +341,74 @@ def outside_of(head: Site, params: Any) -> tuple[str, ...]:
     return tuple(path for path in paths if path not in inside)
 
 
+def find_head(
+    value_fn: Callable[..., Any],
+    params: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    head: str | Sequence[str] | None = None,
+    frozen: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """Tells the layer of the logits from all others: the last one before the loss.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      params: pytree of float arrays and `QTensor`.
+      kwargs: arrays or `jax.ShapeDtypeStruct`.
+      head: its names, if they are known.
+      frozen: names of layers to leave out.
+
+    Returns:
+      The paths of the leaves of the head, and those of all other layers.
+
+    Raises:
+      ValueError: for leaves that cannot be followed to an activation, and for a last
+        layer whose output is not [examples, outputs].
+
+    Example:
+      >>> losses = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"] + p["c"], -1)
+      >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 1)), "c": jnp.ones(1)}
+      >>> find_head(losses, params, {"x": jnp.ones((4, 3))})
+      (['b', 'c'], ['a'])
+    """
+    known = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+    paths = [fixed_point.path_str(path) for path, _ in known]
+    out = site_leaves([Site(*frozen)], params) if frozen else {}
+    left_out = {path for found in out.values() for path in found}
+    outputs: dict[str, int] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def collect(params: Any, kwargs: Any) -> None:
+        losses, lost = ExampleLosses(value_fn, params, [], kwargs), []
+        for path in paths:
+            if path in left_out:
+                continue
+            try:
+                outputs[path] = losses.layer(path).output
+            except ValueError as error:
+                lost.append(str(error).partition(". Name")[0])
+        if lost:
+            raise ValueError(
+                f"{'; '.join(lost)}. To leave such layers as they are, give their "
+                'names: frozen=["..."].'
+            )
+        shapes.update({x: losses.program.avals[x].shape for x in outputs.values()})
+
+    jax.eval_shape(collect, params, dict(kwargs))
+    if head is not None:
+        named = site_leaves([_head(head)], params)
+        inside = [path for found in named.values() for path in found]
+        return inside, [path for path in outputs if path not in inside]
+    last = max(outputs.values(), default=-1)
+    if len(shapes.get(last, ())) != 2:
+        raise ValueError(
+            "the head cannot be found: the last layer before the loss has an output of "
+            f"shape {shapes.get(last)}, and not [examples, classes]; name it: head=..."
+        )
+    inside = [path for path, output in outputs.items() if output == last]
+    return inside, [path for path in outputs if path not in inside]
+
+
 def _update(
     options: _Options,
     updates: Any,
@@ -351,7 +428,11 @@ def _update(
     losses = ExampleLosses(loss_fn, params, [hidden, options.head], kwargs)
     loss_name = losses.only_loss()
     sites = joint_sites.joint_sites(
-        losses, hidden, options.head, transposed_head=options.transposed_head
+        losses,
+        hidden,
+        options.head,
+        transposed_head=options.transposed_head,
+        residual=options.residual,
     )
     at_head = _at_head(losses, options.head)
     step = _step(options, state, losses, sites, loss_name, at_head)
@@ -478,7 +559,7 @@ def explain_joint(
         hidden = Site(*names)
         losses = ExampleLosses(value_fn, params, [hidden, exact], kwargs)
         for site in joint_sites.joint_sites(
-            losses, hidden, exact, transposed_head=False
+            losses, hidden, exact, transposed_head=False, residual=False
         ):
             path = max((layer.path for layer in site.layers.values()), key=len)
             path += () if site.nonlinearity is None else site.nonlinearity.path

@@ -103,36 +103,34 @@ class JointStep:
             unexplained, nonfinite = jax.lax.cond(
                 self.asked, self._unexplained, lambda: nothing
             )
-        if not self.on_the_way:
-            values = self.losses.values
-            return {
-                site.name: self._at(site, values, unexplained) for site in self.sites
-            }, nonfinite
         found: dict[str, SiteResult] = {}
+        if not self.on_the_way:
+            step: JointStep = self
+            for site in self.sites:
+                found[site.name] = step._at(site, self.losses.values, unexplained)
+                # One after the other, or the gradients of all would be there at once.
+                step = dataclasses.replace(
+                    step, signal=_after(step.signal, found[site.name])
+                )
+            return found, nonfinite
 
-        def edit(activation: int, values: dict[int, Any]) -> Any:
-            if activation not in self._by_activation:
-                return None
-            site = self._by_activation[activation]
-            found[site.name] = result = self._at(site, values, unexplained)
-            value = values[activation]
-            # What follows waits until nothing needs the layer's input any more.
-            for done in (*result.gradients.values(), *result.learned):
-                if done.size:
-                    value = execution_order.delayed(value, done)
+        def edit(number: int, values: dict[int, Any]) -> Any:
+            value = None
+            for site in self.sites:
+                if site.ready == number:
+                    value = values[number] if value is None else value
+                    found[site.name] = self._at(site, values, unexplained)
+                    # What follows waits until nothing needs the layer's input any more.
+                    value = _after(value, found[site.name])
             return value
 
-        self._evaluate(list(self._by_activation), edit, after=unexplained)
+        self._evaluate([site.ready for site in self.sites], edit, after=unexplained)
         return found, nonfinite
 
     @functools.cached_property
-    def _by_activation(self) -> dict[int, JointSite]:
-        return {site.activation: site for site in self.sites}
-
-    @functools.cached_property
     def _taught(self) -> dict[int, JointSite]:
-        """The sites that are perturbed: those whose gradient is not known exactly."""
-        return {a: s for a, s in self._by_activation.items() if not s.transposed}
+        """The sites that are perturbed, by the numbers of their activations."""
+        return {s.activation: s for s in self.sites if s.feedback == "learned"}
 
     # ------------------------------------------------------------------- evaluations
 
@@ -154,7 +152,7 @@ class JointStep:
         known = dict(self._inputs(after) if self.on_the_way else clean)
         stale: set[int] = set()
         for node in program.needed(outputs):
-            if self.on_the_way or not stale.isdisjoint(_numbers(node)):
+            if self.on_the_way or not stale.isdisjoint(node.values):
                 results = node.evaluate(graph.operands(node, known))
                 known.update(zip(node.outputs, results, strict=True))
                 stale.update(node.outputs)
@@ -204,7 +202,8 @@ class JointStep:
                 return None
             site, value = self._taught[activation], values[activation]
             moved = rms(value) * self._gated(site, values, keys)
-            told = jnp.sum(self._predicted(site, value.shape) * moved, _all_but_first(value))
+            predicted = self._predicted(site, values)
+            told = jnp.sum(predicted * moved, tuple(range(1, value.ndim)))
             explained += told.astype(explained.dtype)
             return value + (sign * self.epsilon * moved).astype(value.dtype)
 
@@ -229,27 +228,40 @@ class JointStep:
 
     # --------------------------------------------------------------------- gradients
 
-    def _predicted(self, site: JointSite, shape: tuple[int, ...]) -> jax.Array:
-        """The predicted gradient of each example's loss by an activation."""
-        if site.transposed:
-            return derivatives.transposed(
-                self.losses.program,
-                site.activation,
-                self.logits,
-                self.losses.values,
-                self.signal,
-            )
-        jacobian = self.learned[site.name].jacobian
-        return mean_jacobians.predicted(jacobian, self.signal, shape)
+    def _predicted(self, site: JointSite, values: Mapping[int, Any]) -> jax.Array:
+        """The predicted gradient of each example's loss by an activation.
+
+        Args:
+          site: where.
+          values: of an evaluation; all that a branch of the residual stream has.
+        """
+        if site.feedback == "learned":
+            shape = jnp.shape(values[site.activation])
+            jacobian = self.learned[site.name].jacobian
+            return mean_jacobians.predicted(jacobian, self.signal, shape)
+        if site.feedback == "head":
+            return self._from_head(site)
+        ends = next(site for site in self.sites if site.feedback == "head")
+        at_end = self._from_head(ends)
+        if site.feedback == "stream":
+            return at_end
+        return _transposed(
+            self.losses.program, site.activation, site.target, values, at_end
+        )
+
+    def _from_head(self, site: JointSite) -> jax.Array:
+        """The gradient at one of the last activations, which no other block follows."""
+        program, values = self.losses.program, self.losses.values
+        return _transposed(program, site.activation, self.logits, values, self.signal)
 
     def _at(
         self, site: JointSite, values: Mapping[int, Any], unexplained: jax.Array
     ) -> SiteResult:
         """The gradients of the leaves at a site, and what it learns."""
-        predicted = self._predicted(site, jnp.shape(values[site.activation]))
+        predicted = self._predicted(site, values)
         gradients = self._of_leaves(site, values, predicted)
         learned = self.learned[site.name]
-        if site.transposed:
+        if site.feedback != "learned":
             return SiteResult(gradients, learned)
         added, learned = jax.lax.cond(
             self.asked,
@@ -364,10 +376,27 @@ def _energies(
     return jnp.stack([4 * agreed, total]).astype(jnp.float32)
 
 
-def _all_but_first(value: jax.Array) -> tuple[int, ...]:
-    return tuple(range(1, value.ndim))
+def _transposed(
+    program: graph.Graph,
+    start: int,
+    end: int,
+    values: Mapping[int, Any],
+    gradient: jax.Array,
+) -> jax.Array:
+    """See `derivatives.transposed`; what has no closed form is told with a way out."""
+    try:
+        return derivatives.transposed(program, start, end, values, gradient)
+    except ValueError as error:
+        raise ValueError(
+            f"the way back from an activation of shape {program.avals[end].shape} to "
+            f"one of {program.avals[start].shape} is not known: {error}. Leave out "
+            "transposed_head and residual."
+        ) from None
 
 
-def _numbers(node: graph.Node) -> list[int]:
-    """The operands of a node that are values."""
-    return [x for x in node.inputs if isinstance(x, int)]
+def _after(value: jax.Array, result: SiteResult) -> jax.Array:
+    """A value, not before the gradients at a site have been computed."""
+    for done in (*result.gradients.values(), *result.learned):
+        if done.size and value.size:
+            value = execution_order.delayed(value, done)
+    return value
