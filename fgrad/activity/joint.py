@@ -26,13 +26,17 @@ import optax
 from fgrad import _arguments, estimators, fixed_point, perturbations
 from fgrad.activity import joint_sites, layer_gradients
 from fgrad.activity.example_losses import ExampleLosses, mean_of
-from fgrad.activity.joint_step import JointStep, Learned
+from fgrad.activity.joint_step import JointStep, Learned, Split
 from fgrad.activity.mean_jacobians import Teaching
 from fgrad.activity.site_gradients import Directions, SiteGradient, site_gradient
 from fgrad.activity.sites import Site, check_values, site_leaves
 from fgrad.activity.transform import PerturbedActivation
 from fgrad.fixed_point import is_qtensor
 from fgrad.tracing import execution_order
+
+
+# Parts of the batch in which an update on the way goes through an activation.
+_PARTS = 8
 
 
 class JointForwardGradState(NamedTuple):
@@ -270,6 +274,23 @@ class _Options:
         site_leaves([hidden, self.head], params)
         return hidden
 
+    def trace(
+        self,
+        loss_fn: Callable[..., Any],
+        hidden: Site,
+        params: Any,
+        kwargs: Mapping[str, Any],
+    ) -> tuple[ExampleLosses, list[joint_sites.JointSite]]:
+        """The losses of some data, and the activations in their trace."""
+        losses = ExampleLosses(loss_fn, params, [hidden, self.head], kwargs)
+        return losses, joint_sites.joint_sites(
+            losses,
+            hidden,
+            self.head,
+            transposed_head=self.transposed_head,
+            residual=self.residual,
+        )
+
     def init(self, params: Any) -> JointForwardGradState:
         """The state before the first step."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -425,17 +446,13 @@ def _update(
             updates, state.others, params, value_fn=mean_of(loss_fn), **extra_args
         )
     hidden = options.sites(params)
-    losses = ExampleLosses(loss_fn, params, [hidden, options.head], kwargs)
+    trace = functools.partial(options.trace, loss_fn, hidden)
+    losses, sites = trace(params, kwargs)
     loss_name = losses.only_loss()
-    sites = joint_sites.joint_sites(
-        losses,
-        hidden,
-        options.head,
-        transposed_head=options.transposed_head,
-        residual=options.residual,
-    )
     at_head = _at_head(losses, options.head)
     step = _step(options, state, losses, sites, loss_name, at_head)
+    if options.on_the_way:
+        step = dataclasses.replace(step, split=_split(trace, losses, params, kwargs))
     results, nonfinite = step.results()
     learned = {name: result.learned for name, result in results.items()}
     gradients = dict(at_head.gradients)
@@ -497,6 +514,43 @@ def _step(
         correction=options.correction,
         on_the_way=options.on_the_way,
     )
+
+
+def _split(
+    trace: Callable[..., tuple[ExampleLosses, list[joint_sites.JointSite]]],
+    losses: ExampleLosses,
+    params: Any,
+    kwargs: Mapping[str, Any],
+) -> Split | None:
+    """The losses of a part of the examples, if the trace of them is alike.
+
+    Args:
+      trace: gives the losses and sites of parameters and data.
+      losses: those of all examples.
+      params: the parameters.
+      kwargs: the data of all examples.
+    """
+    count = math.gcd(losses.examples, _PARTS)
+    examples = losses.examples // count
+    found: list[Split] = []
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        whole = jnp.shape(x)
+        mine = (examples, *whole[1:]) if whole[:1] == (losses.examples,) else whole
+        return jax.ShapeDtypeStruct(mine, jnp.result_type(x))
+
+    def collect(params: Any, kwargs: Any) -> None:
+        found.append(Split(*trace(params, kwargs), count, losses.program))
+
+    if count == 1:
+        return None
+    try:
+        jax.eval_shape(collect, params, jax.tree.map(shape, dict(kwargs)))
+    except (TypeError, ValueError):
+        # An argument that is no data has as many entries as there are examples, or the
+        # loss knows how many there are. Then the activation is taken as a whole.
+        return None
+    return found[0] if found[0].fits else None
 
 
 def _check_shapes(
