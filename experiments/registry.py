@@ -104,6 +104,16 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vit_32": functools.partial(
         vit.ViT, patch=8, width=32, depth=3, num_heads=4, mlp_width=64
     ),
+    # 27,114 parameters for 28x28 images: 16 patches and the class token.
+    "vit_28": functools.partial(
+        vit.ViT,
+        patch=7,
+        width=32,
+        depth=3,
+        num_heads=4,
+        mlp_width=64,
+        mean_pooled=True,
+    ),
     # Of a size for two processor cores; for 16x16 pixels, or 49 frames of 32 mel bins.
     "resnet12_small": functools.partial(resnet12.ResNet12, widths=(8, 16, 24, 32)),
     "resnet12_digits": functools.partial(resnet12.ResNet12, widths=(8, 16, 32)),

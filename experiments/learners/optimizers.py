@@ -42,7 +42,7 @@ EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
 
 
 # What `fgrad.activity.joint_forward_grad` does by default.
-_JOINT = {"every": 8, "num_perturbations": 1, "on_the_way": False}
+_JOINT = {"every": 8, "num_perturbations": 1, "on_the_way": False, "residual": False}
 
 
 def check_method(method: ConfigDict) -> None:
@@ -169,6 +169,8 @@ def forward_passes(method: ConfigDict) -> float:
         return 3
     if method.gradient == "joint":
         joint = {**_JOINT, **method.joint}
+        if joint["residual"]:  # products transposed inside blocks, in place of pairs
+            return 2 + joint["on_the_way"]
         pairs = 2 * joint["num_perturbations"] / joint["every"]
         return 1 + joint["on_the_way"] + pairs
     pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)

@@ -71,6 +71,7 @@ class ViT(nn.Module):
       depth: number of blocks.
       num_heads: attention heads of a block.
       mlp_width: hidden units of a block's perceptron.
+      mean_pooled: whether the head sees the mean of all tokens, not the class token.
       bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
       calibration: how the scales of activations are found.
 
@@ -85,6 +86,7 @@ class ViT(nn.Module):
     depth: int = 12
     num_heads: int = 3
     mlp_width: int = 768
+    mean_pooled: bool = False
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
@@ -136,7 +138,8 @@ class ViT(nn.Module):
             )(tokens)
 
         def normalise(tokens: jax.Array) -> jax.Array:
-            return nn.LayerNorm(epsilon=1e-6, name="LayerNorm_0")(tokens)[:, 0]
+            tokens = nn.LayerNorm(epsilon=1e-6, name="LayerNorm_0")(tokens)
+            return tokens.mean(1) if self.mean_pooled else tokens[:, 0]
 
         def classify(features: jax.Array) -> jax.Array:
             return layers.Dense(self.num_classes, name="Dense_0", **settings)(features)

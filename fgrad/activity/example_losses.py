@@ -75,7 +75,14 @@ class ExampleLosses:
             for number in of_data
             if self.program.avals[number].shape[:1] == (self.examples,)
         )
-        self._layers = self._find_layers(params)
+        self._numbers = {
+            path: self.program.inputs[i]
+            for i, path in enumerate(_value_paths(params))
+            if path is not None
+        }
+        self._layers = {
+            path: self.layer(path) for paths in self._leaves.values() for path in paths
+        }
         arrays = jax.tree.leaves((params, kwargs))
         inputs = dict(zip(self.program.inputs, arrays, strict=True))
         self.values = graph.evaluate(whole.nodes, {**whole.constants, **inputs})
@@ -92,6 +99,24 @@ class ExampleLosses:
             layer = self._layers[path]
             found.setdefault(layer.output, {})[path] = layer
         return found
+
+    def layer(self, path: str) -> Layer:
+        """The layer of a leaf by the leaf's path.
+
+        Raises:
+          ValueError: if it cannot be followed to an activation.
+        """
+        data = self.program.depending(self.batch)
+        try:
+            return layer_gradients.layer_of(
+                self.program, self._numbers[path], data, self.examples
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"the layer of leaf {path!r} has no output to perturb: {error}. Name "
+                "other sites, or train the leaf by weight perturbation: "
+                "others=fgrad.fixed_point_forward_grad(...)."
+            ) from None
 
     def loss_name(self, site: Site) -> str:
         """The name of a site's loss.
@@ -150,7 +175,7 @@ class ExampleLosses:
         for value, added in noise.items():
             known[value] = known[value] + added
         for node in self.program.needed([output]):
-            if after.isdisjoint(x for x in node.inputs if isinstance(x, int)):
+            if after.isdisjoint(node.values):
                 continue
             results = node.evaluate(graph.operands(node, known))
             for value, result in zip(node.outputs, results, strict=True):
@@ -175,30 +200,6 @@ class ExampleLosses:
                 "fixed_point_forward_grad."
             )
         return int(first[0])
-
-    def _find_layers(self, params: Any) -> dict[str, Layer]:
-        """The layer of each leaf that belongs to a site, by the leaf's path."""
-        number_of = {
-            path: self.program.inputs[i]
-            for i, path in enumerate(_value_paths(params))
-            if path is not None
-        }
-        data = self.program.depending(self.batch)
-        return {
-            path: self._layer(path, number_of[path], data)
-            for paths in self._leaves.values()
-            for path in paths
-        }
-
-    def _layer(self, path: str, leaf: int, data: set[int]) -> Layer:
-        try:
-            return layer_gradients.layer_of(self.program, leaf, data, self.examples)
-        except ValueError as error:
-            raise ValueError(
-                f"the layer of leaf {path!r} has no output to perturb: {error}. Name "
-                "other sites, or train the leaf by weight perturbation: "
-                "others=fgrad.fixed_point_forward_grad(...)."
-            ) from None
 
 
 def named_losses(losses: Any) -> dict[str, jax.Array]:

@@ -26,13 +26,17 @@ import optax
 from fgrad import _arguments, estimators, fixed_point, perturbations
 from fgrad.activity import joint_sites, layer_gradients
 from fgrad.activity.example_losses import ExampleLosses, mean_of
-from fgrad.activity.joint_step import JointStep, Learned
+from fgrad.activity.joint_step import JointStep, Learned, Split
 from fgrad.activity.mean_jacobians import Teaching
 from fgrad.activity.site_gradients import Directions, SiteGradient, site_gradient
 from fgrad.activity.sites import Site, check_values, site_leaves
 from fgrad.activity.transform import PerturbedActivation
 from fgrad.fixed_point import is_qtensor
 from fgrad.tracing import execution_order
+
+
+# Parts of the batch in which an update on the way goes through an activation.
+_PARTS = 8
 
 
 class JointForwardGradState(NamedTuple):
@@ -72,6 +76,7 @@ def joint_forward_grad(
     correction: float | Literal["auto"] = 0.0,
     memory: float = 200.0,
     transposed_head: bool = False,
+    residual: bool = False,
     on_the_way: bool = False,
     activations: Sequence[PerturbedActivation] | None = None,
     per_position: bool = False,
@@ -110,6 +115,12 @@ def joint_forward_grad(
         exactly, by the head's own transposed product (and what lies between the two),
         and is not perturbed. This needs the weights of the head a second time,
         transposed, and no other layer's.
+      residual: whether the residual stream that ends at the last activation carries the
+        gradient there, that of each example and position, to all activations that skip
+        connections lead from, as if the blocks between were the identity. An activation
+        inside a block gets it through the rest of its own block, transposed. None of
+        these are perturbed; any others are. For transformers and other pre-activation
+        networks.
       on_the_way: whether to compute each layer's gradient on one more forward pass,
         with one activation alive at a time, instead of keeping all activations. It
         gives the same result, but for rounding, with four passes in a step that
@@ -175,6 +186,7 @@ def joint_forward_grad(
         correction=correction,
         memory=memory,
         transposed_head=transposed_head,
+        residual=residual,
         on_the_way=on_the_way,
         activations=activations,
         per_position=per_position,
@@ -216,6 +228,7 @@ class _Options:
     correction: float | Literal["auto"]
     memory: float
     transposed_head: bool
+    residual: bool
     on_the_way: bool
     activations: Sequence[PerturbedActivation] | None
     per_position: bool
@@ -260,6 +273,23 @@ class _Options:
         hidden = Site(*names)
         site_leaves([hidden, self.head], params)
         return hidden
+
+    def trace(
+        self,
+        loss_fn: Callable[..., Any],
+        hidden: Site,
+        params: Any,
+        kwargs: Mapping[str, Any],
+    ) -> tuple[ExampleLosses, list[joint_sites.JointSite]]:
+        """The losses of some data, and the activations in their trace."""
+        losses = ExampleLosses(loss_fn, params, [hidden, self.head], kwargs)
+        return losses, joint_sites.joint_sites(
+            losses,
+            hidden,
+            self.head,
+            transposed_head=self.transposed_head,
+            residual=self.residual,
+        )
 
     def init(self, params: Any) -> JointForwardGradState:
         """The state before the first step."""
@@ -332,6 +362,74 @@ def outside_of(head: Site, params: Any) -> tuple[str, ...]:
     return tuple(path for path in paths if path not in inside)
 
 
+def find_head(
+    value_fn: Callable[..., Any],
+    params: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    head: str | Sequence[str] | None = None,
+    frozen: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """Tells the layer of the logits from all others: the last one before the loss.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      params: pytree of float arrays and `QTensor`.
+      kwargs: arrays or `jax.ShapeDtypeStruct`.
+      head: its names, if they are known.
+      frozen: names of layers to leave out.
+
+    Returns:
+      The paths of the leaves of the head, and those of all other layers.
+
+    Raises:
+      ValueError: for leaves that cannot be followed to an activation, and for a last
+        layer whose output is not [examples, outputs].
+
+    Example:
+      >>> losses = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"] + p["c"], -1)
+      >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 1)), "c": jnp.ones(1)}
+      >>> find_head(losses, params, {"x": jnp.ones((4, 3))})
+      (['b', 'c'], ['a'])
+    """
+    known = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+    paths = [fixed_point.path_str(path) for path, _ in known]
+    out = site_leaves([Site(*frozen)], params) if frozen else {}
+    left_out = {path for found in out.values() for path in found}
+    outputs: dict[str, int] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def collect(params: Any, kwargs: Any) -> None:
+        losses, lost = ExampleLosses(value_fn, params, [], kwargs), []
+        for path in paths:
+            if path in left_out:
+                continue
+            try:
+                outputs[path] = losses.layer(path).output
+            except ValueError as error:
+                lost.append(str(error).partition(". Name")[0])
+        if lost:
+            raise ValueError(
+                f"{'; '.join(lost)}. To leave such layers as they are, give their "
+                'names: frozen=["..."].'
+            )
+        shapes.update({x: losses.program.avals[x].shape for x in outputs.values()})
+
+    jax.eval_shape(collect, params, dict(kwargs))
+    if head is not None:
+        named = site_leaves([_head(head)], params)
+        inside = [path for found in named.values() for path in found]
+        return inside, [path for path in outputs if path not in inside]
+    last = max(outputs.values(), default=-1)
+    if len(shapes.get(last, ())) != 2:
+        raise ValueError(
+            "the head cannot be found: the last layer before the loss has an output of "
+            f"shape {shapes.get(last)}, and not [examples, classes]; name it: head=..."
+        )
+    inside = [path for path, output in outputs.items() if output == last]
+    return inside, [path for path in outputs if path not in inside]
+
+
 def _update(
     options: _Options,
     updates: Any,
@@ -348,13 +446,13 @@ def _update(
             updates, state.others, params, value_fn=mean_of(loss_fn), **extra_args
         )
     hidden = options.sites(params)
-    losses = ExampleLosses(loss_fn, params, [hidden, options.head], kwargs)
+    trace = functools.partial(options.trace, loss_fn, hidden)
+    losses, sites = trace(params, kwargs)
     loss_name = losses.only_loss()
-    sites = joint_sites.joint_sites(
-        losses, hidden, options.head, transposed_head=options.transposed_head
-    )
     at_head = _at_head(losses, options.head)
     step = _step(options, state, losses, sites, loss_name, at_head)
+    if options.on_the_way:
+        step = dataclasses.replace(step, split=_split(trace, losses, params, kwargs))
     results, nonfinite = step.results()
     learned = {name: result.learned for name, result in results.items()}
     gradients = dict(at_head.gradients)
@@ -418,6 +516,43 @@ def _step(
     )
 
 
+def _split(
+    trace: Callable[..., tuple[ExampleLosses, list[joint_sites.JointSite]]],
+    losses: ExampleLosses,
+    params: Any,
+    kwargs: Mapping[str, Any],
+) -> Split | None:
+    """The losses of a part of the examples, if the trace of them is alike.
+
+    Args:
+      trace: gives the losses and sites of parameters and data.
+      losses: those of all examples.
+      params: the parameters.
+      kwargs: the data of all examples.
+    """
+    count = math.gcd(losses.examples, _PARTS)
+    examples = losses.examples // count
+    found: list[Split] = []
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        whole = jnp.shape(x)
+        mine = (examples, *whole[1:]) if whole[:1] == (losses.examples,) else whole
+        return jax.ShapeDtypeStruct(mine, jnp.result_type(x))
+
+    def collect(params: Any, kwargs: Any) -> None:
+        found.append(Split(*trace(params, kwargs), count, losses.program))
+
+    if count == 1:
+        return None
+    try:
+        jax.eval_shape(collect, params, jax.tree.map(shape, dict(kwargs)))
+    except (TypeError, ValueError):
+        # An argument that is no data has as many entries as there are examples, or the
+        # loss knows how many there are. Then the activation is taken as a whole.
+        return None
+    return found[0] if found[0].fits else None
+
+
 def _check_shapes(
     losses: ExampleLosses,
     sites: Sequence[joint_sites.JointSite],
@@ -478,7 +613,7 @@ def explain_joint(
         hidden = Site(*names)
         losses = ExampleLosses(value_fn, params, [hidden, exact], kwargs)
         for site in joint_sites.joint_sites(
-            losses, hidden, exact, transposed_head=False
+            losses, hidden, exact, transposed_head=False, residual=False
         ):
             path = max((layer.path for layer in site.layers.values()), key=len)
             path += () if site.nonlinearity is None else site.nonlinearity.path

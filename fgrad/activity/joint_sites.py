@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,13 @@ from fgrad.activity.nonlinearities import Nonlinearity
 from fgrad.activity.sites import Site
 from fgrad.fixed_point import is_qtensor, path_str
 from fgrad.tracing import derivatives
+from fgrad.tracing.graph import Graph
+
+
+Feedback = Literal["learned", "head", "stream", "branch"]
+
+# What a value passes on its way along skip connections.
+_SKIPS = frozenset({"add", "add_any", "convert_element_type", "copy", "copy_p"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,19 +34,29 @@ class JointSite:
       layers: by the paths of their leaves.
       output: number of the layers' output.
       nonlinearity: what follows the output, if that acts on each value by itself.
-      transposed: whether the gradient is the head's own transposed product.
+      feedback: where its gradient comes from. "learned": from the mean Jacobian.
+        "head": the head's own transposed product. "stream": the gradient at the end of
+        the residual stream, as if the blocks between were the identity. "branch": of
+        the next activation on the stream, back through the rest of its own block.
+      target: number of the activation that the branch joins, or -1.
     """
 
     name: str
     layers: Mapping[str, Layer]
     output: int
     nonlinearity: Nonlinearity | None
-    transposed: bool = False
+    feedback: Feedback = "learned"
+    target: int = -1
 
     @property
     def activation(self) -> int:
         """Number of the value that is perturbed."""
         return self.output if self.nonlinearity is None else self.nonlinearity.end
+
+    @property
+    def ready(self) -> int:
+        """Number of the value with which all is known that the gradient needs."""
+        return self.activation if self.target < 0 else self.target
 
     def slope(self, values: Mapping[int, Any]) -> jax.Array:
         """The derivative of the activation by the layers' output, value by value.
@@ -53,7 +70,12 @@ class JointSite:
 
 
 def joint_sites(
-    losses: ExampleLosses, hidden: Site, head: Site, *, transposed_head: bool
+    losses: ExampleLosses,
+    hidden: Site,
+    head: Site,
+    *,
+    transposed_head: bool,
+    residual: bool,
 ) -> list[JointSite]:
     """The activations of some layers, in the order of their computation.
 
@@ -62,6 +84,8 @@ def joint_sites(
       hidden: all layers that are perturbed.
       head: the layer of the logits.
       transposed_head: whether the last activation gets its gradient from the head.
+      residual: whether those on the residual stream that ends there get it as well,
+        and those in its branches.
 
     Raises:
       ValueError: for a last activation behind which the head cannot be transposed.
@@ -75,16 +99,60 @@ def joint_sites(
     ]
     place = {v: i for i, node in enumerate(program.nodes) for v in node.outputs}
     found.sort(key=lambda site: place[site.activation])
-    if not transposed_head or not found:
+    if not (transposed_head or residual) or not found:
         return found
     *before, last = found
     between = derivatives.between(program, last.activation, logits_of(losses, head))
     if not between:
         raise ValueError(
-            f"transposed_head=True, but the head {head.names} does not read the last "
-            f"activation, that of {last.name!r}; leave transposed_head out."
+            f"the head {head.names} does not read the last activation, that of "
+            f"{last.name!r}; leave transposed_head and residual out."
         )
-    return [*before, dataclasses.replace(last, transposed=True)]
+    if residual:
+        return _with_stream(program, found)
+    return [*before, dataclasses.replace(last, feedback="head")]
+
+
+def _with_stream(program: Graph, sites: Sequence[JointSite]) -> list[JointSite]:
+    """Sites with feedback along the residual stream.
+
+    It ends at the last activation that skip connections lead to from another one; what
+    follows, such as the scale of a normalisation, gets its gradient from the head.
+    """
+    place = len(sites) - 1
+    while not any(
+        _on_stream(program, site.activation, sites[place].activation)
+        for site in sites[:place]
+    ):
+        if not place:
+            raise ValueError(
+                "residual=True, but no skip connection leads from the activation of "
+                "one layer to that of another; leave residual out."
+            )
+        place -= 1
+    last = sites[place]
+    ends = [last.activation]  # of branches, the next one first
+    found = [dataclasses.replace(site, feedback="head") for site in sites[place:]]
+    for site in reversed(sites[:place]):
+        if _on_stream(program, site.activation, last.activation):
+            ends.insert(0, site.activation)
+            site = dataclasses.replace(site, feedback="stream")
+        else:
+            after = program.depending([site.activation])
+            target = next((end for end in ends if end in after), -1)
+            if target >= 0:
+                site = dataclasses.replace(site, feedback="branch", target=target)
+        found.insert(0, site)
+    return found
+
+
+def _on_stream(program: Graph, value: int, end: int) -> bool:
+    """Whether skip connections lead from one value to another of the same shape."""
+    reached = {value}
+    for node in program.nodes:
+        if node.name in _SKIPS and not reached.isdisjoint(node.values):
+            reached.update(node.outputs)
+    return end in reached and program.avals[value].shape == program.avals[end].shape
 
 
 def logits_of(losses: ExampleLosses, head: Site) -> int:

@@ -17,18 +17,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
-from fgrad.activity import layer_gradients, mean_jacobians
+from fgrad.activity import joint_parts, mean_jacobians
 from fgrad.activity.example_losses import ExampleLosses
+from fgrad.activity.joint_parts import Correction, Part, Sums
 from fgrad.activity.joint_sites import JointSite
 from fgrad.activity.mean_jacobians import Teaching
-from fgrad.activity.site_gradients import per_example, rms, wide
-from fgrad.tracing import derivatives, execution_order, graph
+from fgrad.activity.site_gradients import rms, wide
+from fgrad.tracing import execution_order, graph
 
 # edit(number, values so far) -> what an activation becomes, or None if it stays.
 _Edit = Callable[[int, dict[int, Any]], Any]
@@ -77,6 +78,8 @@ class JointStep:
       epsilon: ε, in units of each activation's rms.
       correction: the weight of r in the gradient, or "auto".
       on_the_way: whether to evaluate again instead of keeping activations.
+      split: the losses of a part of the examples, to go through an activation in
+        parts; None to take it as a whole.
     """
 
     losses: ExampleLosses
@@ -90,8 +93,9 @@ class JointStep:
     teaching: Teaching
     perturbation: perturbations.Perturbation
     epsilon: Any
-    correction: float | Literal["auto"]
+    correction: Correction
     on_the_way: bool
+    split: Split | None = None
 
     def results(self) -> tuple[dict[str, SiteResult], jax.Array]:
         """What the step found by the names of the sites, and the pairs left out."""
@@ -103,36 +107,34 @@ class JointStep:
             unexplained, nonfinite = jax.lax.cond(
                 self.asked, self._unexplained, lambda: nothing
             )
-        if not self.on_the_way:
-            values = self.losses.values
-            return {
-                site.name: self._at(site, values, unexplained) for site in self.sites
-            }, nonfinite
         found: dict[str, SiteResult] = {}
+        if not self.on_the_way:
+            step: JointStep = self
+            for site in self.sites:
+                found[site.name] = step._at(site, self.losses.values, unexplained)
+                # One after the other, or the gradients of all would be there at once.
+                step = dataclasses.replace(
+                    step, signal=_after(step.signal, found[site.name])
+                )
+            return found, nonfinite
 
-        def edit(activation: int, values: dict[int, Any]) -> Any:
-            if activation not in self._by_activation:
-                return None
-            site = self._by_activation[activation]
-            found[site.name] = result = self._at(site, values, unexplained)
-            value = values[activation]
-            # What follows waits until nothing needs the layer's input any more.
-            for done in (*result.gradients.values(), *result.learned):
-                if done.size:
-                    value = execution_order.delayed(value, done)
+        def edit(number: int, values: dict[int, Any]) -> Any:
+            value = None
+            for site in self.sites:
+                if site.ready == number:
+                    value = values[number] if value is None else value
+                    found[site.name] = self._at(site, values, unexplained)
+                    # What follows waits until nothing needs the layer's input any more.
+                    value = _after(value, found[site.name])
             return value
 
-        self._evaluate(list(self._by_activation), edit, after=unexplained)
+        self._evaluate([site.ready for site in self.sites], edit, after=unexplained)
         return found, nonfinite
 
     @functools.cached_property
-    def _by_activation(self) -> dict[int, JointSite]:
-        return {site.activation: site for site in self.sites}
-
-    @functools.cached_property
     def _taught(self) -> dict[int, JointSite]:
-        """The sites that are perturbed: those whose gradient is not known exactly."""
-        return {a: s for a, s in self._by_activation.items() if not s.transposed}
+        """The sites that are perturbed, by the numbers of their activations."""
+        return {s.activation: s for s in self.sites if s.feedback == "learned"}
 
     # ------------------------------------------------------------------- evaluations
 
@@ -154,7 +156,7 @@ class JointStep:
         known = dict(self._inputs(after) if self.on_the_way else clean)
         stale: set[int] = set()
         for node in program.needed(outputs):
-            if self.on_the_way or not stale.isdisjoint(_numbers(node)):
+            if self.on_the_way or not stale.isdisjoint(node.values):
                 results = node.evaluate(graph.operands(node, known))
                 known.update(zip(node.outputs, results, strict=True))
                 stale.update(node.outputs)
@@ -178,7 +180,7 @@ class JointStep:
         return inputs
 
     def _unexplained(self) -> tuple[jax.Array, jax.Array]:
-        """X [K, examples] of one pair for each direction, and the pairs left out."""
+        """x [K, examples] of one pair for each direction, and the pairs left out."""
 
         def of_sign(sign: jax.Array) -> Any:
             evaluate = functools.partial(self._perturbed, sign)
@@ -204,9 +206,9 @@ class JointStep:
                 return None
             site, value = self._taught[activation], values[activation]
             moved = rms(value) * self._gated(site, values, keys)
-            told = jnp.sum(
-                self._predicted(site, value.shape) * moved, _all_but_first(value)
-            )
+            jacobian = self.learned[site.name].jacobian
+            predicted = mean_jacobians.predicted(jacobian, self.signal, value.shape)
+            told = jnp.sum(predicted * moved, tuple(range(1, value.ndim)))
             explained += told.astype(explained.dtype)
             return value + (sign * self.epsilon * moved).astype(value.dtype)
 
@@ -223,7 +225,7 @@ class JointStep:
         values: Mapping[int, Any],
         keys: perturbations.LeafKeys,
     ) -> jax.Array:
-        """U where the nonlinearity of a site is not flat, and 0 elsewhere."""
+        """u where the nonlinearity of a site is not flat, and 0 elsewhere."""
         value = values[site.activation]
         key = keys.delayed(site.name, value) if value.size else keys[site.name]
         u = self.perturbation.step * self.perturbation.sample(key, value.shape)
@@ -231,100 +233,156 @@ class JointStep:
 
     # --------------------------------------------------------------------- gradients
 
-    def _predicted(self, site: JointSite, shape: tuple[int, ...]) -> jax.Array:
-        """The predicted gradient of each example's loss by an activation."""
-        if site.transposed:
-            return derivatives.transposed(
-                self.losses.program,
-                site.activation,
-                self.logits,
-                self.losses.values,
-                self.signal,
-            )
-        jacobian = self.learned[site.name].jacobian
-        return mean_jacobians.predicted(jacobian, self.signal, shape)
-
     def _at(
         self, site: JointSite, values: Mapping[int, Any], unexplained: jax.Array
     ) -> SiteResult:
         """The gradients of the leaves at a site, and what it learns."""
-        predicted = self._predicted(site, jnp.shape(values[site.activation]))
-        gradients = self._of_leaves(site, values, predicted)
         learned = self.learned[site.name]
-        if site.transposed:
-            return SiteResult(gradients, learned)
-        added, learned = jax.lax.cond(
-            self.asked,
-            lambda: self._taught_at(site, values, unexplained),
-            lambda: (self._no_correction(gradients), learned),
+        count = 1 if self.split is None else self.split.count
+        activation = values[site.activation]
+        scale = rms(activation)
+        shape = (self.losses.examples // count, *activation.shape[1:])
+
+        def sums(index: Any) -> Sums:
+            def directions(k: jax.Array) -> jax.Array:
+                key = self._keys(k)[site.name]
+                block = None if count == 1 else index
+                u = self.perturbation.sample(key, shape, block)
+                return self.perturbation.step * u
+
+            part = self._part(site, values, unexplained, index)
+            return part.sums(directions, scale, self.asked, self.correction)
+
+        if count == 1:
+            found = sums(0)
+        else:
+            found = _summed(sums, count)
+        return self._result(found, learned, activation.size)
+
+    def _part(
+        self,
+        site: JointSite,
+        values: Mapping[int, Any],
+        unexplained: jax.Array,
+        index: Any,
+    ) -> Part:
+        """A part of the examples at a site, or all."""
+        clean, signal = self.losses.values, self.signal
+        program, sites = self.losses.program, self.sites
+        even = 1 - jnp.arange(self.losses.examples, dtype=jnp.int32) % 2
+        if self.split is not None:
+            numbers = self.split.read(site, self.logits)
+            values = self.split.values(values, numbers, index)
+            clean = self.split.values(clean, numbers, index)
+            signal = self.split.block(signal, index, 0)
+            unexplained = self.split.block(unexplained, index, 1)
+            even = self.split.block(even, index, 0)
+            program, sites = self.split.losses.program, self.split.sites
+            site = next(s for s in sites if s.name == site.name)
+        return Part(
+            program=program,
+            sites=sites,
+            site=site,
+            logits=self.logits,
+            values=values,
+            clean=clean,
+            signal=signal,
+            unexplained=unexplained,
+            jacobian=self.learned[site.name].jacobian,
+            even=even,
+            examples=self.losses.examples,
         )
-        for path, change in added.items():
-            gradients[path] += change
-        return SiteResult(gradients, learned)
 
-    def _of_leaves(
-        self, site: JointSite, values: Mapping[int, Any], gradient: jax.Array
-    ) -> dict[str, jax.Array]:
-        """The gradients of the leaves by the mean loss, from those by the activation.
+    def _result(self, sums: Sums, learned: Learned, size: int) -> SiteResult:
+        """The gradients and what is learned, from sums over the examples."""
+        gradients = dict(sums.gradients)
+        jacobian, errors = learned
+        if sums.errors:
+            weight: Any = self.correction
+            if self.correction == "auto":
+                weight = correction_of(errors)
+                rate = jnp.where(self.asked, self.teaching.rate(0, 1), 0)
+                errors = errors + rate * (_energies(*sums.errors) - errors)
+            for path, own in gradients.items():
+                added = sum((half[path] for half in sums.errors), jnp.zeros_like(own))
+                gradients[path] = own + jnp.asarray(weight, own.dtype) * added
+        jacobian = mean_jacobians.learned(
+            jacobian,
+            self.signal,
+            sums.evidence,
+            sums.open / max(size, 1),
+            self.teaching,
+        )
+        return SiteResult(gradients, Learned(jacobian, errors))
 
-        Args:
-          site: where.
-          values: of an evaluation.
-          gradient: of each example's own loss by the site's activation.
-        """
-        dy = gradient * site.slope(values) / self.losses.examples
-        program, known = self.losses.program, dict(values)
+
+def _summed(function: Callable[[jax.Array], Sums], count: int) -> Sums:
+    """The sum of what a function of 0 to count - 1 gives, one after the other."""
+    first = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+    def add(total: Sums, index: jax.Array) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, function(index)), None
+
+    total: Sums
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
+    return total
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The losses of a part of the examples, whose trace has the values of the whole.
+
+    Attributes:
+      losses: traced for one part.
+      sites: in this trace.
+      count: how many parts there are.
+      whole: the trace of all examples.
+    """
+
+    losses: ExampleLosses
+    sites: Sequence[JointSite]
+    count: int
+    whole: graph.Graph
+
+    @property
+    def fits(self) -> bool:
+        """Whether each value is a part of the whole one, or the same in both."""
+        own, whole = self.losses.program, self.whole
+        names = [[node.name for node in p.nodes] for p in (own, whole)]
+        same = names[0] == names[1] and len(own.avals) == len(whole.avals)
+        return same and all(
+            a.shape == b.shape or self._is_part(a.shape, b.shape)
+            for a, b in zip(own.avals, whole.avals, strict=True)
+        )
+
+    def _is_part(self, part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+        return len(part) == len(whole) and ((self.count * part[0], *part[1:]) == whole)
+
+    def read(self, site: JointSite, logits: int) -> list[int]:
+        """The numbers of the values that the gradient at a site reads."""
+        own = next(s for s in self.sites if s.name == site.name)
+        nodes = joint_parts.nodes_of(self.losses.program, own, self.sites, logits)
+        read = {x for node in nodes for x in (*node.values, *node.outputs)}
+        return sorted(read | {own.output, own.activation})
+
+    def values(
+        self, values: Mapping[int, Any], numbers: Sequence[int], index: Any
+    ) -> dict[int, Any]:
+        """Those values that are known, each that depends on the examples in part."""
+        avals = self.losses.program.avals
         return {
-            path: layer_gradients.gradient(program, layer, known, dy)
-            for path, layer in site.layers.items()
+            number: values[number]
+            if jnp.shape(values[number]) == avals[number].shape
+            else self.block(values[number], index, 0)
+            for number in numbers
+            if number in values
         }
 
-    def _taught_at(
-        self, site: JointSite, values: Mapping[int, Any], unexplained: jax.Array
-    ) -> tuple[dict[str, jax.Array], Learned]:
-        """What this step's pairs add to the leaves' gradients, and what they teach."""
-        learned = self.learned[site.name]
-        residual = self._residual(site, values, unexplained)
-        share = jnp.mean(site.slope(values) != 0, dtype=residual.dtype)
-        jacobian = mean_jacobians.learned(
-            learned.jacobian, self.signal, residual, share, self.teaching
-        )
-        if self.correction == 0:
-            return {}, learned._replace(jacobian=jacobian)
-        if self.correction != "auto":
-            added = self._of_leaves(site, values, self.correction * residual)
-            return added, learned._replace(jacobian=jacobian)
-        halves = [
-            self._of_leaves(site, values, residual * half) for half in _halves(residual)
-        ]
-        weight = correction_of(learned.errors)
-        both = {path: a + halves[1][path] for path, a in halves[0].items()}
-        added = {path: weight.astype(a.dtype) * a for path, a in both.items()}
-        rate = self.teaching.rate(0, 1)
-        errors = learned.errors + rate * (_energies(*halves) - learned.errors)
-        return added, Learned(jacobian, errors)
-
-    def _no_correction(
-        self, gradients: Mapping[str, jax.Array]
-    ) -> dict[str, jax.Array]:
-        if self.correction == 0:
-            return {}
-        return {path: jnp.zeros_like(value) for path, value in gradients.items()}
-
-    def _residual(
-        self, site: JointSite, values: Mapping[int, Any], unexplained: jax.Array
-    ) -> jax.Array:
-        """r, the mean over the directions."""
-        value = values[site.activation]
-
-        def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            u = self._gated(site, values, self._keys(index))
-            return total + per_example(unexplained[index], u) * u, None
-
-        count = self.teaching.num_perturbations
-        zeros = jnp.zeros(value.shape, wide(value))
-        total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
-        return total / (count * rms(value))
+    def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
+        """One of the parts of an array along an axis."""
+        size = array.shape[axis] // self.count
+        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
 
 def correction_of(errors: jax.Array) -> jax.Array:
@@ -345,12 +403,6 @@ def correction_of(errors: jax.Array) -> jax.Array:
     return jnp.clip(jnp.where(total > 0, error / jnp.maximum(total, 1e-30), 0), 0, 1)
 
 
-def _halves(like: jax.Array) -> list[jax.Array]:
-    """Ones for the examples of even number and zeros for the others; the reverse."""
-    even = 1 - jnp.arange(len(like), dtype=jnp.int32) % 2
-    return [per_example(half, like) for half in (even, 1 - even)]
-
-
 def _energies(
     first: Mapping[str, jax.Array], second: Mapping[str, jax.Array]
 ) -> jax.Array:
@@ -367,10 +419,9 @@ def _energies(
     return jnp.stack([4 * agreed, total]).astype(jnp.float32)
 
 
-def _all_but_first(value: jax.Array) -> tuple[int, ...]:
-    return tuple(range(1, value.ndim))
-
-
-def _numbers(node: graph.Node) -> list[int]:
-    """The operands of a node that are values."""
-    return [x for x in node.inputs if isinstance(x, int)]
+def _after(value: jax.Array, result: SiteResult) -> jax.Array:
+    """A value, not before the gradients at a site have been computed."""
+    for done in (*result.gradients.values(), *result.learned):
+        if done.size and value.size:
+            value = execution_order.delayed(value, done)
+    return value

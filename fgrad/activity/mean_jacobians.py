@@ -68,27 +68,37 @@ def predicted(
     return jnp.broadcast_to(gradient, shape)
 
 
+def evidence(jacobian: jax.Array, signal: jax.Array, residual: jax.Array) -> jax.Array:
+    """Σ δᵀ r over some examples, in the shape of the mean Jacobian.
+
+    Args:
+      jacobian: for its shape.
+      signal: δ [examples, outputs].
+      residual: r, the shape of the activation.
+    """
+    size = math.prod(jacobian.shape[1:])
+    positions = math.prod(residual.shape[1:]) // max(size, 1)
+    residual = residual.reshape(len(signal), positions, *jacobian.shape[1:]).mean(1)
+    return jnp.tensordot(signal.T, residual, 1).astype(jacobian.dtype)
+
+
 def learned(
     jacobian: jax.Array,
     signal: jax.Array,
-    residual: jax.Array,
+    evidence: jax.Array,
     share: jax.Array,
     teaching: Teaching,
 ) -> jax.Array:
-    """The running mean after a perturbation.
+    """The running mean after a step; without evidence it stays.
 
     Args:
       jacobian: before it.
       signal: δ [examples, outputs].
-      residual: r, the shape of the activation.
+      evidence: of all examples.
       share: of units whose nonlinearity is not flat.
       teaching: how fast the mean moves.
     """
-    examples, size = len(signal), math.prod(jacobian.shape[1:])
-    positions = math.prod(residual.shape[1:]) // max(size, 1)
-    residual = residual.reshape(examples, positions, *jacobian.shape[1:]).mean(1)
     seen = jnp.maximum(jnp.sum(jnp.square(signal)), _LEAST_SIGNAL)
-    change = jnp.tensordot(signal.T, residual, 1)
-    change /= seen * jnp.maximum(share, _LEAST_SHARE)
-    rate = teaching.rate(size, examples)
+    change = evidence / (seen * jnp.maximum(share, _LEAST_SHARE))
+    rate = teaching.rate(math.prod(jacobian.shape[1:]), len(signal))
     return jacobian + (rate * change).astype(jacobian.dtype)

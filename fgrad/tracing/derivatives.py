@@ -264,6 +264,8 @@ def _moved(node: Node, values: Mapping[int, Any], found: Mapping[int, Any]) -> A
         return _elementwise(node, operands, values, found)
     if node.name in ("integer_dot_general", "integer_conv"):
         return _integer_product(node, operands, tangents)
+    if node.name in ("reduce_max", "reduce_min"):
+        return _of_extremes(node, operands[0], values[node.outputs[0]], tangents[0])
     if node.facts.linear and len(node.outputs) == 1:
         zeros = [jnp.zeros_like(x) for x in operands]
         pairs = zip(tangents, zeros, strict=True)
@@ -279,6 +281,13 @@ def _moved(node: Node, values: Mapping[int, Any], found: Mapping[int, Any]) -> A
         for i in moving
     ]
     return sum(parts[1:], parts[0])
+
+
+def _of_extremes(node: Node, x: Any, output: Any, tangent: Any) -> Any:
+    """How a maximum or minimum moves: as the mean of the values that have it."""
+    axes = node.equation.params["axes"]
+    extreme = (x == jnp.expand_dims(output, axes)).astype(tangent.dtype)
+    return jnp.sum(extreme * tangent, axes) / jnp.sum(extreme, axes)
 
 
 def _converted(node: Node, tangent: Any) -> Any:

@@ -50,6 +50,11 @@ class Node:
         """What is known of the primitive."""
         return primitives.facts(self.equation)
 
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Those of its operands that are no literals."""
+        return tuple(x for x in self.inputs if isinstance(x, int))
+
     def evaluate(self, arrays: Sequence[Any]) -> Sequence[Any]:
         """The outputs for these operands."""
         return primitives.bind(self.equation, arrays)

@@ -273,7 +273,9 @@ def cost(depth, **options):
 
     jaxpr = jax.make_jaxpr(update)(params, state, x).jaxpr
     once = primitives.multiply_adds(jax.make_jaxpr(losses)(params, x).jaxpr.eqns)
-    return [primitives.multiply_adds(jaxpr.eqns, branch) / once for branch in (max, min)]
+    return [
+        primitives.multiply_adds(jaxpr.eqns, branch) / once for branch in (max, min)
+    ]
 
 
 def test_the_cost_does_not_grow_with_the_number_of_sites():
@@ -290,6 +292,7 @@ def test_the_cost_does_not_grow_with_the_number_of_sites():
 
 def test_no_derivative_of_a_program_is_taken(monkeypatch):
     """Neither jvp nor vjp: that is what devices without them have to do without."""
+
     def refuse(*args, **kwargs):
         raise AssertionError("the training path took a derivative")
 
@@ -302,7 +305,11 @@ def test_no_derivative_of_a_program_is_taken(monkeypatch):
         )
         state = tx.init(params)
         jax.eval_shape(
-            functools.partial(tx.update, value_fn=losses), params, state, params, **kwargs
+            functools.partial(tx.update, value_fn=losses),
+            params,
+            state,
+            params,
+            **kwargs,
         )
 
 
@@ -423,7 +430,9 @@ def test_what_cannot_be_followed_is_told_by_name():
     params = {"shared": jnp.eye(3), "head": jnp.ones((3, 2))}
 
     def twice(params, x):
-        return (jnp.tanh(x @ params["shared"]) @ params["shared"] @ params["head"])[:, 0]
+        return (jnp.tanh(x @ params["shared"]) @ params["shared"] @ params["head"])[
+            :, 0
+        ]
 
     tx = activity.joint_forward_grad(KEY, "head")
     with pytest.raises(ValueError, match="leaf 'shared' has no output to perturb"):

@@ -1,0 +1,205 @@
+"""What a step of joint pairs finds at one activation, in parts of the batch if asked.
+
+A part is a block of examples. All that is taken from an activation is a sum over
+examples: the gradients of the weights, and what the mean Jacobian learns. In parts,
+little more than the activation itself is in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fgrad.activity import layer_gradients, mean_jacobians
+from fgrad.activity.joint_sites import JointSite
+from fgrad.activity.site_gradients import per_example, wide
+from fgrad.tracing import derivatives
+from fgrad.tracing.graph import Graph, Node
+
+Correction = float | Literal["auto"]
+
+
+class Sums(NamedTuple):
+    """Sums over examples at one activation.
+
+    Attributes:
+      gradients: of the leaves by their path, in units of what each leaf stores.
+      errors: the same of r, what the pairs say beyond the prediction. None without a
+        correction, one for a constant one, two for "auto": of the examples of even and
+        of odd number.
+      evidence: Σ δᵀ r, the mean over positions; the shape of the mean Jacobian.
+      open: how many units have a nonlinearity that is not flat.
+    """
+
+    gradients: dict[str, jax.Array]
+    errors: tuple[dict[str, jax.Array], ...]
+    evidence: jax.Array
+    open: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A block of examples at one activation.
+
+    Attributes:
+      program: the losses, traced for so many examples.
+      sites: in that trace.
+      site: one of them.
+      logits: number of the head's output.
+      values: of the evaluation that reached the activation, by number.
+      clean: of the first evaluation, by number.
+      signal: δ [examples, outputs].
+      unexplained: x [K, examples], see `fgrad.activity.joint_step`.
+      jacobian: the mean Jacobian.
+      even: [examples], 1 for those of even number in the whole batch, 0 for others.
+      examples: how many there are in the whole batch.
+    """
+
+    program: Graph
+    sites: Sequence[JointSite]
+    site: JointSite
+    logits: int
+    values: Mapping[int, Any]
+    clean: Mapping[int, Any]
+    signal: jax.Array
+    unexplained: jax.Array
+    jacobian: jax.Array
+    even: jax.Array
+    examples: int
+
+    def sums(
+        self,
+        directions: Callable[[jax.Array], jax.Array],
+        scale: jax.Array,
+        asked: jax.Array,
+        correction: Correction,
+    ) -> Sums:
+        """The sums over these examples.
+
+        Args:
+          directions: ``directions(k)`` is u_k at the activation.
+          scale: s, the rms of the whole activation.
+          asked: whether this step perturbs.
+          correction: the weight of r in the gradient, or "auto".
+        """
+        gradients = self._of_leaves(self._predicted())
+        if self.site.feedback != "learned":
+            return Sums(gradients, (), jnp.zeros(self.jacobian.shape), jnp.zeros(()))
+
+        def lessons() -> Sums:
+            residual = self._residual(directions, scale)
+            errors = tuple(map(self._of_leaves, self._split(residual, correction)))
+            evidence = mean_jacobians.evidence(self.jacobian, self.signal, residual)
+            open_units = jnp.sum(self._slope() != 0, dtype=jnp.float32)
+            return Sums({}, errors, evidence, open_units)
+
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lessons)
+        )
+        found = jax.lax.cond(asked, lessons, lambda: nothing)
+        return found._replace(gradients=gradients)
+
+    def _slope(self) -> jax.Array:
+        return self.site.slope(self.values)
+
+    def _predicted(self) -> jax.Array:
+        """The predicted gradient of each example's loss by the activation."""
+        site = self.site
+        if site.feedback == "learned":
+            shape = self.program.avals[site.activation].shape
+            return mean_jacobians.predicted(self.jacobian, self.signal, shape)
+        if site.feedback == "head":
+            return self._from_head(site)
+        at_end = self._from_head(next(s for s in self.sites if s.feedback == "head"))
+        if site.feedback == "stream":
+            return at_end
+        return _transposed(
+            self.program, site.activation, site.target, self.values, at_end
+        )
+
+    def _from_head(self, site: JointSite) -> jax.Array:
+        """The gradient at one of the last activations, which no other block follows."""
+        return _transposed(
+            self.program, site.activation, self.logits, self.clean, self.signal
+        )
+
+    def _of_leaves(self, gradient: jax.Array) -> dict[str, jax.Array]:
+        """The leaves' gradients by the mean loss, from each example's own gradient."""
+        dy = gradient * self._slope() / self.examples
+        values = dict(self.values)
+        return {
+            path: layer_gradients.gradient(self.program, layer, values, dy)
+            for path, layer in self.site.layers.items()
+        }
+
+    def _residual(
+        self, directions: Callable[[jax.Array], jax.Array], scale: jax.Array
+    ) -> jax.Array:
+        """r, the mean over the directions."""
+        value = self.values[self.site.activation]
+        is_open = self._slope() != 0
+        count = len(self.unexplained)
+
+        def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            u = jnp.where(is_open, directions(index).astype(total.dtype), 0)
+            return total + per_example(self.unexplained[index], u) * u, None
+
+        total = jnp.zeros(value.shape, wide(value))
+        if count == 1:  # no loop, so that nothing of it has to be stored
+            total, _ = add(total, jnp.int32(0))
+        else:
+            total, _ = jax.lax.scan(add, total, jnp.arange(count))
+        return total / (count * scale)
+
+    def _split(self, residual: jax.Array, correction: Correction) -> list[jax.Array]:
+        """r as a correction needs it: not at all, whole, or by examples of two kinds."""
+        if correction == 0:
+            return []
+        if correction != "auto":
+            return [residual]
+        halves = (self.even, 1 - self.even)
+        return [residual * per_example(half, residual) for half in halves]
+
+
+def nodes_of(
+    program: Graph, site: JointSite, sites: Sequence[JointSite], logits: int
+) -> list[Node]:
+    """The equations whose operands and results the gradient at a site reads.
+
+    Args:
+      program: the losses.
+      site: one of ``sites``.
+      sites: all.
+      logits: number of the head's output.
+    """
+    nodes = [node for layer in site.layers.values() for node in layer.nodes]
+    nodes += [] if site.nonlinearity is None else site.nonlinearity.nodes
+    if site.feedback == "branch":
+        nodes += derivatives.between(program, site.activation, site.target)
+    if site.feedback in ("stream", "branch"):
+        site = next(s for s in sites if s.feedback == "head")
+    if site.feedback == "head":
+        nodes += derivatives.between(program, site.activation, logits)
+    return nodes
+
+
+def _transposed(
+    program: Graph,
+    start: int,
+    end: int,
+    values: Mapping[int, Any],
+    gradient: jax.Array,
+) -> jax.Array:
+    """See `derivatives.transposed`; what has no closed form is told with a way out."""
+    try:
+        return derivatives.transposed(program, start, end, values, gradient)
+    except ValueError as error:
+        raise ValueError(
+            f"the way back from an activation of shape {program.avals[end].shape} to "
+            f"one of {program.avals[start].shape} is not known: {error}. Leave out "
+            "transposed_head and residual."
+        ) from None

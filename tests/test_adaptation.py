@@ -1,0 +1,153 @@
+"""The best known method in one call: what it chooses, and that it learns."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import fgrad
+from fgrad.activity import joint
+
+KEY = jax.random.key(0)
+
+
+def data():
+    x = jax.random.normal(jax.random.key(1), (64, 8))
+    return {"x": x, "y": (x[:, 0] * x[:, 1] > 0).astype(jnp.int32)}
+
+
+def cross_entropy(logits, y):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+class Transformer(nn.Module):
+    """One block on the values of an example as tokens."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(8)(x[..., None]) + self.param("place", nn.initializers.ones, (8,))
+        h = h + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(h))
+        h = h + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(h))))
+        return nn.Dense(2, name="last")(nn.LayerNorm()(h).mean(1))
+
+
+def linen():
+    """An unmodified model of Flax."""
+    model, batch = Transformer(), data()
+    params = model.init(jax.random.key(2), batch["x"])["params"]
+
+    def losses(params, x, y):
+        return cross_entropy(model.apply({"params": params}, x), y)
+
+    return losses, params, batch
+
+
+def test_head_and_layers_are_found():
+    losses, params, batch = linen()
+    head, sites = joint.find_head(losses, params, batch)
+    assert head == ["last/bias", "last/kernel"]
+    assert len(sites) == len(jax.tree.leaves(params)) - 2
+    shapes = jax.eval_shape(lambda: batch)
+    tx = fgrad.adapt(KEY, losses, params, shapes)
+    jacobians = tx.init(params)[0].jacobians
+    assert {len(x) for x in jacobians.values()} == {2}
+    assert jacobians["Dense_1/bias"].shape == (2, 16)
+
+
+def trained(losses, params, batch, steps, **options):
+    tx = fgrad.adapt(KEY, losses, params, batch, steps=steps, **options)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params, value_fn=losses, **batch)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = params, tx.init(params)
+    run = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps)[0][0])
+    return run(start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_the_way", [False, True])
+def test_a_transformer_of_flax_learns(on_the_way):
+    losses, params, batch = linen()
+    assert losses(params, **batch).mean() > 0.5
+    found = trained(
+        losses, params, batch, 400, learning_rate=1e-2, on_the_way=on_the_way
+    )
+    assert losses(found, **batch).mean() < 0.2
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, found)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_an_unmodified_model_of_nnx_learns_in_fixed_point():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(8, 32, rngs=rngs)
+            self.head = nnx.Linear(32, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.hidden(x)))
+
+    graph, state = nnx.split(Network(nnx.Rngs(0)))
+
+    def losses(params, x, y):
+        model = nnx.merge(graph, fgrad.dequantize(params))
+        return cross_entropy(model(x), y)
+
+    params = fgrad.quantize(nnx.to_pure_dict(state), bits=16, headroom=3.0)
+    batch = data()
+    before = losses(params, **batch).mean()
+    found = trained(losses, params, batch, 300, learning_rate=1e-2, every=4)
+    assert losses(found, **batch).mean() < 0.3 * before
+    assert found["hidden"]["kernel"].qvalue.dtype == jnp.int16
+
+
+def test_a_linear_model_is_its_head_alone():
+    batch = data()
+    params = {"kernel": jnp.zeros((8, 2)), "bias": jnp.zeros(2)}
+
+    def losses(params, x, y):
+        return cross_entropy(x @ params["kernel"] + params["bias"], y)
+
+    tx = fgrad.adapt(KEY, losses, params, batch)
+    assert isinstance(tx.init(params)[0], fgrad.activity.ActivityForwardGradState)
+
+
+def test_what_cannot_be_adapted_is_told_by_name_and_may_be_frozen():
+    batch = data()
+    params = {"tied": jnp.eye(8), "layer": jnp.eye(8), "head": jnp.ones((8, 2))}
+
+    def losses(params, x, y):
+        hidden = jnp.tanh(jnp.tanh(x @ params["tied"]) @ params["tied"])
+        return cross_entropy(hidden @ params["layer"] @ params["head"], y)
+
+    with pytest.raises(ValueError, match=r"leaf 'tied' has no output.*frozen="):
+        fgrad.adapt(KEY, losses, params, batch)
+    found = trained(losses, params, batch, 9, frozen=["tied"])
+    np.testing.assert_array_equal(found["tied"], params["tied"])
+    assert np.any(found["layer"] != params["layer"])
+
+
+def test_a_head_of_another_shape_has_to_be_named():
+    params = {"layer": jnp.eye(8), "head": jnp.ones((8, 2)), "scale": jnp.ones(64)}
+    batch = data()
+
+    def losses(params, x, y):
+        hidden = jnp.tanh(x @ params["layer"]) @ params["head"]
+        return cross_entropy(hidden, y) * params["scale"]
+
+    with pytest.raises(ValueError, match="head cannot be found"):
+        fgrad.adapt(KEY, losses, params, batch)
+    tx = fgrad.adapt(KEY, losses, params, batch, head="head", frozen=["scale"])
+    assert list(tx.init(params)[0].jacobians) == ["layer"]
+
+
+@pytest.mark.parametrize("steps", [0, 1.5, True])
+def test_steps_are_checked(steps):
+    losses, params, batch = linen()
+    with pytest.raises(ValueError, match="steps must be a positive integer"):
+        fgrad.adapt(KEY, losses, params, batch, steps=steps)
