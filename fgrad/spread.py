@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -111,18 +112,42 @@ class Spread:
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of arrays that every device has whole.
-
-        Example:
-          >>> spread = Spread(jax.make_mesh((1,), ("seeds",)), pairs="seeds")
-          >>> params = jax.device_put({"w": jnp.ones(3)}, spread.replicated)
-        """
+        """The sharding of arrays that every device has whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def of_batch(self) -> NamedSharding:
         """The sharding of arrays whose first axis has the examples."""
         return NamedSharding(self.mesh, PartitionSpec(self.batch))
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts the arrays of a tree on every device.
+
+        Args:
+          tree: parameters, the state of a transformation. Where a run has several
+            processes, all give the same values.
+
+        Example:
+          >>> spread = Spread(jax.make_mesh((1,), ("seeds",)), pairs="seeds")
+          >>> spread.replicate({"w": jnp.ones(2)})["w"].is_fully_replicated
+          True
+        """
+        return jax.tree.map(lambda x: _put(x, self.replicated), tree)
+
+    def split(self, tree: Any) -> Any:
+        """Puts the examples of a batch on the devices that evaluate them.
+
+        Args:
+          tree: arrays with the examples along the first axis. A process of several
+            gives the examples of its own devices; ``jax.process_index`` says which it
+            is, and ``of_batch.devices_indices_map`` which those are.
+        """
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(
+                self.of_batch, np.asarray(x)
+            ),
+            tree,
+        )
 
     def check_pairs(self, count: int, vectorize: int = 1) -> None:
         """Raises unless the devices can share ``count`` pairs evenly.
@@ -332,11 +357,19 @@ def mean_over_shards(table: jax.Array) -> jax.Array:
     Of integers it is the whole part of the mean.
     """
     shards = len(table)
-    if not jnp.issubdtype(table.dtype, jnp.integer):
-        return functools.reduce(jnp.add, list(table)) / shards
-    # The sum itself could overflow.
-    whole = functools.reduce(jnp.add, list(table // shards))
-    return whole + functools.reduce(jnp.add, list(table % shards)) // shards
+    mean: jax.Array
+    if jnp.issubdtype(table.dtype, jnp.integer):
+        # The sum itself could overflow.
+        mean = _sum(table // shards) + _sum(table % shards) // shards
+    else:
+        mean = _sum(table) / shards
+    return mean
+
+
+def _sum(table: jax.Array) -> jax.Array:
+    """The sum over the first axis, in its order."""
+    total: jax.Array = functools.reduce(jnp.add, list(table))
+    return total
 
 
 def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -398,6 +431,19 @@ def _sharding_on(mesh: Any, array: Any) -> NamedSharding:
 def _with_auto_axes(mesh: Mesh) -> Mesh:
     """The same devices, on axes that the compiler places."""
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array with a sharding whose devices may be those of several processes."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        words = _put(jax.random.key_data(array), sharding)
+        impl = jax.random.key_impl(array)
+        key: jax.Array = jax.random.wrap_key_data(words, impl=impl)
+        return key
+    if getattr(array, "is_fully_addressable", False) and jax.process_count() > 1:
+        array = np.asarray(array)
+    put: jax.Array = jax.device_put(array, sharding)
+    return put
 
 
 def _has_examples(spread: Spread, path: tuple[Any, ...], leaf: Any) -> bool:

@@ -309,7 +309,8 @@ def _loss_of_chosen(loss_fn: _LossFn, params: Any, indices: Any) -> _LossFn:
     @functools.wraps(loss_fn, updated=())
     def of_chosen(values: Any, **kwargs: Any) -> jax.Array:
         checked_fn = integer_reads.checked(lambda p: loss_fn(p, **kwargs))
-        return checked_fn(_put_back(params, indices, values))
+        base, places = execution_order.entered((params, indices))
+        return checked_fn(_put_back(base, places, values))
 
     return of_chosen
 

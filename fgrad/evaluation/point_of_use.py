@@ -14,7 +14,6 @@ and so does what a parameter is only placed into: the frozen weights of a sparse
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -278,7 +277,7 @@ class _Interpreter:
         ]
         if any(x is None for x in operands):
             return None
-        with _context(equation):
+        with primitives.settings(equation):
             output = product(*operands, equation=equation)
         if output is None:
             return None
@@ -361,7 +360,7 @@ class _Interpreter:
             outputs = self.body(closed, values, "scan")
             return outputs[: len(carry)], outputs[len(carry) :]
 
-        with _context(equation):
+        with primitives.settings(equation):
             index = jnp.arange(length, dtype=jnp.uint32)
             carry, stacked = lax.scan(
                 step,
@@ -390,7 +389,7 @@ class _Interpreter:
             values = [*consts, *(_Known(c, active=True) for c in carry)]
             return self.body(closed, values, "while")
 
-        with _context(equation):
+        with primitives.settings(equation):
             carry = lax.while_loop(
                 lambda carry: run(test, tested, carry)[0],
                 lambda carry: run(body, shared, carry),
@@ -405,7 +404,7 @@ class _Interpreter:
         def branch(closed: Any) -> Callable[[], list[jax.Array]]:
             return lambda: self.body(closed, operands, "cond")
 
-        with _context(equation):
+        with primitives.settings(equation):
             branches = [branch(closed) for closed in equation.params["branches"]]
             outputs = lax.switch(index, branches)
         return self.wait_for(outputs)
@@ -450,12 +449,6 @@ def _leaves(value: _Value) -> list[str]:
     if isinstance(value, _Output):
         return [leaf for x in value.source.inputs for leaf in _leaves(x)]
     return []
-
-
-def _context(equation: core.JaxprEqn) -> contextlib.AbstractContextManager[Any]:
-    """The settings under which an equation was traced, such as matmul precision."""
-    context: contextlib.AbstractContextManager[Any] = equation.ctx.manager
-    return context
 
 
 def _add_up(

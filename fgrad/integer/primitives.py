@@ -32,6 +32,7 @@ from fgrad.integer.ranges import (
     prove,
     rescale,
 )
+from fgrad.tracing import primitives
 from fgrad.tracing.graph import Node
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -250,7 +251,7 @@ def _integers(node: Node, *arrays: jax.Array) -> jax.Array:
         return arrays[0]
     if "fill_value" in params:
         params["fill_value"] = None if params["fill_value"] is None else 0
-    with node.equation.ctx.manager:
+    with primitives.settings(node.equation):
         results = primitive.bind(*arrays, **primitive.get_bind_params(params))
     result: jax.Array = results[0] if primitive.multiple_results else results
     return result

@@ -234,6 +234,19 @@ class TrainStep:
           batch: ``(encoded, labels)``: what ``program.encode`` returns, and what the
             loss takes beside the outputs.
         """
+
+        def update(_: Any, state: State, weights: Any, *, batch: Any) -> Any:
+            return self._stepped(weights, state, batch)
+
+        if self._spread is None:
+            return self._stepped(weights, state, batch)
+        weights, state = spreads.with_auto_axes(update)(
+            None, state, weights, batch=batch
+        )
+        return weights, state
+
+    def _stepped(self, weights: Any, state: State, batch: Any) -> tuple[Any, State]:
+        """What calling the step returns."""
         leaves, structure = jax.tree.flatten(weights)
         decay = self._decay(state.count)
         loss, differences = state.loss, state.differences

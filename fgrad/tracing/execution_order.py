@@ -43,6 +43,21 @@ def dependent_zero(array: jax.Array) -> jax.Array:
     return word * word & 2
 
 
+def entered(tree: Any) -> Any:
+    """The arrays of a tree, as arrays of the ``shard_map`` that a trace is inside of.
+
+    On a mesh of explicit axes an array from outside has another type, and only
+    primitives know what to make of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def inside(array: Any) -> Any:
+        outer = mesh.manual_axes and jax.typeof(array).sharding.mesh != mesh
+        return lax.optimization_barrier(array) if outer else array
+
+    return jax.tree.map(inside, tree)
+
+
 def hidden(value: int, after: jax.Array) -> jax.Array:
     """A number as uint32 that no compiler knows, and not before ``after``.
 

@@ -7,10 +7,12 @@ its line here.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 from jax import lax
 from jax.extend import core
 
@@ -175,6 +177,20 @@ def called_jaxpr(
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
+@contextlib.contextmanager
+def settings(equation: core.JaxprEqn) -> Iterator[None]:
+    """The settings under which an equation was traced, such as matmul precision.
+
+    A ``shard_map`` that was entered since then stays entered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    traced_on: Any = getattr(equation.ctx, "cur_abstract_mesh", mesh)
+    entered = bool(mesh.manual_axes) and not traced_on.manual_axes
+    stay = jax.sharding.use_abstract_mesh(mesh) if entered else contextlib.nullcontext()
+    with equation.ctx.manager, stay:
+        yield
+
+
 def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """The outputs of an equation for other operands.
 
@@ -183,7 +199,7 @@ def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """
     primitive = equation.primitive
     parameters = primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
+    with settings(equation):
         outputs = primitive.bind(*operands, **parameters)
     return list(outputs) if primitive.multiple_results else [outputs]
 

@@ -1,0 +1,223 @@
+"""Steps spread over devices: the same bits whatever the mesh."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fgrad
+from fgrad import activity, enhancements, estimators, perturbations, spread
+from fgrad.leaves import Plan, Policy
+
+PROGRAM = pathlib.Path(__file__).parent / "spread_layouts.py"
+PAIRS, SHARDS = 8, 4  # those of the program
+KINDS = ["float", "int16", "int8", "low rank", "activity"]
+LINKS = ["guided", "normalized", "feedback", "sharpness", "sparse", "integer"]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    root = str(PROGRAM.parent.parent)
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def results(process: subprocess.Popen) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a program printed, by kind and layout."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    lines = [json.loads(line) for line in out.splitlines() if line[:1] == "{"]
+    return {(line.pop("kind"), line.pop("layout")): line for line in lines}
+
+
+def check_same(found: dict[tuple[str, str], dict[str, Any]], kinds: list[str]) -> None:
+    for kind in kinds:
+        of_kind = {k: v for k, v in found.items() if k[0] == kind}
+        digests = {(v["params"], v["state"]) for v in of_kind.values()}
+        assert len(of_kind) > 1 and len(digests) == 1, of_kind
+
+
+def test_the_bits_of_a_run_do_not_depend_on_its_devices():
+    found = results(start("float,counted", "1x1,2x4"))
+    check_same(found, ["float"])
+    assert found["float", "2x4"]["bytes"] <= 4 * 2 * PAIRS * SHARDS
+    # Every evaluation is made once, and each device makes as many.
+    assert found["counted", "1x1"]["evaluations"] == [2 * PAIRS * SHARDS]
+    assert found["counted", "2x4"]["evaluations"] == [2 * PAIRS * SHARDS // 8] * 8
+
+
+@pytest.mark.slow
+def test_no_mesh_and_no_process_changes_a_bit_of_any_kind_of_training():
+    found = results(start(",".join(KINDS), "1x1,8x1,2x4,4x2"))
+    check_same(found, KINDS)
+    for (kind, layout), one in found.items():
+        if kind != "activity":
+            assert one["bytes"] <= 4 * 2 * PAIRS * SHARDS, (kind, layout)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pair = [start("float,int16", "2x4", str(i), "2", address) for i in range(2)]
+    for process in pair:
+        for key, one in results(process).items():
+            assert one == found[key]
+
+
+@pytest.mark.slow
+def test_no_mesh_changes_a_bit_of_what_enhancements_and_integer_steps_make():
+    check_same(results(start(",".join(LINKS), "1x1,4x2")), LINKS)
+
+
+# --------------------------------------------------------------------- one device
+
+
+def a_mesh(*names: str) -> jax.sharding.Mesh:
+    return jax.make_mesh((1,) * len(names), names)
+
+
+def of(shape: tuple[int, ...]) -> Any:
+    """A mesh of more devices than this machine has, for checks of its sizes."""
+    devices = np.array([jax.devices()[0]] * int(np.prod(shape))).reshape(shape)
+    return jax.sharding.Mesh(devices, ("seeds", "data")[: len(shape)])
+
+
+def test_the_loss_of_a_pair_is_the_mean_over_the_shards():
+    params = {"w": jnp.arange(6.0).reshape(3, 2) / 7}
+    x = jax.random.normal(jax.random.key(1), (8, 3))
+
+    def loss_fn(params, x):
+        return jnp.sum((x @ params["w"]) ** 2) / len(x)
+
+    policy = Policy(0.1, 4)
+    plan = Plan(params, policy)
+    key = jax.random.key(2)
+    mesh = a_mesh("seeds", "data")
+    estimate = estimators.forward_gradient(
+        loss_fn,
+        params,
+        key,
+        epsilon=0.1,
+        num_perturbations=4,
+        kwargs={"x": x},
+        spread=fgrad.Spread(mesh, pairs="seeds", batch="data", shards=4),
+    )
+    for i, found in enumerate(estimate.loss_differences):
+        z_key = perturbations.sample_key(key, 0, i)
+        sides = [
+            np.mean(
+                [loss_fn(plan.perturbed(z_key, s), part) for part in x.reshape(4, 2, 3)]
+            )
+            for s in (1, -1)
+        ]
+        np.testing.assert_allclose(found, sides[0] - sides[1], rtol=1e-4)
+
+
+def test_only_examples_are_cut():
+    seen = []
+
+    def loss_fn(params, x, key, rate, table):
+        seen.append([jnp.shape(a) for a in (x["image"], key, rate, table)])
+        return jnp.mean(x["image"]) * jnp.sum(params)
+
+    spread = fgrad.Spread(a_mesh("data"), batch="data", shards=2, examples=["x"])
+    arguments = {
+        "x": {"image": jnp.ones((4, 3))},
+        "key": jax.random.key(0),
+        "rate": 0.5,
+        "table": jnp.ones(7),
+    }
+    estimators.forward_gradient(
+        loss_fn, jnp.ones(2), jax.random.key(0), kwargs=arguments, spread=spread
+    )
+    assert seen[-1] == [(2, 3), (), (), (7,)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_the_mean_over_shards(dtype):
+    table = np.random.default_rng(0).integers(-(2**31), 2**31, (5, 2, 3))
+    table = table.astype(dtype)
+    found = spread.mean_over_shards(jnp.asarray(table))
+    assert found.dtype == dtype
+    if dtype == jnp.int32:
+        np.testing.assert_array_equal(found, np.sum(table.astype(object), 0) // 5)
+    else:
+        np.testing.assert_allclose(found, table.astype(float).mean(0), rtol=1e-5)
+
+
+def test_errors_say_what_devices_can_share():
+    mesh = of((4, 2))
+    with pytest.raises(ValueError, match="no axis 'seed'; its axes are 'seeds', 'dat"):
+        fgrad.Spread(mesh, pairs="seed")
+    with pytest.raises(ValueError, match="name an axis twice"):
+        fgrad.Spread(mesh, pairs=("seeds", "data"), batch="data", shards=2)
+    with pytest.raises(
+        ValueError, match=r"shards=3 .* 2 devices .*; use shards=2 or a"
+    ):
+        fgrad.Spread(mesh, batch="data", shards=3)
+    with pytest.raises(TypeError, match="mesh must be a jax.sharding.Mesh, got 8"):
+        fgrad.Spread(8, pairs="seeds")
+    over = fgrad.Spread(mesh, pairs="seeds")
+    key = jax.random.key(0)
+    for link in (
+        fgrad.fixed_point_forward_grad,
+        lambda *a, **k: fgrad.qzo_ff(1, *a, **k),
+    ):
+        with pytest.raises(
+            ValueError, match=r"=6 pairs .* multiple of 4, or 1 or 2 dev"
+        ):
+            link(key, num_perturbations=6, spread=over)
+    with pytest.raises(ValueError, match="vectorize=4 does not divide the 2 pairs of"):
+        fgrad.fixed_point_forward_grad(
+            key, num_perturbations=8, vectorize=4, spread=over
+        )
+    with pytest.raises(TypeError, match="spread must be fgrad.Spread"):
+        fgrad.fixed_point_forward_grad(key, spread=mesh)
+    with pytest.raises(ValueError, match="activity_forward_grad cannot spread a batch"):
+        fgrad.activity_forward_grad(
+            key, ["w"], spread=fgrad.Spread(mesh, batch="data", shards=2)
+        )
+    with pytest.raises(ValueError, match="num_perturbations=2 pairs cannot be shared"):
+        fgrad.activity_forward_grad(
+            key, [activity.Site("w", num_perturbations=2)], spread=over
+        )
+    with pytest.raises(ValueError, match="num_perturbations=6 pairs cannot be shared"):
+        enhancements.sparse_update(
+            optax.sgd(1.0),
+            density=0.5,
+            criterion="importance",
+            key=key,
+            num_perturbations=6,
+            spread=over,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ({"x": np.ones((6, 2))}, {}, "6 examples cannot be cut into shards=4 equal"),
+        ({"x": np.ones((4, 2)), "y": np.ones(8)}, {}, "different numbers of examples"),
+        ({"x": np.ones((4, 2))}, {"examples": "y"}, "takes no argument 'y', only"),
+        ({"rate": 0.5}, {}, "takes no arrays of examples, only"),
+    ],
+)
+def test_errors_say_what_batches_can_be_cut(arguments, options, said):
+    with pytest.raises(ValueError, match=said):
+        estimators.forward_gradient(
+            lambda params, **kwargs: jnp.sum(params),
+            jnp.ones(2),
+            jax.random.key(0),
+            kwargs=arguments,
+            spread=fgrad.Spread(a_mesh("data"), batch="data", shards=4, **options),
+        )
