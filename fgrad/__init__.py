@@ -3,6 +3,7 @@
 from fgrad import (
     _interchange,
     activity,
+    adapters,
     analysis,
     enhancements,
     estimators,
@@ -14,6 +15,7 @@ from fgrad import (
     transform,
 )
 from fgrad.activity import activity_forward_grad
+from fgrad.adapters import adapter, lora, prompts
 from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, adopt, dequantize, products, quantize
@@ -34,6 +36,8 @@ __all__ = [
     "QTensor",
     "activity",
     "activity_forward_grad",
+    "adapter",
+    "adapters",
     "adopt",
     "analysis",
     "dequantize",
@@ -47,10 +51,12 @@ __all__ = [
     "layers",
     "leaves",
     "load",
+    "lora",
     "on_grid",
     "on_values",
     "perturbations",
     "products",
+    "prompts",
     "quantize",
     "quantized_update",
     "qzo_ff",
