@@ -3,9 +3,9 @@ r"""Few new weights for a model that stays as it is: LoRA, adapters and prompts.
 Each function takes a loss of the parameters and returns the new weights and a loss of
 these, for any pytree of parameters: of Flax, NNX, Equinox, or your own. The loss is
 traced, and where it multiplies an activation by a chosen kernel, the new weights take
-part:
+part, as LoRA or as an adapter:
 
-.. math:: x W + (x D) U \quad\text{(LoRA)}, \qquad x W + f(x D) U \quad\text{(adapter)}
+.. math:: x W + (x D) U, \quad x W + f(x D) U
 
 So no changed kernel is made, and the model has to know of nothing.
 """
@@ -70,10 +70,11 @@ def lora(
 ) -> Adaptation:
     r"""Adds a change of low rank to chosen kernels.
 
-    .. math:: y = x W + (x D) U, \quad U = 0 \text{ at first}
+    .. math:: y = x W + (x D) U
 
-    Kernels of dense layers with any axes, and of convolutions. A kernel may be a
-    `QTensor` that is dequantized, or multiplied in integers by `fgrad.layers`.
+    U is zero at first. Kernels of dense layers with any axes, and of convolutions. A
+    kernel may be a `QTensor` that is dequantized, or multiplied in integers by
+    `fgrad.layers`.
 
     Args:
       value_fn: ``value_fn(params, **kwargs)``, the loss.
@@ -124,7 +125,9 @@ def adapter(
 ) -> Adaptation:
     r"""Adds a small network of one hidden layer beside chosen kernels.
 
-    .. math:: y = x W + f(x D) U, \quad U = 0 \text{ at first}
+    .. math:: y = x W + f(x D) U
+
+    U is zero at first.
 
     Args:
       value_fn: ``value_fn(params, **kwargs)``, the loss.
