@@ -4,6 +4,7 @@ python -m experiments.main --config=experiments/configs/quickstart.py \
         --workdir=workdir/quickstart --config.seeds=0,1,2,3,4
 
 The same command goes on with an experiment that was killed or interrupted.
+``--list`` prints the names of configurations, networks, datasets and the like.
 """
 
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import listing
 from experiments.drivers import few_shot, landscape_figures, memory_table, training
 from experiments.usage import UsageError, check_names
 from experiments.workdir.runs import InUseError
@@ -23,6 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
+flags.DEFINE_bool("list", False, "Print the names that there are, and do nothing else.")
 _DRIVERS = {
     "few_shot": few_shot.run,
     "landscape": landscape_figures.run,
@@ -56,6 +59,9 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses the command line; ends the program with a message if that fails."""
+    if "--list" in argv:  # which needs no configuration
+        print(listing.text())
+        sys.exit(0)
     try:
         rest = flags.FLAGS(list(argv))
         _CONFIG.value.keys()  # a file that cannot be read is told at the first access

@@ -3,6 +3,7 @@
 from fgrad import (
     _interchange,
     activity,
+    adapters,
     analysis,
     enhancements,
     estimators,
@@ -16,6 +17,7 @@ from fgrad import (
 )
 from fgrad.activity import activity_forward_grad
 from fgrad.adaptation import adapt
+from fgrad.adapters import adapter, lora, prompts
 from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, adopt, dequantize, products, quantize
@@ -39,6 +41,8 @@ __all__ = [
     "activity",
     "activity_forward_grad",
     "adapt",
+    "adapter",
+    "adapters",
     "adopt",
     "analysis",
     "dequantize",
@@ -52,10 +56,12 @@ __all__ = [
     "layers",
     "leaves",
     "load",
+    "lora",
     "on_grid",
     "on_values",
     "perturbations",
     "products",
+    "prompts",
     "quantize",
     "quantized_update",
     "qzo_ff",

@@ -28,6 +28,7 @@ SLOW_FILES = {
     "test_memory_table.py",
     "test_ood.py",
     "test_public_few_shot.py",
+    "test_quantized_networks.py",
     "test_runs.py",
     "test_training.py",
 }

@@ -23,6 +23,9 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
 
+# What a page takes beside the library's own dependencies.
+NEEDED = {"quantized_networks": ["qwix"]}
+
 
 def name(page):
     return str(page.relative_to(ROOT))
@@ -45,6 +48,8 @@ def run(page, capsys, **given):
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 @pytest.mark.slow
 def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
+    for package in NEEDED.get(page.stem, ()):
+        pytest.importorskip(package, reason=f"{name(page)} needs {package}")
     run(page, capsys)
 
 

@@ -29,6 +29,8 @@ ALLOWED["_arguments"] = ALLOWED["leaves"] | {"leaves", "spread"}
 ALLOWED["estimators"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["transform"] = ALLOWED["estimators"] | {"estimators", "_arguments"}
 ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
+# New weights for a model, by the same products as perturbations of low rank.
+ALLOWED["adapters"] = ALLOWED["evaluation"] | {"evaluation"}
 # Beside the links: gradients from activations know the estimators' coefficients, and
 # nothing of how losses are evaluated at perturbed weights.
 ALLOWED["activity"] = ALLOWED["evaluation"] | {"estimators", "_arguments"}

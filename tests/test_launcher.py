@@ -40,6 +40,15 @@ CONFIG = f"--config={ROOT}/experiments/configs/quickstart.py"
 QUICKSTART = f"{CONFIG}:smoke"
 
 
+def test_the_names_that_there_are_are_listed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["main.py", "--list"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for name in (*registry.NETWORKS, *registry.DATASETS, "quickstart.py", "rotated_30"):
+        assert f"  {name}" in said or f" {name}," in said
+
+
 def test_a_bad_command_gets_one_line_before_any_work(tmp_path):
     workdir = tmp_path / "workdir"
     process = launch(QUICKSTART, "--config.dataset=digitz", f"--workdir={workdir}")

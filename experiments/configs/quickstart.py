@@ -101,6 +101,9 @@ def _pretrain(smoke: bool) -> ConfigDict:
     more than backpropagation does.
     """
     pretrain = ConfigDict()
+    # Whether to begin from the network in experiments/models/starts, where there is one
+    # that was pre-trained by the same settings; its end differs between processors.
+    pretrain.committed = True
     pretrain.seed = 0
     pretrain.gradient = "backward"
     pretrain.optimizer = "adam"

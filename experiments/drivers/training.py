@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import features, registry
+from experiments import features, registry, starts
 from experiments.drivers import settings
 from experiments.drivers.progress import Progress, show_progress
 from experiments.drivers.trainer import Run, Trainer
@@ -154,6 +154,10 @@ def pretrain(
       progress: told of the steps.
       where: the directory of the runs.
     """
+    if (start := starts.committed(config)) is not None:
+        progress.advance(config.pretrain.steps)
+        progress.say("begins from the pre-trained network in experiments/models/starts")
+        return start
     params = registry.initial(config, network, data)
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
     directory = _run_directory(config, where / "pretrain")

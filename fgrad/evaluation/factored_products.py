@@ -37,12 +37,15 @@ class Factored(NamedTuple):
       v: [rank, ...] with the weight's axes, of length 1 where u varies.
       amplitude: scalar, or with the weight's axes, like the scale of a grid. No
         product contracts an axis along which it varies.
+      between: what is done to the products with u before those with v, or None; then
+        nothing but a product with an activation has a meaning.
     """
 
     base: jax.Array
     u: jax.Array
     v: jax.Array
     amplitude: jax.Array
+    between: Callable[[jax.Array], jax.Array] | None = None
 
 
 # ------------------------------------------------------------------------- views
@@ -141,6 +144,7 @@ def _dot_correction(
     left_of_x = "".join(c for c in axes.x if c in axes.out or c in v_axes)
     left_of_u = "".join(c for c in u_axes if c in axes.out and c not in axes.x)
     xu_axes = f"{left_of_x}{_RANK}{left_of_u}"
+    x = _like(u, x)
     xu = jnp.einsum(
         f"{axes.x},{_RANK}{u_axes}->{xu_axes}",
         x,
@@ -148,6 +152,8 @@ def _dot_correction(
         preferred_element_type=_accumulator(x),
         precision=equation.params.get("precision"),
     )
+    if weight.between is not None:
+        xu = weight.between(xu)
     # Then the sum over the rank.
     out: Any = equation.outvars[0].aval
     total = jnp.einsum(
@@ -220,20 +226,22 @@ def _conv(x: Any, weight: Any, *, equation: core.JaxprEqn) -> jax.Array | None:
     params = equation.params
     numbers = params["dimension_numbers"]
     base: jax.Array = primitives.bind(equation, [x, weight.base])[0]
-    image = windows.features_last(x, numbers.lhs_spec)
+    image = windows.features_last(_like(weight.u, x), numbers.lhs_spec)
     in_feature, *spatial = numbers.rhs_spec[1:]
     # [*window, in_feature, rank]
     u = weight.u[..., 0].transpose([*(a + 1 for a in (*spatial, in_feature)), 0])
-    u = u.astype(x.dtype)
+    u = u.astype(image.dtype)
     size = u.shape[:-2]
     touching = size == tuple(params["window_strides"])
     dilated = any(d != 1 for d in params["rhs_dilation"])
     if touching and not dilated and not any(map(any, params["padding"])):
-        xu = _patches_dot(image, u, _accumulator(x))
+        xu = _patches_dot(image, u, _accumulator(image))
     elif math.prod(size) <= _MAX_SHIFTS:
-        xu = _shifted_dots(image, u, params, _accumulator(x))
+        xu = _shifted_dots(image, u, params, _accumulator(image))
     else:
         return None
+    if weight.between is not None:
+        xu = weight.between(xu)
     dtype = base.dtype
     v = weight.v.reshape(weight.u.shape[0], -1).astype(dtype)
     correction = jnp.einsum("...r,ro->...o", xu.astype(dtype), v, precision="highest")
@@ -252,6 +260,12 @@ def _can_be_apart(weight: Factored, params: Mapping[str, Any]) -> bool:
         and params.get("batch_group_count", 1) == 1
         and all(d == 1 for d in params["lhs_dilation"])
     )
+
+
+def _like(u: jax.Array, x: jax.Array) -> jax.Array:
+    """The activation for a product with u: integers as floats, if u is of floats."""
+    both = jnp.issubdtype(x.dtype, jnp.integer), jnp.issubdtype(u.dtype, jnp.integer)
+    return x.astype(u.dtype) if both == (True, False) else x
 
 
 def _varies_along(amplitude: jax.Array, axis: int) -> bool:
