@@ -248,20 +248,24 @@ class TrainStep:
     ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
         """Leaves after equations (6) to (8), the first loss, and the differences."""
         leaves, structure = jax.tree.flatten(weights)
-        keys = self._keys(state)
+        step_key = self._step_key(state)
 
-        def evaluate(_: Any, address: Any) -> tuple[Any, jax.Array]:
-            sign, leaf_keys = address
+        # Keys are made where they are used: kept ones would need memory for each pair.
+        def key_of(rule: Rule, pair: jax.Array) -> Words:
+            return rule.address.key(fold_in(step_key, pair))
+
+        def evaluate(_: Any, side: Any) -> tuple[Any, jax.Array]:
+            pair, sign = side
             moved = list(leaves)
             for i, rule in self.rules.items():
                 with jax.named_scope("perturb"):
-                    z = rule.z(leaf_keys[i], decay)
+                    z = rule.z(key_of(rule, pair), decay)
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
             return (), self.loss(jax.tree.unflatten(structure, moved), batch)
 
+        numbers = np.arange(self.num_perturbations, dtype=np.uint32)
         signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
-        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
-        _, found = lax.scan(evaluate, (), (signs, twice))
+        _, found = lax.scan(evaluate, (), (np.repeat(numbers, 2), signs))
         pairs = found.reshape(self.num_perturbations, 2)
         differences = pairs[:, 0] - pairs[:, 1]
         coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
@@ -273,7 +277,8 @@ class TrainStep:
         for i, rule in self.rules.items():
             with jax.named_scope("update"):
                 shape = [self.num_perturbations, *[1] * leaves[i].ndim]
-                first, second = (word.reshape(shape) for word in keys[i])
+                words = key_of(rule, jnp.asarray(numbers))
+                first, second = (word.reshape(shape) for word in words)
                 z = rule.z((first, second), decay)
                 total = jnp.sum(coefficients[type(rule)].reshape(shape) * z, axis=0)
                 updated[i] = rule.updated(leaves[i], total, 128 * bound, decay)
@@ -317,12 +322,6 @@ class TrainStep:
                 for leaf, q in zip(own, jax.tree.leaves(weights), strict=True)
             ],
         )
-
-    def _keys(self, state: State) -> dict[int, Words]:
-        """The words of the keys [m] of each leaf."""
-        indices = jnp.arange(self.num_perturbations, dtype=jnp.uint32)
-        sample = fold_in(self._step_key(state), indices)
-        return {i: rule.address.key(sample) for i, rule in self.rules.items()}
 
     def _step_key(self, state: State) -> Words:
         return fold_in((state.key[0], state.key[1]), state.count.astype(jnp.uint32))
