@@ -43,7 +43,11 @@ def row(problem: Problem) -> str:
 def _outputs(problem: Problem, bits: tuple[int, int]) -> np.ndarray:
     """What the integer program says of all inputs, as floats."""
     program = integer.convert(
-        problem.function, problem.params, problem.calibration, bits=bits
+        problem.function,
+        problem.params,
+        problem.calibration,
+        bits=bits,
+        headroom=1.0,  # nothing is trained
     )
     encoded: Any = program.encode(problem.inputs)
     return features.batched(lambda x: program.decode(program.params, x), encoded)

@@ -30,7 +30,7 @@ import fgrad
 from experiments import features
 from experiments.benchmarks import integer_problems
 from experiments.benchmarks.integer_problems import applied, halves
-from experiments.configs import fewshot_audio, quickstart
+from experiments.configs import quickstart
 from experiments.data.arrays import Split
 from experiments.drivers import training
 from experiments.drivers.progress import show_progress
@@ -92,8 +92,7 @@ def digits(directory: pathlib.Path, smoke: bool) -> Task:
 
 def voices(directory: pathlib.Path, smoke: bool) -> Task:
     """Ten new voices: a new head on the CRNN of the few-shot experiments."""
-    cell = "voices,crnn_small,protonet" + (",smoke" if smoke else "")
-    config = fewshot_audio.get_config(cell)
+    config = integer_problems.voices_config(smoke)
     with show_progress() as progress:
         network, params, data = integer_problems.features_network(
             config, directory, progress

@@ -78,6 +78,16 @@ class Scope:
         for depth in range(len(ranges) - 1, -1, -1):
             self.lines.append("  " * (self._depth + depth) + "}")
 
+    @contextlib.contextmanager
+    def unless(self, tests: Sequence[str]) -> Iterator[Scope]:
+        """A block that is skipped if one of some tests holds."""
+        if not tests:
+            yield self
+            return
+        self.add(f"if (!({' || '.join(tests)})) {{")
+        yield Scope(self)
+        self.add("}")
+
     def remembered(self, key: Any) -> str | None:
         """The name of a value computed before."""
         return self._known.get(key)
@@ -231,7 +241,9 @@ class _Function:
         if operation.name in lowering.WRITERS:
             self.writer.tick()
             self._comment(operation, operation.outputs)
-            getattr(self, f"_write_{operation.name}")(operation, places)
+            name = operation.name
+            kind = "cumulative" if name in lowering.CUMULATIVE else name
+            getattr(self, f"_write_{kind}")(operation, places)
             return
         (value,) = operation.outputs
         if not self.storage.is_stored(value):
@@ -361,6 +373,11 @@ class _Function:
             return f"({c_type(value.dtype)}){index[axis]}"
         if name == "gather":
             return self._gather(operation, index, scope)
+        if name == "dynamic_slice":
+            source, *starts = operation.inputs
+            begin = self._starts(starts, source.shape, value.shape, scope)
+            place = [_shifted(b, i) for b, i in zip(begin, index, strict=True)]
+            return self.element(source, place, scope)
         operand = operation.inputs[0]
         return self.element(operand, _viewed(operation, index), scope)
 
@@ -441,7 +458,6 @@ class _Function:
             operation.outputs[0],
             operation.params,
         )
-        _only_plain(operation, "base_dilation", "window_dilation")
         name = operation.name.replace("_window", "")
         total = self.writer.fresh("sum")
         scope.add(f"{c_type(out.dtype)} {total} = {_initial(name, out.dtype)};")
@@ -454,16 +470,16 @@ class _Function:
                     i,
                     k,
                     params["window_strides"][axis],
-                    1,
+                    params["window_dilation"][axis],
                     params["padding"][axis],
                     operand.shape[axis],
+                    params["base_dilation"][axis],
                 )
                 place.append(position)
                 tests += test
-            if tests:
-                inner.add(f"if ({' || '.join(tests)}) continue;")
-            x = self.element(operand, place, inner)
-            inner.add(_accumulate(name, total, x))
+            with inner.unless(tests) as inside:
+                x = self.element(operand, place, inside)
+                inside.add(_accumulate(name, total, x))
         return total
 
     def _gather(self, operation: Operation, index: Index, scope: Scope) -> str:
@@ -529,7 +545,6 @@ class _Function:
     def _convolution(self, operation: Operation, index: Index, scope: Scope) -> str:
         lhs, rhs = operation.inputs
         params = operation.params
-        _only_plain(operation, "lhs_dilation")
         numbers = params["dimension_numbers"]
         (batch, feature, *space), (out, into, *taps), out_spec = (
             numbers.lhs_spec,
@@ -551,11 +566,13 @@ class _Function:
                     params["rhs_dilation"][n],
                     params["padding"][n],
                     lhs.shape[axis],
+                    params["lhs_dilation"][n],
                 )
                 tests += test
-            if tests:
-                window.add(f"if ({' || '.join(tests)}) continue;")
-            with window.loops((names[into], rhs.shape[into])) as inner:
+            with (
+                window.unless(tests) as inside,
+                inside.loops((names[into], rhs.shape[into])) as inner,
+            ):
                 left[feature] = names[into]
                 if params["feature_group_count"] > 1:
                     share = rhs.shape[out] // params["feature_group_count"]
@@ -649,18 +666,72 @@ class _Function:
             x = self.element(padding, [], inner)
             inner.add(f"{target.name}[{linear(index, value.shape)}] = {x};")
         config = operation.params["padding_config"]
-        if any(low < 0 or high < 0 for low, high, _ in config):
-            raise ConversionError("C is not written for negative padding; use a slice.")
-        with self.scope.loops(*zip(index, operand.shape, strict=True)) as inner:
-            place = [
-                _plus(_times(i, n, gap + 1), n, low)
-                for i, n, (low, _, gap) in zip(
-                    index, operand.shape, config, strict=True
-                )
-            ]
-            x = self.element(operand, index, inner)
+        place, tests = [], []
+        for i, n, size, (low, high, gap) in zip(
+            index, operand.shape, value.shape, config, strict=True
+        ):
+            place.append(_plus(_times(i, n, gap + 1), n, low))
+            if low < 0 or high < 0:  # it cuts off
+                tests.append(f"(uint32_t)({place[-1]}) >= {size}u")
+        ranges = list(zip(index, operand.shape, strict=True))
+        with self.scope.loops(*ranges) as inner, inner.unless(tests) as inside:
+            x = self.element(operand, index, inside)
+            inside.add(f"{target.name}[{linear(place, value.shape)}] = {x};")
+        self.buffers[value] = target
+
+    def _write_cumulative(self, operation: Operation, places: dict[Value, str]) -> None:
+        (value,), (operand,) = operation.outputs, operation.inputs
+        target, axis = self._memory(value, places), operation.params["axis"]
+        name = operation.name.replace("cum", "reduce_")
+        index, count = _index(value.shape), value.shape[axis]
+        ranges = list(zip(index, value.shape, strict=True))
+        others = [r for a, r in enumerate(ranges) if a != axis]
+        total, k = self.writer.fresh("sum"), self._counter(count)
+        with self.scope.loops(*others) as outer:
+            kind = c_type(value.dtype)
+            outer.add(f"{kind} {total} = {_initial(name, value.dtype)};")
+            with outer.loops((k, count)) as inner:
+                at = f"{count - 1} - {k}" if operation.params["reverse"] else k
+                place = [*index[:axis], at, *index[axis + 1 :]]
+                x = self.element(operand, place, inner)
+                inner.add(_accumulate(name, total, x))
+                inner.add(f"{target.name}[{linear(place, value.shape)}] = {total};")
+        self.buffers[value] = target
+
+    def _write_dynamic_update_slice(
+        self, operation: Operation, places: dict[Value, str]
+    ) -> None:
+        (value,), (operand, update, *starts) = operation.outputs, operation.inputs
+        target = self._memory(value, places)
+        self._copy(operand, target.name)
+        index = _index(update.shape)
+        begin = self._starts(starts, value.shape, update.shape, self.scope)
+        with self.scope.loops(*zip(index, update.shape, strict=True)) as inner:
+            place = [_shifted(b, i) for b, i in zip(begin, index, strict=True)]
+            x = self.element(update, index, inner)
             inner.add(f"{target.name}[{linear(place, value.shape)}] = {x};")
         self.buffers[value] = target
+
+    def _starts(
+        self,
+        starts: Sequence[Value],
+        shape: Sequence[int],
+        part: Sequence[int],
+        scope: Scope,
+    ) -> list[str]:
+        """Where a part of an array begins, moved inside as JAX does."""
+        found = []
+        for start, size, extent in zip(starts, shape, part, strict=True):
+            if size == extent:
+                found.append("0")
+                continue
+            begin = self.writer.fresh("at")
+            x = self.element(start, [], scope)
+            scope.add(f"int32_t {begin} = (int32_t){x};")
+            scope.add(f"if ({begin} > {size - extent}) {begin} = {size - extent};")
+            scope.add(f"if ({begin} < 0) {begin} = 0;")
+            found.append(begin)
+        return found
 
     def _write_threefry2x32(
         self, operation: Operation, places: dict[Value, str]
@@ -852,24 +923,47 @@ def _reshaped(place: str, shape: Sequence[int]) -> list[str]:
 
 
 def _position_in_window(
-    i: str, k: str, stride: int, dilation: int, padding: tuple[int, int], size: int
+    i: str,
+    k: str,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int],
+    size: int,
+    gap: int,
 ) -> tuple[str, list[str]]:
-    """Where a tap of a window reads, and the test that it reads beyond the array."""
+    """Where a tap of a window reads, and tests of which one holds if it reads nothing.
+
+    Args:
+      i: place of the window.
+      k: number of the tap.
+      stride: from one window to the next.
+      dilation: from one tap to the next.
+      padding: before and after the array.
+      size: of the array.
+      gap: from one element of the array to the next, where it is spread out.
+    """
     terms = [] if i == "0" else [i if stride == 1 else f"{i} * {stride}"]
     if k != "0":
         terms.append(k if dilation == 1 else f"{k} * {dilation}")
     position = " + ".join(terms) or "0"
     if padding[0]:
         position = f"{position} - {padding[0]}"
-    if not any(padding):
-        return position, []
-    return position, [f"(uint32_t)({position}) >= {size}u"]
+    extent = (size - 1) * gap + 1
+    tests = [f"(uint32_t)({position}) >= {extent}u"] if any(padding) else []
+    if gap > 1 and position != "0":
+        return f"({position}) / {gap}", [*tests, f"({position}) % {gap} != 0"]
+    return position, tests
 
 
 def _plus(i: str, size: int, offset: int) -> str:
     if size == 1:
         return str(offset)
     return f"{i} + {offset}" if offset else i
+
+
+def _shifted(begin: str, i: str) -> str:
+    """An index from a place that is known at run time."""
+    return begin if i == "0" else i if begin == "0" else f"{begin} + {i}"
 
 
 def _times(i: str, size: int, factor: int) -> str:
@@ -916,15 +1010,6 @@ def _channel_axis(operation: Operation, value: Value) -> int:
     if operation.name in lowering.DOTS:
         return len(value.shape) - 1
     return int(operation.params["dimension_numbers"].out_spec[1])
-
-
-def _only_plain(operation: Operation, *names: str) -> None:
-    for name in names:
-        if any(n != 1 for n in operation.params.get(name) or ()):
-            raise ConversionError(
-                f"C is not written for a {name} of {operation.params[name]} "
-                f"({operation.layer}); write the model without it."
-            )
 
 
 def _readable(layer: str) -> str:

@@ -306,7 +306,7 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
         if "has no integer rule" in str(error):
             raise
         raise ConversionError(
-            f"{node.name} ({primitives.source_of(node)}): {error}"
+            f"{node.name} ({primitives.source_of(node.equation)}): {error}"
         ) from error
     return results if isinstance(results, list) else [results]
 

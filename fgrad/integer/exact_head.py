@@ -99,9 +99,8 @@ class ExactHead:
           ConversionError: if the leaves are not those of a last linear layer.
         """
         node = _only_use(graph, graph.inputs[self.kernel.index], self.name)
-        numbers = node.equation.params.get("dimension_numbers")
-        ranks = {len(graph.avals[x].shape) for x in node.inputs if isinstance(x, int)}
-        if node.name != "dot_general" or ranks != {2} or len(numbers[0][0]) != 1:
+        ranks = [len(graph.avals[x].shape) for x in node.inputs if isinstance(x, int)]
+        if node.name != "dot_general" or ranks != [2, 2] or not _is_matmul(node):
             raise _not_a_head(
                 self.name,
                 f"its kernel goes into {node.name!r}; it takes a product of features "
@@ -221,6 +220,12 @@ def _multiplied(change: Fixed, unit: float, share: Any) -> jax.Array:
     ranges.prove(-bound, bound, "the change of a weight at this learning rate")
     factor = multiplier if share is None else (multiplier * share) >> _SHARE_BITS
     return ranges.multiply(change.wide, factor, shift, change.magnitude, multiplier)
+
+
+def _is_matmul(node: Node) -> bool:
+    """Whether a product of two matrices sums over one axis of each."""
+    (contracted, _), _ = node.equation.params["dimension_numbers"]
+    return len(contracted) == 1
 
 
 def _only_use(graph: Graph, value: int, name: str) -> Node:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from fgrad.integer.primitives import REMEDIES, source_of
 from fgrad.integer.ranges import ConversionError
 from fgrad.tracing import primitives
 from fgrad.tracing.primitives import scan_sizes
@@ -43,10 +44,22 @@ WINDOWS = frozenset({"reduce_window_max", "reduce_window_min", "reduce_window_su
 # Of these every element is one element of the operand.
 VIEWS = frozenset({"broadcast_in_dim", "transpose", "slice", "rev", "tile"})
 RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
+CUMULATIVE = frozenset({"cumsum", "cummax", "cummin"})
 # These write their result in parts.
-WRITERS = frozenset({"concatenate", "pad", "threefry2x32", "split", "stack", "scan"})
+WRITERS = frozenset(
+    {
+        *CUMULATIVE,
+        *("concatenate", "pad", "threefry2x32", "split", "stack", "scan"),
+        "dynamic_update_slice",
+    }
+)
 HEAVY = frozenset({*REDUCTIONS, *POSITIONS, *WINDOWS, *DOTS, *CONVOLUTIONS})
-KNOWN = frozenset({*POINTWISE, *HEAVY, *VIEWS, *RESHAPES, *WRITERS, "iota", "gather"})
+KNOWN = frozenset(
+    {
+        *(*POINTWISE, *HEAVY, *VIEWS, *RESHAPES, *WRITERS),
+        *("iota", "gather", "dynamic_slice"),
+    }
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,6 +153,7 @@ def _inline(
     inputs: Sequence[Value],
     operations: list[Operation],
     layer: str,
+    source: str = "",
 ) -> list[Value]:
     names: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     for variable, array in zip(jaxpr.constvars, constants, strict=True):
@@ -157,12 +171,16 @@ def _inline(
         called = primitives.called_jaxpr(equation)
         name = equation.params.get("name", "") if called else equation.primitive.name
         if called and name not in (*SCALAR_FUNCTIONS, *PRODUCT_FUNCTIONS):
-            outputs = _inline(*called, operands, operations, stack)
+            caller = _source(equation, source)
+            outputs = _inline(*called, operands, operations, stack, caller)
+        elif name == "optimization_barrier":
+            outputs = operands
         elif not called and (known := _known(equation, operands)) is not None:
             outputs = [known]
         else:
             outputs = [_value(v.aval) for v in equation.outvars]
-            operation = _operation(name, equation, operands, outputs, stack)
+            where = f"{_source(equation, source)}; layer {stack or 'not named'}"
+            operation = _operation(name, equation, operands, outputs, stack, where)
             for output in outputs:
                 output.maker = operation
             operations.append(operation)
@@ -194,6 +212,7 @@ def _operation(
     operands: list[Value],
     outputs: list[Value],
     layer: str,
+    where: str,
 ) -> Operation:
     params = dict(equation.params)
     if name in PRODUCT_FUNCTIONS:
@@ -207,11 +226,24 @@ def _operation(
         body = _block(closed.jaxpr, closed.consts, inputs)
         params["sizes"] = scan_sizes(params)
     if name not in KNOWN:
+        remedy = REMEDIES.get(name, "an operation that C has no loop for")
         raise ConversionError(
-            f"C is not written for the operation {name!r} ({layer}); write the model "
-            "by other ones."
+            f"C is not written for the operation {name!r} ({where}): it is {remedy}. "
+            "Change the model or the loss, or hand it over by fgrad.integer.export."
+        )
+    if params.get("batch_group_count", 1) != 1:
+        raise ConversionError(
+            f"C is not written for {name!r} with a batch_group_count of "
+            f"{params['batch_group_count']} ({where}): use feature_group_count, or "
+            "hand it over by fgrad.integer.export."
         )
     return Operation(name, params, operands, outputs, layer, body)
+
+
+def _source(equation: core.JaxprEqn, caller: str) -> str:
+    """Where the user's code computes an equation, or calls what computes it."""
+    found = source_of(equation)
+    return found if ":" in found or not caller else caller
 
 
 def _value(aval: Any) -> Value:
@@ -287,6 +319,8 @@ class Storage:
             return ("view", operation, self._groups[out]) if once else None
         if operation.name == "gather":
             return ("view", operation, self._groups[out]) if position == 1 else None
+        if operation.name == "dynamic_slice":
+            return ("view", operation, self._groups[out]) if position == 0 else None
         if operation.name in (*REDUCTIONS, *POSITIONS):
             return ("reduce", operation)
         if self.rows.get(operation) is value and position == 1:

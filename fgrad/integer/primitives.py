@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 
 from fgrad.integer import products, tables
 from fgrad.integer.calibration import Observed
@@ -551,18 +552,20 @@ def linear(grids: Grids, node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
 
 def unsupported(node: Node) -> ConversionError:
     """The error for a primitive that has no rule."""
-    remedy = _REMEDIES.get(
+    remedy = REMEDIES.get(
         node.name,
         "an operation that is not known here; write it by other ones, or compute it "
         "before the program",
     )
     return ConversionError(
-        f"the primitive {node.name!r} has no integer rule ({source_of(node)}): it is "
+        f"the primitive {node.name!r} has no integer rule "
+        f"({source_of(node.equation)}): it is "
         f"{remedy}."
     )
 
 
-_REMEDIES = {
+# What an operation without a rule is, and what to do about it.
+REMEDIES = {
     "while": "a loop whose end depends on data; use lax.scan, or lax.fori_loop with "
     "Python integers as bounds",
     "cond": "a branch; compute both sides and choose by jnp.where",
@@ -573,13 +576,13 @@ _REMEDIES = {
 }
 
 
-def source_of(node: Node) -> str:
+def source_of(equation: core.JaxprEqn) -> str:
     """Where the user's code computes an equation: file, line and function."""
-    traceback: Any = node.equation.source_info.traceback
+    traceback: Any = equation.source_info.traceback
     frames: Any = traceback.frames if traceback is not None else ()
     for frame in frames:
         name: str = frame.file_name
         if not name.startswith((_LIBRARY, "<")) and "site-packages" not in name:
             return f"{name}:{frame.line_num}, in {frame.function_name}"
-    layer = str(node.equation.source_info.name_stack)
+    layer = str(equation.source_info.name_stack)
     return f"in {layer}" if layer else "inside a function of a library"

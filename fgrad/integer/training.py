@@ -265,17 +265,22 @@ class TrainStep:
     ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
         """Leaves after equations (6) to (8), the first loss, and the differences."""
         leaves, structure = jax.tree.flatten(weights)
-        keys = self._keys(state)
+        step_key = self._step_key(state)
 
-        def evaluate(sign: jax.Array, leaf_keys: Any, arguments: Any) -> jax.Array:
+        # Keys are made where they are used: kept ones would need memory for each pair.
+        def key_of(rule: Rule, pair: jax.Array) -> Words:
+            return rule.address.key(fold_in(step_key, pair))
+
+        def evaluate(sign: jax.Array, pair: jax.Array, arguments: Any) -> jax.Array:
             moved = list(leaves)
             for i, rule in self.rules.items():
                 with jax.named_scope("perturb"):
-                    z = rule.z(leaf_keys[i], decay)
+                    z = rule.z(key_of(rule, pair), decay)
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
             return self.loss(jax.tree.unflatten(structure, moved), arguments["batch"])
 
-        pairs = self._pairs(evaluate, keys, {"batch": batch})
+        numbers = np.arange(self.num_perturbations, dtype=np.uint32)
+        pairs = self._pairs(evaluate, numbers, {"batch": batch})
         differences = pairs[:, 0] - pairs[:, 1]
         coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
         bound = self.num_perturbations
@@ -286,7 +291,8 @@ class TrainStep:
         for i, rule in self.rules.items():
             with jax.named_scope("update"):
                 shape = [self.num_perturbations, *[1] * leaves[i].ndim]
-                first, second = (word.reshape(shape) for word in keys[i])
+                words = key_of(rule, jnp.asarray(numbers))
+                first, second = (word.reshape(shape) for word in words)
                 z = rule.z((first, second), decay)
                 total = jnp.sum(coefficients[type(rule)].reshape(shape) * z, axis=0)
                 updated[i] = rule.updated(leaves[i], total, 128 * bound, decay)
@@ -311,17 +317,18 @@ class TrainStep:
         return updated, loss.q
 
     def _pairs(
-        self, evaluate: Callable[..., jax.Array], keys: Any, arguments: dict[str, Any]
+        self,
+        evaluate: Callable[..., jax.Array],
+        numbers: np.ndarray[Any, Any],
+        arguments: dict[str, Any],
     ) -> jax.Array:
         """int32 [m, 2], the losses of all pairs."""
         if self._spread is not None:
-            table = self._spread.table(evaluate, keys, arguments)
+            table = self._spread.table(evaluate, jnp.asarray(numbers), arguments)
             return spreads.mean_over_shards(table).T
         signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
-        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
-        _, found = lax.scan(
-            lambda _, x: ((), evaluate(*x, arguments)), (), (signs, twice)
-        )
+        sides = signs, np.repeat(numbers, 2)
+        _, found = lax.scan(lambda _, x: ((), evaluate(*x, arguments)), (), sides)
         return found.reshape(self.num_perturbations, 2)
 
     def loss(self, weights: Any, batch: Any) -> jax.Array:
@@ -344,12 +351,6 @@ class TrainStep:
                 for leaf, q in zip(own, jax.tree.leaves(weights), strict=True)
             ],
         )
-
-    def _keys(self, state: State) -> dict[int, Words]:
-        """The words of the keys [m] of each leaf."""
-        indices = jnp.arange(self.num_perturbations, dtype=jnp.uint32)
-        sample = fold_in(self._step_key(state), indices)
-        return {i: rule.address.key(sample) for i, rule in self.rules.items()}
 
     def _step_key(self, state: State) -> Words:
         return fold_in((state.key[0], state.key[1]), state.count.astype(jnp.uint32))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import fgrad
 from fgrad.integer import ConversionError, audit, convert, integers
@@ -56,6 +57,8 @@ def test_parameters_that_are_quantized_already_keep_their_scales():
     assert program.params["w"].scale == params["w"].scale
 
 
+NHC = ("NHC", "HIO", "NHC")
+K = np.random.default_rng(2).normal(size=(3, 1, 2)).astype(np.float32)
 X = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)
 
@@ -94,6 +97,22 @@ PIECES = {
     "avg_pool": lambda h: nn.avg_pool(h[..., None], (2,), (2,)),
     "comparison": lambda h: (h > 0).astype(jnp.float32) + h,
     "cosine": lambda h: jnp.cos(h) + jnp.sin(h),
+    "running_sum": lambda h: jnp.cumsum(h, axis=1),
+    "running_maximum": lambda h: lax.cummax(h, axis=0, reverse=True),
+    "slice_at": lambda h: lax.dynamic_slice(h, (2, jnp.argmax(h[0])), (3, 2)),
+    "update_at": lambda h: lax.dynamic_update_slice(
+        h, 2 * h[:2, :3], (jnp.argmin(h[:, 0]), 1)
+    ),
+    "cut": lambda h: lax.pad(h, 0.5, ((-1, 2, 0), (1, -2, 1))),
+    "transposed_conv": lambda h: lax.conv_transpose(
+        h[..., None], K, (2,), "SAME", dimension_numbers=NHC
+    ),
+    "padded_1x1_conv": lambda h: lax.conv_general_dilated(
+        h[..., None], K[:1], (1,), ((1, 2),), dimension_numbers=NHC
+    ),
+    "spread_pool": lambda h: lax.reduce_window(
+        h, -np.inf, lax.max, (1, 2), (1, 1), ((0, 0), (1, 1)), (1, 2), (1, 3)
+    ),
 }
 
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import emulation
-from fgrad.integer import ConversionError, arena, convert, integers, to_c, train_step
+from fgrad.integer import (
+    ConversionError,
+    Fixed,
+    arena,
+    convert,
+    integers,
+    to_c,
+    train_step,
+)
 from tests.integer.conftest import function
 from tests.integer.test_convert import LSTM, PIECES, Transformer, W, X
 
@@ -260,7 +268,71 @@ def test_an_arena_keeps_what_lives_at_one_time_apart():
     assert busiest <= total < 1.6 * busiest + 240
 
 
-def test_what_c_is_not_written_for(tmp_path):
-    program = convert(lambda p, x: jnp.cumsum(x @ p, axis=1), W, X)
-    with pytest.raises(ConversionError, match="cumsum"):
-        to_c(program, tmp_path)
+def sorted_loss(outputs, labels):
+    worst = jnp.sort(jnp.max(outputs.wide, axis=1))[-2:]
+    return Fixed(jnp.sum(worst), outputs.scale, -(2**17), 2**17)
+
+
+def largest_loss(outputs, labels):
+    values, _ = jax.lax.top_k(outputs.wide, 2)
+    return Fixed(jnp.sum(values), outputs.scale, -(2**22), 2**22)
+
+
+def branching_loss(outputs, labels):
+    total = jnp.sum(outputs.wide)
+    total = jax.lax.cond(total > 0, lambda x: x, lambda x: -x, total)
+    return Fixed(total, outputs.scale, -(2**22), 2**22)
+
+
+def looping_loss(outputs, labels):
+    total = jax.lax.while_loop(
+        lambda x: x > 100, lambda x: x >> 1, jnp.max(outputs.wide)
+    )
+    return Fixed(total, outputs.scale, -(2**15), 2**15)
+
+
+def float_loss(outputs, labels):
+    total = jnp.sum(jnp.tanh(outputs.q * outputs.scale))
+    return Fixed((total * 100).astype(jnp.int32), 0.01, -(2**15), 2**15)
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "remedy"),
+    [
+        (sorted_loss, "sort", "sort what it returns"),
+        (largest_loss, "top_k", "sort what it returns"),
+        (branching_loss, "cond", "jnp.where"),
+        (looping_loss, "while", "lax.scan"),
+        (float_loss, "float32", "integers of up to 32 bits"),
+    ],
+)
+def test_a_loss_that_c_is_not_written_for_says_what_to_do(made, name, remedy, tmp_path):
+    program = convert(lambda p, x: x @ p["w"], {"w": W}, X)
+    _, step = train_step(
+        program, jax.random.key(0), learning_rate=0.1, epsilon=0.1, loss=made
+    )
+    with pytest.raises(ConversionError) as error:
+        to_c(step, tmp_path, batch_size=4)
+    assert name in str(error.value)
+    assert remedy in str(error.value)
+    if name != "float32":
+        assert "test_to_c.py:" in str(error.value)
+        assert made.__name__ in str(error.value)
+
+
+def batch_groups(params, x):
+    h = (x @ params["w"])[:, None, :]
+    return jax.lax.conv_general_dilated(
+        h,
+        jnp.ones((1, 6, 2)),
+        (1,),
+        "VALID",
+        dimension_numbers=("NHC", "HIO", "NHC"),
+        batch_group_count=2,
+    )
+
+
+def test_a_convolution_over_groups_of_the_batch_is_an_error(tmp_path):
+    program = convert(batch_groups, {"w": W}, X)
+    with pytest.raises(ConversionError, match="feature_group_count"):
+        to_c(program, tmp_path, batch_size=4)
