@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.drivers import few_shot, landscape_figures, memory_table, training
+from experiments.drivers import (
+    few_shot,
+    influence_table,
+    landscape_figures,
+    memory_table,
+    training,
+)
 from experiments.usage import UsageError, check_names
 from experiments.workdir.runs import InUseError
 
@@ -25,6 +31,7 @@ _RESUME = flags.DEFINE_bool(
 )
 _DRIVERS = {
     "few_shot": few_shot.run,
+    "influence": influence_table.run,
     "landscape": landscape_figures.run,
     "memory": memory_table.run,
     "train": training.run,

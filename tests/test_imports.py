@@ -30,8 +30,8 @@ ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
 # Beside the links: gradients from activations know the estimators' coefficients, and
 # nothing of how losses are evaluated at perturbed weights.
 ALLOWED["activity"] = ALLOWED["evaluation"] | {"estimators", "_arguments"}
-# What looks at a training step from outside.
-ALLOWED["analysis"] = {"_trees", "fixed_point", "tracing", "leaves"}
+# What looks at a training step from outside, also through the eyes of its examples.
+ALLOWED["analysis"] = ALLOWED["activity"] | {"activity", "evaluation"}
 # Integer programs and many devices; until they exist, their lines do nothing.
 ALLOWED["integer"] = {"_trees", "_arguments", "fixed_point", "tracing", "perturbations"}
 ALLOWED["integer"] |= {"leaves", "layers", "serialization"}

@@ -76,6 +76,31 @@ def check_memory(config: ConfigDict) -> None:
         adapt.check_way(method.adaptation)
 
 
+def check_influence(config: ConfigDict) -> None:
+    """Checks a configuration of the influence of training examples.
+
+    Args:
+      config: see ``configs/influence.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that leave nothing to look at.
+    """
+    check_names("network", [config.network], registry.NETWORKS)
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.domain])
+    learner.check_method(config.method)
+    _check_seeds("seeds", config.seeds)
+    _check_some("directions", config.directions)
+    _check_some("checked", config.checked)
+    if not 0 < config.flipped < 1:
+        raise UsageError(f"flipped must lie between 0 and 1, got {config.flipped}.")
+    if not 1 <= config.checkpoints <= config.method.steps:
+        raise UsageError(
+            f"checkpoints must be 1 to {config.method.steps}, the steps of a run, got "
+            f"{config.checkpoints}."
+        )
+
+
 def _parts(config: ConfigDict) -> list[ConfigDict]:
     """The parts of a configuration, or itself if it has none."""
     if "parts" not in config:

@@ -1,9 +1,15 @@
-"""What a training step costs, what its loss looks like, how good its gradient is."""
+"""What a step costs, how its loss looks, how good its gradient is, who taught it."""
 
 from fgrad.analysis.compiled_memory import Memory, MemoryReport, memory_report
 from fgrad.analysis.device_memory import DeviceBudget, device_budget
 from fgrad.analysis.figures import plot_contour, plot_surface
 from fgrad.analysis.gradient_quality import GradientQuality, gradient_quality
+from fgrad.analysis.influence import (
+    forward_traces,
+    head_traces,
+    influence,
+    self_influence,
+)
 from fgrad.analysis.landscape import (
     Directions,
     Landscape,
@@ -23,12 +29,16 @@ __all__ = [
     "MemoryReport",
     "coordinates",
     "device_budget",
+    "forward_traces",
     "gradient_quality",
+    "head_traces",
+    "influence",
     "loss_landscape",
     "memory_report",
     "plane_through",
     "plot_contour",
     "plot_surface",
     "random_directions",
+    "self_influence",
     "trajectory_directions",
 ]

@@ -107,6 +107,7 @@ def evaluate_pairs(
     keys: LeafKeys,
     *,
     vectorize: int = 1,
+    per_example: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Evaluates a loss on both sides of the weights, for m perturbations.
 
@@ -116,11 +117,12 @@ def evaluate_pairs(
       keys: [m, leaves], of z.
       vectorize: with 1, the 2m evaluations run one after the other; with V > 1, the 2V
         of V pairs at once.
+      per_example: whether ``value_fn`` returns losses [examples] and no scalar.
 
     Returns:
-      ``(losses_plus, losses_minus)``, each [m].
+      ``(losses_plus, losses_minus)``, each [m], or [m, examples].
     """
-    loss = TracedLoss(value_fn, plan)
+    loss = TracedLoss(value_fn, plan, per_example=per_example)
     pairs = len(keys.stacked)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
     keys = jax.tree.map(lambda k: jnp.repeat(k, 2, axis=0), keys)
@@ -134,21 +136,31 @@ def evaluate_pairs(
     else:
         batch_size = 2 * vectorize if vectorize > 1 else None
         losses = jax.lax.map(evaluate, (signs, keys), batch_size=batch_size)
-    plus, minus = losses.reshape(pairs, 2).T
+    plus, minus = jnp.moveaxis(losses.reshape(pairs, 2, *losses.shape[1:]), 1, 0)
     return plus, minus
 
 
 class TracedLoss:
     """A loss function, traced once, to be evaluated at perturbed parameters."""
 
-    def __init__(self, value_fn: Callable[[Any], jax.Array], plan: Plan) -> None:
-        """Traces ``value_fn(params) -> scalar loss`` for the leaves of a plan."""
+    def __init__(
+        self,
+        value_fn: Callable[[Any], jax.Array],
+        plan: Plan,
+        *,
+        per_example: bool = False,
+    ) -> None:
+        """Traces ``value_fn(params) -> scalar loss`` for the leaves of a plan.
+
+        With ``per_example`` the function returns losses [examples] instead.
+        """
         self.plan = plan
         leaves = [one.leaf for one in plan.arithmetic.values()]
         self.values = [stored(leaf) for leaf in leaves]
         self.scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
 
-        loss_fn = integer_reads.checked(lambda params: _check_loss(value_fn(params)))
+        check = _check_losses if per_example else _check_loss
+        loss_fn = integer_reads.checked(lambda params: check(value_fn(params)))
 
         def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:
             return loss_fn(plan.with_stored(values, scales))
@@ -188,7 +200,24 @@ def _check_loss(loss: Any) -> jax.Array:
             f"value_fn must return a scalar loss, got {got}. Reduce it, for example "
             "with jnp.mean, and return nothing else."
         )
-    loss = jnp.asarray(loss)
+    return _check_real(jnp.asarray(loss))
+
+
+def _check_losses(losses: Any) -> jax.Array:
+    if isinstance(losses, tuple | list | dict) or jnp.ndim(losses) != 1:
+        got = (
+            f"a {type(losses).__name__}"
+            if isinstance(losses, tuple | list | dict)
+            else f"shape {jnp.shape(losses)}"
+        )
+        raise TypeError(
+            f"value_fn must return one loss for each example, [examples], got {got}. "
+            "Leave out the mean over the batch, and return nothing else."
+        )
+    return _check_real(jnp.asarray(losses))
+
+
+def _check_real(loss: jax.Array) -> jax.Array:
     if not (
         jnp.issubdtype(loss.dtype, jnp.floating)
         or jnp.issubdtype(loss.dtype, jnp.signedinteger)
