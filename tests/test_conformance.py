@@ -70,6 +70,9 @@ TRANSFORMATIONS = {
     "momentum_guided_sampling": lambda key: fgrad.fixed_point_forward_grad(
         key, **OPTIONS, guide=enhancements.momentum_guided_sampling()
     ),
+    "extrapolation": lambda key: enhancements.extrapolation(
+        fgrad.qzo_ff(LEARNING_RATE, key, **OPTIONS), scale=0.5
+    ),
     "activity_forward_grad": on_examples,
     "error_feedback": lambda key: optax.chain(
         enhancements.error_feedback(below=17), fgrad.quantized_update()

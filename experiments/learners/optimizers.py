@@ -101,6 +101,8 @@ def make_optimizer(
         # paper: every update is rounded to the nearest step.
         fgrad.quantized_update(stochastic_below=16 if method.low_bit else 0),
     )
+    if "extrapolation" in chosen:
+        chain = enhancements.extrapolation(chain, **chosen["extrapolation"])
     if "sharpness_aware" in chosen:
         settings = chosen["sharpness_aware"]
         chain = enhancements.sharpness_aware(chain, ascent_key, **settings)
@@ -160,7 +162,9 @@ def forward_passes(method: ConfigDict) -> int:
     """
     if method.gradient == "backward":
         return 3
-    pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
+    chosen = method.enhancements
+    ahead = chosen.get("extrapolation", {}).get("two_pass", False)
+    pairs = method.num_perturbations * (1 + ahead) + ("sharpness_aware" in chosen)
     if method.gradient == "activity":
         # One pass reaches the loss without perturbations. An exact site evaluates
         # nothing but the loss function again, which counts for nothing here.
