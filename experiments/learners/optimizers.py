@@ -34,6 +34,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
 }
 
+# Names in fgrad.enhancements that a method may have.
+ENHANCEMENTS = (
+    "error_feedback",
+    "extrapolation",
+    "kernel_normalization",
+    "momentum_guided_sampling",
+    "sharpness_aware",
+    "sparse_update",
+)
+
 EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
     "weights": lambda epsilon: epsilon,
     "rms": fgrad.relative_epsilon,
@@ -61,7 +71,7 @@ def check_method(method: ConfigDict) -> None:
     check_names("estimator", [method.estimator], ESTIMATORS)
     check_names("perturbation", [method.perturbation], PERTURBATIONS)
     check_names("unit of epsilon", [method.epsilon_unit], EPSILON_UNITS)
-    check_names("enhancement", method.enhancements, enhancements.__all__)
+    check_names("enhancement", method.enhancements, ENHANCEMENTS)
 
 
 def make_optimizer(
