@@ -276,9 +276,9 @@ def _write(
         f"{config.checkpoints} checkpoints; recall in %: the share of the wrong "
         "labels among the examples that are checked first; self, tests: rank "
         "correlation with backpropagation of the influence of examples on themselves "
-        f"and on the losses of {config.tests} test examples; mean ± standard deviation "
-        f"over {len(config.seeds)} seeds; passes: forward passes for each example and "
-        "checkpoint, a backward pass counting as two."
+        f"and on the losses of {config.tests} test examples; "
+        f"{report.spread(len(config.seeds))}; passes: forward passes for each example "
+        "and checkpoint, a backward pass counting as two."
     )
     columns = ("influence by", "passes", *recalls, "self", "tests")
     report.write_table(columns, cells, note, directory, wide=2)
