@@ -17,6 +17,7 @@ from experiments.drivers import (
     influence_table,
     landscape_figures,
     memory_table,
+    private_table,
     training,
 )
 from experiments.usage import UsageError, check_names
@@ -34,6 +35,7 @@ _DRIVERS = {
     "influence": influence_table.run,
     "landscape": landscape_figures.run,
     "memory": memory_table.run,
+    "private": private_table.run,
     "train": training.run,
 }
 _INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended

@@ -101,6 +101,33 @@ def check_influence(config: ConfigDict) -> None:
         )
 
 
+def check_private(config: ConfigDict) -> None:
+    """Checks a configuration of accuracy against privacy.
+
+    Args:
+      config: see ``configs/private.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("network", [config.network], registry.NETWORKS)
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.source, config.target])
+    check_names("method", config.run, config.methods)
+    _check_some("run", config.run)
+    learner.check_method(config.pretrain)
+    _check_seeds("seeds", config.seeds)
+    _check_seeds("tuning_seeds", config.tuning_seeds)
+    for name in config.run:
+        mechanism = config.methods[name].mechanism
+        check_names("mechanism", [mechanism], ("backward", "gaussian", "sign"))
+        _check_some(
+            f"methods.{name}.learning_rates", config.methods[name].learning_rates
+        )
+    if not all(epsilon > 0 for epsilon in config.epsilons):
+        raise UsageError(f"epsilons must be positive, got {config.epsilons}.")
+
+
 def _parts(config: ConfigDict) -> list[ConfigDict]:
     """The parts of a configuration, or itself if it has none."""
     if "parts" not in config:
