@@ -1,4 +1,4 @@
-"""What a step costs, how its loss looks, how good its gradient is, who taught it."""
+"""What a step costs, how its loss looks, how good its gradient is, what it takes."""
 
 from fgrad.analysis.compiled_memory import Memory, MemoryReport, memory_report
 from fgrad.analysis.device_memory import DeviceBudget, device_budget
@@ -19,12 +19,19 @@ from fgrad.analysis.landscape import (
     random_directions,
     trajectory_directions,
 )
+from fgrad.analysis.training_time import (
+    LinearModel,
+    linear_model,
+    predicted_losses,
+    steps_to_reach,
+)
 
 __all__ = [
     "DeviceBudget",
     "Directions",
     "GradientQuality",
     "Landscape",
+    "LinearModel",
     "Memory",
     "MemoryReport",
     "coordinates",
@@ -33,12 +40,15 @@ __all__ = [
     "gradient_quality",
     "head_traces",
     "influence",
+    "linear_model",
     "loss_landscape",
     "memory_report",
     "plane_through",
     "plot_contour",
     "plot_surface",
+    "predicted_losses",
     "random_directions",
     "self_influence",
+    "steps_to_reach",
     "trajectory_directions",
 ]
