@@ -19,6 +19,7 @@ from experiments.drivers import (
     memory_table,
     private_table,
     training,
+    training_time,
 )
 from experiments.usage import UsageError, check_names
 from experiments.workdir.runs import InUseError
@@ -37,6 +38,7 @@ _DRIVERS = {
     "memory": memory_table.run,
     "private": private_table.run,
     "train": training.run,
+    "training_time": training_time.run,
 }
 _INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 flags.mark_flags_as_required(["config", "workdir"])

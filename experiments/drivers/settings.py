@@ -128,6 +128,31 @@ def check_private(config: ConfigDict) -> None:
         raise UsageError(f"epsilons must be positive, got {config.epsilons}.")
 
 
+def check_training_time(config: ConfigDict) -> None:
+    """Checks a configuration of predicted training times.
+
+    Args:
+      config: see ``configs/training_time.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    for task in config.tasks.values():
+        check_names("network", [task.network], registry.NETWORKS)
+        check_names("dataset", [task.dataset], registry.DATASETS)
+        registry.check_domains(task.dataset, [task.source, task.target])
+        learner.check_method(task.pretrain)
+    check_names("method", config.learning_rates, ("backprop", "forward"))
+    _check_seeds("seeds", config.seeds)
+    for name in ("directions", "targets", "learning_rates", "tasks"):
+        _check_some(name, config[name])
+    if not all(0 < share < 1 for share in config.targets):
+        raise UsageError(
+            f"targets are shares of the first loss, between 0 and 1, got "
+            f"{config.targets}."
+        )
+
+
 def _parts(config: ConfigDict) -> list[ConfigDict]:
     """The parts of a configuration, or itself if it has none."""
     if "parts" not in config:
