@@ -25,14 +25,14 @@ from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
 
-# name: how the gradient is made, the share of weights that train, the middle rate.
+# name: how the gradient is made, the share of weights that train, learning rates.
 METHODS = {
-    "forward": ("gaussian", None, 0.01),
-    "forward_sign": ("sign", None, 0.004),
-    "dp_sgd": ("backward", None, 0.2),
-    "forward_pruned": ("gaussian", 0.1, 0.03),
-    "forward_sign_pruned": ("sign", 0.1, 0.01),
-    "dp_sgd_pruned": ("backward", 0.1, 0.4),
+    "forward": ("gaussian", None, (0.02, 0.04, 0.08)),
+    "forward_sign": ("sign", None, (0.04, 0.08, 0.16)),
+    "dp_sgd": ("backward", None, (0.3, 1.0, 3.0)),
+    "forward_pruned": ("gaussian", 0.1, (0.04, 0.08, 0.16)),
+    "forward_sign_pruned": ("sign", 0.1, (0.08, 0.16, 0.32)),
+    "dp_sgd_pruned": ("backward", 0.1, (0.3, 1.0, 3.0)),
 }
 
 
@@ -53,15 +53,14 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.epsilon = 1e-2  # of the perturbation, in units of the weights
     # C: of an example's m slopes, whose length is that of its gradient times √m, and of
     # its gradient for DP-SGD.
-    config.forward_clip, config.backward_clip = 10.0, 1.0
+    config.forward_clip, config.backward_clip = 30.0, 1.0
     config.methods = ConfigDict()
-    for name, (mechanism, density, middle) in METHODS.items():
-        rates = quickstart.rates_around(middle)
+    for name, (mechanism, density, rates) in METHODS.items():
         config.methods[name] = ConfigDict(
             {
                 "mechanism": mechanism,
                 "density": density,
-                "learning_rates": (middle,) if smoke else rates,
+                "learning_rates": rates[1:2] if smoke else rates,
             },
             type_safe=False,
         )
