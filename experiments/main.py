@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.drivers import (
+    equilibrium_table,
     few_shot,
     influence_table,
     landscape_figures,
@@ -32,6 +33,7 @@ _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
 _DRIVERS = {
+    "equilibrium": equilibrium_table.run,
     "few_shot": few_shot.run,
     "influence": influence_table.run,
     "landscape": landscape_figures.run,

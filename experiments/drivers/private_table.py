@@ -125,11 +125,10 @@ class _Training:
     def at(self, noise: float) -> dict[str, Any]:
         """Tunes the learning rate by a run of its own seed, then runs all seeds."""
         config = self._config
-        tuned = {
-            rate: np.mean([self._ended(rate, noise, s).validation for s in seeds])
-            for rate in self._method.learning_rates
-            for seeds in (config.tuning_seeds,)
-        }
+        tuned = {}
+        for rate in self._method.learning_rates:
+            ended = [self._ended(rate, noise, seed) for seed in config.tuning_seeds]
+            tuned[rate] = np.mean([one.validation for one in ended])
         rate = max(tuned, key=lambda rate: tuned[rate])
         ended = [self._ended(rate, noise, seed) for seed in config.seeds]
         return {
@@ -279,7 +278,7 @@ def _largest(params: Any, density: float) -> Any:
 
 def _total_steps(config: ConfigDict) -> int:
     seeds = len(config.seeds)
-    total = 2 * seeds + len(config.tuning_seeds) - seeds  # without privacy
+    total = len(config.tuning_seeds) + seeds  # without privacy
     for name in config.run:
         tuned = len(config.methods[name].learning_rates) * len(config.tuning_seeds)
         total += len(config.epsilons) * (tuned + seeds)

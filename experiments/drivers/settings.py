@@ -153,6 +153,32 @@ def check_training_time(config: ConfigDict) -> None:
         )
 
 
+def check_equilibrium(config: ConfigDict) -> None:
+    """Checks a configuration of the deep equilibrium network.
+
+    Args:
+      config: see ``configs/equilibrium.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.source, config.target])
+    check_names("method", config.run, config.methods)
+    _check_some("run", config.run)
+    _check_seeds("seeds", config.seeds)
+    for name in config.run:
+        method = config.methods[name]
+        _check_some(f"methods.{name}.learning_rates", method.learning_rates)
+        if method.kind != "forward" and method.kind not in range(1000):
+            raise UsageError(
+                f'methods.{name}.kind must be "forward" or a number of steps, got '
+                f"{method.kind!r}."
+            )
+    if config.estimates < 2:
+        raise UsageError(f"estimates must be at least 2, got {config.estimates}.")
+
+
 def _parts(config: ConfigDict) -> list[ConfigDict]:
     """The parts of a configuration, or itself if it has none."""
     if "parts" not in config:

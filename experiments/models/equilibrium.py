@@ -168,6 +168,19 @@ class Equilibrium(nn.Module):
         return nn.Dense(self.num_classes, name="head")(z)
 
 
+def solver_steps(model: Equilibrium, params: Any, images: jax.Array) -> jax.Array:
+    """How many repetitions the solver takes for a batch, an int32 scalar."""
+    x = images.reshape(len(images), -1)
+    start = jnp.zeros((len(x), model.width), x.dtype)
+    _, count = solved(
+        lambda z: _cell(params, z, x),
+        start,
+        tolerance=model.tolerance,
+        max_steps=model.max_steps,
+    )
+    return count
+
+
 def _cell(params: Any, z: jax.Array, x: jax.Array) -> jax.Array:
     """One repetition of the layer."""
     return jnp.tanh(z @ params["state"] + x @ params["input"] + params["bias"])
