@@ -14,7 +14,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import listing
-from experiments.drivers import few_shot, landscape_figures, memory_table, training
+from experiments.drivers import (
+    equilibrium_table,
+    few_shot,
+    influence_table,
+    landscape_figures,
+    memory_table,
+    private_table,
+    training,
+    training_time,
+)
 from experiments.usage import UsageError, check_names
 from experiments.workdir.runs import InUseError
 
@@ -27,10 +36,14 @@ _RESUME = flags.DEFINE_bool(
 )
 flags.DEFINE_bool("list", False, "Print the names that there are, and do nothing else.")
 _DRIVERS = {
+    "equilibrium": equilibrium_table.run,
     "few_shot": few_shot.run,
+    "influence": influence_table.run,
     "landscape": landscape_figures.run,
     "memory": memory_table.run,
+    "private": private_table.run,
     "train": training.run,
+    "training_time": training_time.run,
 }
 _INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 flags.mark_flags_as_required(["config", "workdir"])

@@ -49,6 +49,22 @@ def on_examples(key):
     return optax.GradientTransformationExtraArgs(lambda p: link(p).init(p), update)
 
 
+def private(key):
+    """`private_forward_grad` without noise, given `losses_fn` for `loss_fn`."""
+    link = optax.chain(
+        enhancements.private_forward_grad(
+            key, jax.random.fold_in(key, 1), clip=1.0, batch_size=8, **OPTIONS
+        ),
+        optax.scale(20.0),
+    )
+
+    def update(updates, state, params=None, *, value_fn=None, **extra):
+        losses = value_fn and losses_fn
+        return link.update(updates, state, params, value_fn=losses, **extra)
+
+    return optax.GradientTransformationExtraArgs(link.init, update)
+
+
 # name: constructor from a key. What emits a gradient is completed by SGD and
 # `quantized_update` where a test needs new weights (see `complete`).
 TRANSFORMATIONS = {
@@ -70,7 +86,11 @@ TRANSFORMATIONS = {
     "momentum_guided_sampling": lambda key: fgrad.fixed_point_forward_grad(
         key, **OPTIONS, guide=enhancements.momentum_guided_sampling()
     ),
+    "extrapolation": lambda key: enhancements.extrapolation(
+        fgrad.qzo_ff(LEARNING_RATE, key, **OPTIONS), scale=0.5
+    ),
     "activity_forward_grad": on_examples,
+    "private_forward_grad": private,
     "error_feedback": lambda key: optax.chain(
         enhancements.error_feedback(below=17), fgrad.quantized_update()
     ),

@@ -149,7 +149,7 @@ def test_names_of_other_projects_have_links(site):
 # What one module of fgrad offers to another, and not to users.
 PLUMBING = {
     "estimators": {"estimate", "estimate_from_losses", "half_difference"},
-    "evaluation": {"TracedLoss", "evaluate_pairs"},
+    "evaluation": {"TracedLoss", "evaluate_examples", "evaluate_pairs"},
     "fixed_point": {
         "MAX_BITS",
         "MIN_BITS",

@@ -36,8 +36,8 @@ ALLOWED["adapters"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["activity"] = ALLOWED["evaluation"] | {"estimators", "_arguments"}
 # The best known method in one call.
 ALLOWED["adaptation"] = ALLOWED["transform"] | {"transform", "activity"}
-# What looks at a training step from outside.
-ALLOWED["analysis"] = {"_trees", "fixed_point", "tracing", "leaves"}
+# What looks at a training step from outside, also through the eyes of its examples.
+ALLOWED["analysis"] = ALLOWED["activity"] | {"activity", "evaluation"}
 # Integer programs.
 ALLOWED["integer"] = {"_trees", "_arguments", "fixed_point", "tracing", "perturbations"}
 ALLOWED["integer"] |= {"leaves", "layers", "serialization", "spread"}

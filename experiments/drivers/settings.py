@@ -76,6 +76,109 @@ def check_memory(config: ConfigDict) -> None:
         adapt.check_way(method.adaptation)
 
 
+def check_influence(config: ConfigDict) -> None:
+    """Checks a configuration of the influence of training examples.
+
+    Args:
+      config: see ``configs/influence.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that leave nothing to look at.
+    """
+    check_names("network", [config.network], registry.NETWORKS)
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.domain])
+    learner.check_method(config.method)
+    _check_seeds("seeds", config.seeds)
+    _check_some("directions", config.directions)
+    _check_some("checked", config.checked)
+    if not 0 < config.flipped < 1:
+        raise UsageError(f"flipped must lie between 0 and 1, got {config.flipped}.")
+    if not 1 <= config.checkpoints <= config.method.steps:
+        raise UsageError(
+            f"checkpoints must be 1 to {config.method.steps}, the steps of a run, got "
+            f"{config.checkpoints}."
+        )
+
+
+def check_private(config: ConfigDict) -> None:
+    """Checks a configuration of accuracy against privacy.
+
+    Args:
+      config: see ``configs/private.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("network", [config.network], registry.NETWORKS)
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.source, config.target])
+    check_names("method", config.run, config.methods)
+    _check_some("run", config.run)
+    learner.check_method(config.pretrain)
+    _check_seeds("seeds", config.seeds)
+    _check_seeds("tuning_seeds", config.tuning_seeds)
+    for name in config.run:
+        mechanism = config.methods[name].mechanism
+        check_names("mechanism", [mechanism], ("backward", "gaussian", "sign"))
+        _check_some(
+            f"methods.{name}.learning_rates", config.methods[name].learning_rates
+        )
+    if not all(epsilon > 0 for epsilon in config.epsilons):
+        raise UsageError(f"epsilons must be positive, got {config.epsilons}.")
+
+
+def check_training_time(config: ConfigDict) -> None:
+    """Checks a configuration of predicted training times.
+
+    Args:
+      config: see ``configs/training_time.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    for task in config.tasks.values():
+        check_names("network", [task.network], registry.NETWORKS)
+        check_names("dataset", [task.dataset], registry.DATASETS)
+        registry.check_domains(task.dataset, [task.source, task.target])
+        learner.check_method(task.pretrain)
+    check_names("method", config.learning_rates, ("backprop", "forward"))
+    _check_seeds("seeds", config.seeds)
+    for name in ("directions", "targets", "learning_rates", "tasks"):
+        _check_some(name, config[name])
+    if not all(0 < share < 1 for share in config.targets):
+        raise UsageError(
+            f"targets are shares of the first loss, between 0 and 1, got "
+            f"{config.targets}."
+        )
+
+
+def check_equilibrium(config: ConfigDict) -> None:
+    """Checks a configuration of the deep equilibrium network.
+
+    Args:
+      config: see ``configs/equilibrium.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.source, config.target])
+    check_names("method", config.run, config.methods)
+    _check_some("run", config.run)
+    _check_seeds("seeds", config.seeds)
+    for name in config.run:
+        method = config.methods[name]
+        _check_some(f"methods.{name}.learning_rates", method.learning_rates)
+        if method.kind != "forward" and method.kind not in range(1000):
+            raise UsageError(
+                f'methods.{name}.kind must be "forward" or a number of steps, got '
+                f"{method.kind!r}."
+            )
+    if config.estimates < 2:
+        raise UsageError(f"estimates must be at least 2, got {config.estimates}.")
+
+
 def _parts(config: ConfigDict) -> list[ConfigDict]:
     """The parts of a configuration, or itself if it has none."""
     if "parts" not in config:

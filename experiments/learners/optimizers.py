@@ -34,6 +34,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
 }
 
+# Names in fgrad.enhancements that a method may have.
+ENHANCEMENTS = (
+    "error_feedback",
+    "extrapolation",
+    "kernel_normalization",
+    "momentum_guided_sampling",
+    "sharpness_aware",
+    "sparse_update",
+)
+
 EPSILON_UNITS: dict[str, Callable[[float], Any]] = {
     "weights": lambda epsilon: epsilon,
     "rms": fgrad.relative_epsilon,
@@ -65,7 +75,7 @@ def check_method(method: ConfigDict) -> None:
     check_names("estimator", [method.estimator], ESTIMATORS)
     check_names("perturbation", [method.perturbation], PERTURBATIONS)
     check_names("unit of epsilon", [method.epsilon_unit], EPSILON_UNITS)
-    check_names("enhancement", method.enhancements, enhancements.__all__)
+    check_names("enhancement", method.enhancements, ENHANCEMENTS)
 
 
 def make_optimizer(
@@ -105,6 +115,8 @@ def make_optimizer(
         # paper: every update is rounded to the nearest step.
         fgrad.quantized_update(stochastic_below=16 if method.low_bit else 0),
     )
+    if "extrapolation" in chosen:
+        chain = enhancements.extrapolation(chain, **chosen["extrapolation"])
     if "sharpness_aware" in chosen:
         settings = chosen["sharpness_aware"]
         chain = enhancements.sharpness_aware(chain, ascent_key, **settings)
@@ -173,7 +185,9 @@ def forward_passes(method: ConfigDict) -> float:
             return 2 + joint["on_the_way"]
         pairs = 2 * joint["num_perturbations"] / joint["every"]
         return 1 + joint["on_the_way"] + pairs
-    pairs = method.num_perturbations + ("sharpness_aware" in method.enhancements)
+    chosen = method.enhancements
+    ahead = chosen.get("extrapolation", {}).get("two_pass", False)
+    pairs = method.num_perturbations * (1 + ahead) + ("sharpness_aware" in chosen)
     if method.gradient == "activity":
         # One pass reaches the loss without perturbations. An exact site evaluates
         # nothing but the loss function again, which counts for nothing here.

@@ -69,7 +69,7 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
             row.append(_score(stopped, metric) if stopped else "")
     note = (
         f"{config.source} to {config.target}, test {' and '.join(config.metrics)} in % "
-        f"{_spread(str(len(config.seeds)))}; a backward pass "
+        f"{spread(len(config.seeds))}; a backward pass "
         "counts as two forward passes; seconds per run with "
         f"{config.parallel_runs} runs at a time; temporaries of the compiled step."
     )
@@ -144,8 +144,8 @@ def write_parts(
         for name, part in parts.items()
     )
     seeds = sorted({len(part.seeds) for part in parts.values()})
-    spread = _spread(" or ".join(map(str, seeds)))
-    note = f"Test {metric} in % {spread}. {tasks}."
+    over = spread(" or ".join(map(str, seeds)))
+    note = f"Test {metric} in % {over}. {tasks}."
     columns = ("method", *results)
     _print_table(columns, rows, note, wide=len(columns))
     (directory / "table.md").write_text(_markdown(columns, rows, note))
@@ -186,9 +186,9 @@ def _score(result: dict[str, Any], metric: str) -> str:
     return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 
 
-def _spread(num_seeds: str) -> str:
+def spread(num_seeds: int | str) -> str:
     """What a mean and the number after it are."""
-    if num_seeds == "1":
+    if str(num_seeds) == "1":
         return "of one seed"
     return f"as mean ± standard deviation over {num_seeds} seeds"
 

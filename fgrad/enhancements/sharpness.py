@@ -215,6 +215,7 @@ def _forward_passes(state: Any) -> Any:
         return state.forward_passes
     parts = state.values() if isinstance(state, dict) else state
     inside = isinstance(state, tuple | list | dict)
-    return getattr(state, "importance_passes", 0) + (
+    times = getattr(state, "inner_updates", 1)
+    return getattr(state, "importance_passes", 0) + times * (
         sum(map(_forward_passes, parts)) if inside else 0
     )

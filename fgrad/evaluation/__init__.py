@@ -4,6 +4,7 @@ from fgrad.evaluation.explanation import PerturbedLeaf, explain
 from fgrad.evaluation.pairs import (
     TracedLoss,
     dual_forward,
+    evaluate_examples,
     evaluate_pairs,
     perturb,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "PerturbedLeaf",
     "TracedLoss",
     "dual_forward",
+    "evaluate_examples",
     "evaluate_pairs",
     "explain",
     "perturb",

@@ -157,6 +157,32 @@ def evaluate_pairs(
     return plus, minus, aux
 
 
+def evaluate_examples(
+    value_fn: Callable[[Any], jax.Array],
+    plan: Plan,
+    keys: LeafKeys,
+    *,
+    vectorize: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """`evaluate_pairs` of each example's own loss.
+
+    Args:
+      value_fn: ``value_fn(params) -> losses [examples]``.
+      plan: the leaves of the step.
+      keys: [m, leaves], of z.
+      vectorize: how many pairs are evaluated at once.
+
+    Returns:
+      ``(losses_plus, losses_minus)``, each [m, examples].
+    """
+
+    def beside(params: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros([]), _check_losses(value_fn(params))
+
+    _, losses = _evaluations(beside, plan, keys, vectorize, has_aux=True)
+    return losses[::2], losses[1::2]
+
+
 def _evaluations(
     value_fn: Callable[[Any], Any],
     plan: Plan,
@@ -287,7 +313,24 @@ def _check_loss(loss: Any) -> jax.Array:
             "with jnp.mean. To return more beside it return (loss, aux), and say "
             "has_aux=True."
         )
-    loss = jnp.asarray(loss)
+    return _check_real(jnp.asarray(loss))
+
+
+def _check_losses(losses: Any) -> jax.Array:
+    if isinstance(losses, tuple | list | dict) or jnp.ndim(losses) != 1:
+        got = (
+            f"a {type(losses).__name__}"
+            if isinstance(losses, tuple | list | dict)
+            else f"shape {jnp.shape(losses)}"
+        )
+        raise TypeError(
+            f"value_fn must return one loss for each example, [examples], got {got}. "
+            "Leave out the mean over the batch, and return nothing else."
+        )
+    return _check_real(jnp.asarray(losses))
+
+
+def _check_real(loss: jax.Array) -> jax.Array:
     if not (
         jnp.issubdtype(loss.dtype, jnp.floating)
         or jnp.issubdtype(loss.dtype, jnp.signedinteger)
