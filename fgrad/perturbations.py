@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import random as threefry
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.tracing import execution_order
 
 # Values up to which leaves get their z together.
@@ -376,11 +376,9 @@ def normal(
     limit = fixed_point.max_qvalue(bits)
     if not 3 <= bits <= 8:
         raise ValueError(f"a normal perturbation has 3 to 8 bits, got bits={bits}.")
-    if z_max is not None and not 2 <= z_max < math.inf:
-        raise ValueError(
-            f"z_max must be at least 2 standard deviations, got {z_max}: below, no "
-            "clipped normal has unit variance."
-        )
+    if z_max is not None:
+        below = ": below 2 standard deviations no clipped normal has unit variance"
+        _checks.at_least("z_max", z_max, 2, hint=below)
     step = 2.0 ** (3 - bits) if z_max is None else z_max / limit
     one = round(1 / step) * step
     if abs(one - 1) > 0.02:
@@ -448,8 +446,7 @@ def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
       Sarkar et al. 2025, "Evolution Strategies at the Hyperscale" (arXiv 2511.16652),
       for sharing the product.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 127:
-        raise ValueError(f"rank must be an integer from 1 to 127, got {rank!r}.")
+    rank = _checks.integer("rank", rank, 1, 127)
     name = f"low_rank(rank={rank})"
     return LowRank(name, rank**-0.5, 32, _signs, generator, rank**0.5, rank)
 
@@ -476,6 +473,16 @@ def binomial(*, generator: Generator = counter_hash) -> Perturbation:
         return (ones[:, ::2] + ones[:, 1::2] - 8).reshape(-1)
 
     return Perturbation("binomial()", 0.5, 2, decode, generator, 4.0)
+
+
+def checked(z: Any) -> Perturbation:
+    """The value, if it is a `Perturbation`; raises a TypeError otherwise."""
+    if not isinstance(z, Perturbation):
+        raise TypeError(
+            f"perturbation must come from fgrad.perturbations, got {z!r}; "
+            "use for example fgrad.perturbations.normal()."
+        )
+    return z
 
 
 def sample_key(key: jax.Array, step: Any, index: Any) -> jax.Array:

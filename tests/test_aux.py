@@ -134,7 +134,7 @@ def test_a_state_with_an_initial_aux_keeps_its_structure():
     )
     state = every.init(PARAMS)
     for wanted in (0, 5):
-        updates, state = every.update(PARAMS, state, PARAMS, value_fn=loss_fn, x=X)
+        _, state = every.update(PARAMS, state, PARAMS, value_fn=loss_fn, x=X)
         assert int(optax.tree.get(state, "aux")["n"]) == wanted
 
 

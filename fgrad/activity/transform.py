@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, _loss_and_aux, estimators, perturbations
+from fgrad import _arguments, _checks, _loss_and_aux, estimators, perturbations
 from fgrad.activity.example_losses import ExampleLosses, named_losses
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.site_gradients import (
@@ -153,7 +153,7 @@ def activity_forward_grad(
     """
     _arguments.key(key)
     options = _Options(
-        sites=[as_site(site) for site in sites],
+        sites=_sites(sites),
         num_perturbations=num_perturbations,
         perturbation=_arguments.perturbation(perturbation, perturbations.rademacher),
         estimator=_arguments.estimator(
@@ -166,6 +166,7 @@ def activity_forward_grad(
 
     def init_fn(params: Any) -> ActivityForwardGradState:
         _arguments.visible(params)
+        _checks.arrays(params, is_qtensor)
         if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
             site_leaves(options.sites, params)
         _check_values(params)
@@ -195,6 +196,16 @@ def activity_forward_grad(
     return _arguments.link(init_fn, update_fn)
 
 
+def _sites(sites: Any) -> list[Site]:
+    """The sites, each of which may be given by its name."""
+    if isinstance(sites, str | Site) or not isinstance(sites, Iterable):
+        raise TypeError(
+            f"sites must be a list of layers' names or of Site, got {sites!r}; use for "
+            'example sites=["head"].'
+        )
+    return [as_site(site) for site in sites]
+
+
 def _check_values(params: Any) -> None:
     """Raises a ValueError for a `QTensor` that is no tensor on a grid."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
@@ -217,8 +228,9 @@ class _Options:
     def __post_init__(self) -> None:
         if not self.sites:
             raise ValueError('sites is empty; name layers, for example sites=["head"].')
-        _arguments.count("num_perturbations", self.num_perturbations)
-        _arguments.count("vectorize", self.vectorize)
+        for name in ("num_perturbations", "vectorize"):
+            count = _arguments.count(name, getattr(self, name))
+            object.__setattr__(self, name, count)
         for site in self.sites:
             if site.synthetic is None:
                 continue

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fgrad import perturbations
+from fgrad import _checks, perturbations
 from fgrad._loss_and_aux import is_pair, split
 from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import integer_reads, is_qtensor, stored
@@ -74,6 +74,11 @@ def dual_forward(
     Reference:
       Section 3.1 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
+    _checks.key(key)
+    if not callable(value_fn):
+        raise TypeError(
+            f"value_fn must be a function of the parameters, got {value_fn!r}."
+        )
     plan = Plan(params, _policy(epsilon, perturbation), mask=mask)
     keys = jax.vmap(plan.leaf_keys)(key[None])
     losses, aux = _evaluations(lambda p: value_fn(p, **kwargs), plan, keys, 1, has_aux)
@@ -106,6 +111,8 @@ def perturb(
     Returns:
       A pytree like ``params``, with the same dtypes.
     """
+    _checks.key(key)
+    _checks.number("sign", sign, "1 or -1", lambda x: x in (1, 0, -1))
     plan = Plan(params, _policy(epsilon, perturbation), mask=mask)
     return plan.perturbed(key, sign)
 
@@ -259,10 +266,16 @@ def _check_loss(loss: Any) -> jax.Array:
             "with jnp.mean. To return more beside it return (loss, aux), and say "
             "has_aux=True."
         )
+    if not hasattr(loss, "dtype") and not isinstance(loss, int | float | complex):
+        raise TypeError(
+            f"value_fn must return a scalar loss, got {loss!r}"
+            + (": it has no return." if loss is None else ".")
+        )
     loss = jnp.asarray(loss)
-    if not (
-        jnp.issubdtype(loss.dtype, jnp.floating)
-        or jnp.issubdtype(loss.dtype, jnp.signedinteger)
-    ):
-        raise TypeError(f"value_fn must return a real loss, got dtype {loss.dtype}.")
+    wide = jnp.issubdtype(loss.dtype, jnp.floating) and jnp.finfo(loss.dtype).bits > 8
+    if not wide and not jnp.issubdtype(loss.dtype, jnp.signedinteger):
+        raise TypeError(
+            f"value_fn must return a real loss, got dtype {loss.dtype}; make it a "
+            "float of 16 bits or more, such as loss.astype(jnp.float32)."
+        )
     return loss

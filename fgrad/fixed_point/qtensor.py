@@ -19,6 +19,7 @@ import numpy as np
 from aqt.jax.v2 import aqt_tensor
 from aqt.jax.v2.numerics import int_numerics
 
+from fgrad import _checks
 from fgrad._trees import is_concrete, path_str
 from fgrad.fixed_point.array_like import ArrayLike
 from fgrad.fixed_point.calibration import (
@@ -471,13 +472,20 @@ def quantize(
       Equation (5) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
     max_qvalue(bits)
+    if where is not None:
+        _checks.function("where", where, "path", "leaf")
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any) -> Any:
         if is_qtensor(leaf) or not _is_float(leaf):
             return leaf
         name = path_str(path)
-        if where is not None and not where(name, leaf):
+        if where is not None and not _chosen(where(name, leaf), name):
             return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"leaf {name!r} is a ShapeDtypeStruct, which has no values to find a "
+                "grid for; give the arrays, or use jax.eval_shape(fgrad.quantize, ...)."
+            )
         leaf = jnp.asarray(leaf, jnp.float32)
         if is_concrete(leaf):
             _check_has_grid(leaf, name, bits)
@@ -517,6 +525,8 @@ def quantize_to_scale(x: jax.Array, scale: jax.Array, bits: int) -> QTensor:
     Returns:
       A `QTensor` with int8 (up to 8 bits) or int16 storage.
     """
+    if np.ndim(scale) == 0 and not hasattr(scale, "dtype"):
+        _checks.positive("scale", scale)
     qvalue = round_to_grid(x, scale, bits).astype(storage_dtype(bits))
     return QTensor(qvalue, scale, bits)
 
@@ -560,6 +570,16 @@ def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     )
     scale = jax.lax.stop_gradient(scale)
     return (clip_and_round(x / scale) * scale).astype(x.dtype)
+
+
+def _chosen(answer: Any, name: str) -> bool:
+    """What ``where`` said of a leaf."""
+    if not isinstance(answer, bool | np.bool_):
+        raise TypeError(
+            f"where must return True or False, got {answer!r} for leaf {name!r}"
+            + (": it has no return." if answer is None else ".")
+        )
+    return bool(answer)
 
 
 def _is_float(leaf: Any) -> bool:

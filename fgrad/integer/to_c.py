@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.fixed_point import is_qtensor
 from fgrad.integer import arena, arithmetic, c_code, lowering
 from fgrad.integer.convert import Program, integers
@@ -71,6 +71,12 @@ def to_c(
     Raises:
       ConversionError: for an operation that C is not written for.
     """
+    if not isinstance(model, TrainStep | Program):
+        raise TypeError(
+            f"to_c writes a step or a program, got {model!r:.60}; of init, step = "
+            "fgrad.integer.train_step(...) give it step."
+        )
+    batch_size = _checks.integer("batch_size", batch_size, 1, 2**20)
     step = model if isinstance(model, TrainStep) else None
     program = model.program if isinstance(model, TrainStep) else model
     weights = integers(program.params)

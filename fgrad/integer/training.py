@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
-from fgrad import fixed_point, perturbations
+from fgrad import _checks, fixed_point, perturbations
 from fgrad.fixed_point import QTensor, is_qtensor
 from fgrad.integer import arithmetic, ranges
 from fgrad.integer import loss as losses
@@ -409,7 +409,12 @@ def train_step(
       Equations (6) to (8) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS
       2024.
     """
+    _check_program(program, "train_step")
+    _checks.key(key)
     _check(learning_rate, epsilon, num_perturbations, decay_steps, estimator)
+    _checks.function("loss", loss, "outputs", "labels")
+    if where is not None:
+        _checks.function("where", where, "path")
     with_paths, _ = jax.tree_util.tree_flatten_with_path(
         program.params, is_leaf=is_qtensor
     )
@@ -513,6 +518,14 @@ def _address(path: Any, leaf: QTensor) -> Address:
     return Address((int(first), int(second)), tuple(leaf.shape))
 
 
+def _check_program(program: Any, name: str) -> None:
+    if not isinstance(program, Program):
+        raise TypeError(
+            f"{name} needs a program, got {program!r:.60}; make it by "
+            "fgrad.integer.convert(fn, params, *calibration_args)."
+        )
+
+
 def _check(
     learning_rate: float,
     epsilon: float,
@@ -521,14 +534,11 @@ def _check(
     estimator: str,
 ) -> None:
     for name, value in (("learning_rate", learning_rate), ("epsilon", epsilon)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}.")
-    if not 1 <= num_perturbations <= 127:
-        raise ValueError(
-            f"num_perturbations must be 1 to 127, got {num_perturbations}."
-        )
-    if decay_steps is not None and not 1 <= decay_steps < INT32:
-        raise ValueError(f"decay_steps must be 1 to 2**31 - 2, got {decay_steps}.")
+        hint = "; a program of integers has no schedule, but decay_steps"
+        _checks.positive(name, value, hint=hint if callable(value) else "")
+    _checks.integer("num_perturbations", num_perturbations, 1, 127)
+    if decay_steps is not None:
+        _checks.integer("decay_steps", decay_steps, 1, INT32 - 1)
     if estimator not in ("sign", "normalized"):
         raise ValueError(
             f'estimator must be "sign" or "normalized", got {estimator!r}.'
