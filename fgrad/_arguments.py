@@ -122,7 +122,7 @@ def loss(
             f"{name} needs the loss: call tx.update(updates, state, params, "
             "value_fn=loss_fn, batch=...), with value_fn or its alias obj_fn, not both."
         )
-    if not callable(loss_fn):
+    if not callable(loss_fn) or isinstance(loss_fn, type):
         raise TypeError(
             f"value_fn must be a function of the parameters, got {loss_fn!r}."
         )

@@ -6,7 +6,6 @@ Each raises an error that names the option, the value that came, and what would 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +76,11 @@ def number(
             f"{name} must be a number{or_else}, got {value!r} of type "
             f"{type(value).__name__}{hint}."
         )
-    if is_concrete(value) and not holds(value):
+    if not is_concrete(value):
+        return
+    if dtype is not None:  # inside jit a comparison of JAX would be traced
+        value = np.asarray(value)[()]
+    if not holds(value):
         raise ValueError(f"{name} must be {wanted}, got {value}{hint}.")
 
 
@@ -101,16 +104,23 @@ def fraction(name: str, value: Any, *, hint: str = "") -> None:
 def at_least(name: str, value: Any, low: float, *, hint: str = "") -> None:
     """Raises unless the value is a finite number that is not below another."""
     wanted = f"finite and at least {low:g}"
-    number(name, value, wanted, lambda x: low <= x < math.inf, hint=hint)
+    number(name, value, wanted, lambda x: low <= x <= LARGEST, hint=hint)
 
 
-def function(name: str, value: Any, *arguments: str) -> None:
+def step(value: Any) -> None:
+    """Raises unless the value is the number of a step, which may be traced."""
+    whole = "a whole number, 0 or more"
+    number("step", value, whole, lambda x: 0 <= x < 2**31 and x == int(x))
+
+
+def function(name: str, value: Any, *arguments: str, **named: Any) -> None:
     """Raises unless the value can be called with so many arguments.
 
     Args:
       name: of the option.
       value: what came.
       *arguments: what it is called with, in words.
+      **named: what it is called with by name.
 
     Example:
       >>> function("mask", lambda: True, "params")
@@ -119,19 +129,20 @@ def function(name: str, value: Any, *arguments: str) -> None:
       TypeError: mask is called as mask(params), which <lambda> does not take: too many
       positional arguments.
     """
-    if not callable(value):
+    if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function, got {value!r}.")
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):  # no signature to be had: a C function
         return
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **named)
     except TypeError as error:
-        named = getattr(value, "__name__", repr(value))
+        called = getattr(value, "__name__", repr(value))
+        given = ", ".join([*arguments, *(f"{key}=" for key in named)])
         raise TypeError(
-            f"{name} is called as {name}({', '.join(arguments)}), which {named} does "
-            f"not take: {error}."
+            f"{name} is called as {name}({given}), which {called} does not take: "
+            f"{error}."
         ) from None
 
 

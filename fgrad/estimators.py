@@ -229,6 +229,7 @@ def forward_gradient(
       Array([ 6., -2.], dtype=float32)
     """
     _checks.key(key)
+    _checks.step(step)
     options = _policy(num_perturbations, policy)
     _checks.function("estimator", estimator, "loss_plus", "loss_minus", "epsilon")
     return estimate(
@@ -288,6 +289,8 @@ def gradient_from_losses(
       True
     """
     _checks.key(key)
+    _checks.step(step)
+    _checks.function("estimator", estimator, "loss_plus", "loss_minus", "epsilon")
     plus, minus = (_as_losses(x) for x in (loss_plus, loss_minus))
     if plus.ndim != 1 or plus.shape != minus.shape or not plus.size:
         raise ValueError(
@@ -317,7 +320,7 @@ def _policy(num_perturbations: int, options: dict[str, Any]) -> Policy:
 def _as_losses(x: Any) -> jax.Array:
     try:
         return jnp.asarray(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(
             f"gradient_from_losses needs two arrays [m] of losses, got {x!r}."
         ) from None

@@ -367,6 +367,12 @@ def _on_the_grid(
     """The update that a leaf can take, and for each weight whether it moves."""
     if not is_qtensor(leaf):
         return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
+    if not is_qtensor(update):
+        raise TypeError(
+            f"the update of a QTensor is a {type(update).__name__} of shape "
+            f"{jnp.shape(update)}; quantized_update takes what an estimator of fgrad "
+            "and the links after it make."
+        )
     exact = update.qvalue / leaf.scale
     stochastic = leaf.bits < stochastic_below
     steps = _rounded_up_or_down(exact) if stochastic else jnp.round(exact)

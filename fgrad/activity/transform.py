@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -198,7 +198,7 @@ def activity_forward_grad(
 
 def _sites(sites: Any) -> list[Site]:
     """The sites, each of which may be given by its name."""
-    if isinstance(sites, str | Site) or not isinstance(sites, Iterable):
+    if isinstance(sites, str) or not isinstance(sites, Sequence):
         raise TypeError(
             f"sites must be a list of layers' names or of Site, got {sites!r}; use for "
             'example sites=["head"].'

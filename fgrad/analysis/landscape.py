@@ -311,7 +311,7 @@ def _coordinates(name: str, values: Any) -> np.ndarray:
     """The coordinates along an axis, [n] float32."""
     try:
         array = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.zeros(())
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         raise ValueError(
@@ -330,6 +330,6 @@ def _check_directions(params: Any, directions: Directions) -> None:
     for direction in directions[:2]:
         if jax.tree.map(jnp.shape, direction) != shapes:
             raise ValueError(
-                "a direction must have the parameters' structure and shapes, "
+                "each of directions must have the parameters' structure and shapes, "
                 f"{shapes}, got {jax.tree.map(jnp.shape, direction)}."
             )

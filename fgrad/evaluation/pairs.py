@@ -75,10 +75,11 @@ def dual_forward(
       Section 3.1 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
     _checks.key(key)
-    if not callable(value_fn):
+    if not callable(value_fn) or isinstance(value_fn, type):
         raise TypeError(
             f"value_fn must be a function of the parameters, got {value_fn!r}."
         )
+    _checks.function("value_fn", value_fn, "params", **kwargs)
     plan = Plan(params, _policy(epsilon, perturbation), mask=mask)
     keys = jax.vmap(plan.leaf_keys)(key[None])
     losses, aux = _evaluations(lambda p: value_fn(p, **kwargs), plan, keys, 1, has_aux)

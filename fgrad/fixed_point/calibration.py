@@ -142,7 +142,7 @@ def round_to_grid(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
 
 def _check_calibration(calibration: Any) -> None:
     """Raises for what is no calibration, or makes one only when it is called."""
-    if calibration in (percentile, mse_optimal):
+    if calibration is percentile or calibration is mse_optimal:
         name = calibration.__name__
         call = f"{name}({'99.9' if calibration is percentile else ''})"
         raise TypeError(

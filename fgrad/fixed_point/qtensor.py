@@ -35,6 +35,10 @@ from fgrad.fixed_point.integers import max_qvalue, storage_dtype
 READ_ON_PURPOSE = "fgrad_reads_integers"
 
 
+# What may not stand in the place of a scale. Other placeholders may, such as shardings.
+_NO_SCALES = (bool, bytes, complex, dict, list, str, tuple, type(None))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor(ArrayLike):
     """A tensor on a symmetric fixed-point grid: ``value = scale * qvalue``.
@@ -82,10 +86,19 @@ class QTensor(ArrayLike):
     bits: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, float):
+        number = isinstance(self.scale, int | float)
+        if number and not isinstance(self.scale, bool):
+            # Whether it is positive is a question of check_values.
+            if _checks.LARGEST < abs(self.scale) != math.inf:
+                raise ValueError(f"float32 holds no scale of {self.scale}.")
             object.__setattr__(self, "scale", np.float32(self.scale))
+        elif callable(self.scale) or isinstance(self.scale, _NO_SCALES):
+            raise TypeError(
+                f"the scale of a QTensor is a float array, got {self.scale!r}; use "
+                "jnp.float32(scale)."
+            )
         dtype = getattr(self.qvalue, "dtype", None)
-        if not self.bits:
+        if _is_zero(self.bits):
             if dtype not in (jnp.int8, jnp.int16):
                 raise TypeError(
                     f"QTensor cannot infer its bits from a qvalue of dtype {dtype}; "
@@ -93,6 +106,7 @@ class QTensor(ArrayLike):
                 )
             object.__setattr__(self, "bits", jnp.iinfo(dtype).bits)
         _check_storage(dtype, self.bits)
+        object.__setattr__(self, "bits", int(self.bits))
         _check_scale(self.qvalue, self.scale)
 
     @property
@@ -138,6 +152,11 @@ class QTensor(ArrayLike):
             bias=[],
             dequant_dtype=self.scale.dtype,
         )
+
+
+def _is_zero(bits: Any) -> bool:
+    whole = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
+    return whole and not bits
 
 
 def _flatten(q: QTensor) -> tuple[tuple[Any, Any], int]:
@@ -527,6 +546,7 @@ def quantize_to_scale(x: jax.Array, scale: jax.Array, bits: int) -> QTensor:
     """
     if np.ndim(scale) == 0 and not hasattr(scale, "dtype"):
         _checks.positive("scale", scale)
+    _check_scale(x, scale)
     qvalue = round_to_grid(x, scale, bits).astype(storage_dtype(bits))
     return QTensor(qvalue, scale, bits)
 

@@ -18,7 +18,7 @@ from fgrad.fixed_point import is_qtensor
 from fgrad.integer import arena, arithmetic, c_code, lowering
 from fgrad.integer.convert import Program, integers
 from fgrad.integer.lowering import Block
-from fgrad.integer.training import State, TrainStep
+from fgrad.integer.training import State, TrainStep, check_model
 
 Field = tuple[str, Any]  # a name in C, and an array or its shape and type
 
@@ -71,11 +71,7 @@ def to_c(
     Raises:
       ConversionError: for an operation that C is not written for.
     """
-    if not isinstance(model, TrainStep | Program):
-        raise TypeError(
-            f"to_c writes a step or a program, got {model!r:.60}; of init, step = "
-            "fgrad.integer.train_step(...) give it step."
-        )
+    check_model("to_c", model)
     batch_size = _checks.integer("batch_size", batch_size, 1, 2**20)
     step = model if isinstance(model, TrainStep) else None
     program = model.program if isinstance(model, TrainStep) else model

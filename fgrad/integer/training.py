@@ -526,6 +526,15 @@ def _check_program(program: Any, name: str) -> None:
         )
 
 
+def check_model(name: str, model: Any) -> None:
+    """Raises unless a model that is handed over is a step or a program."""
+    if not isinstance(model, TrainStep | Program):
+        raise TypeError(
+            f"{name} takes a step or a program as its model, got {model!r:.60}; of "
+            "init, step = fgrad.integer.train_step(...) give it step."
+        )
+
+
 def _check(
     learning_rate: float,
     epsilon: float,

@@ -65,7 +65,9 @@ class Policy:
     def __post_init__(self) -> None:
         """Raises for options of the wrong kind."""
         value = epsilons.value_of(self.epsilon)
-        if not callable(value):
+        if callable(value):
+            _checks.function("epsilon", value, "step")
+        else:
             epsilons.check("epsilon", value)
         perturbations.checked(self.perturbation)
         count = self.count("num_perturbations", self.num_perturbations)
@@ -80,7 +82,7 @@ class Policy:
     def count(name: str, value: Any) -> int:
         """The value as a Python integer; raises unless it is a positive integer."""
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < 1:
+        if not whole or not 1 <= value < 2**31:
             raise ValueError(
                 f"{name} must be a positive integer, got {value!r}; under "
                 "optax.inject_hyperparams list it in static_args."
