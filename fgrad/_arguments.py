@@ -6,20 +6,23 @@ traced.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from fgrad import perturbations
+from fgrad import _checks, perturbations
 from fgrad import spread as spreads
 from fgrad.leaves import Epsilon, OnGrid, Policy
 from fgrad.leaves import epsilon as epsilons
 from fgrad.spread import Spread
 from fgrad.tracing import promotion
+
+# The arguments of every transformation's update, which a loss cannot have.
+_OF_UPDATE = ("updates", "state", "params", "value_fn", "obj_fn")
 
 
 def link(
@@ -36,17 +39,30 @@ def link(
     """
     if spread is not None:
         update_fn = spreads.with_auto_axes(update_fn)
-    return optax.GradientTransformationExtraArgs(
-        promotion.usual_rules(init_fn), promotion.usual_rules(update_fn)
-    )
+    usual = promotion.usual_rules(update_fn)
+
+    @functools.wraps(usual)
+    def update(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        twice = [name for name in _OF_UPDATE[: len(args)] if name in kwargs]
+        if twice:
+            raise TypeError(
+                f"tx.update got two arguments {twice[0]!r}: it has one of that name "
+                "itself. Give the argument of value_fn another name, such as "
+                f"{'model_' + twice[0]!r}."
+            )
+        return usual(*args, **kwargs)
+
+    return optax.GradientTransformationExtraArgs(promotion.usual_rules(init_fn), update)
 
 
-def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
+def transformation(
+    inner: Any, example: str = "fgrad.qzo_ff(learning_rate, key)"
+) -> optax.GradientTransformationExtraArgs:
     """The wrapped transformation, taking extra arguments."""
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"inner must be an optax transformation, got {inner!r}; use for example "
-            "fgrad.qzo_ff(learning_rate, key)."
+            f"{example}."
         )
     return optax.with_extra_args_support(inner)
 
@@ -68,13 +84,8 @@ def policy(
       low_bit: how weights of few bits are trained.
       name: how the link calls its epsilon.
     """
+    epsilons.check(name, epsilons.value_of(epsilon))
     z = perturbation(z, perturbations.normal)
-    count("num_perturbations", num_perturbations)
-    if low_bit is not None and not isinstance(low_bit, OnGrid):
-        raise TypeError(
-            f"low_bit must be fgrad.on_grid(learning_rate) or None, got {low_bit!r}."
-        )
-    epsilons.check_positive(name, epsilons.value_of(epsilon))
     return Policy(epsilon, num_perturbations, z, low_bit)
 
 
@@ -82,14 +93,7 @@ def perturbation(
     z: Any, default: Callable[[], perturbations.Perturbation]
 ) -> perturbations.Perturbation:
     """A `Perturbation`, by default ``default()``."""
-    if z is None:
-        return default()
-    if not isinstance(z, perturbations.Perturbation):
-        raise TypeError(
-            f"perturbation must come from fgrad.perturbations, got {z!r}; "
-            "use for example fgrad.perturbations.normal()."
-        )
-    return z
+    return default() if z is None else perturbations.checked(z)
 
 
 def estimator(
@@ -100,6 +104,7 @@ def estimator(
         return default
     if not callable(fn):
         raise TypeError(f"estimator must be a function, got {fn!r}; use {choices}.")
+    _checks.function("estimator", fn, "loss_plus", "loss_minus", "epsilon")
     return fn
 
 
@@ -129,6 +134,10 @@ def loss(
             f"{name} needs the loss: call tx.update(updates, state, params, "
             "value_fn=loss_fn, batch=...), with value_fn or its alias obj_fn, not both."
         )
+    if not callable(loss_fn) or isinstance(loss_fn, type):
+        raise TypeError(
+            f"value_fn must be a function of the parameters, got {loss_fn!r}."
+        )
     return loss_fn
 
 
@@ -148,22 +157,12 @@ def visible(params: Any) -> None:
 
 def key(value: Any) -> None:
     """Raises unless the value is a PRNG key."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or not (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
-    ):
-        raise TypeError(
-            f"key must be a PRNG key, got {value!r}; use jax.random.key(0)."
-        )
+    _checks.key(value)
 
 
-def count(name: str, value: Any) -> None:
-    """Raises unless the value is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name} must be a positive integer, got {value!r}; under "
-            "optax.inject_hyperparams list it in static_args."
-        )
+def count(name: str, value: Any) -> int:
+    """The value as a Python integer; raises unless it is a positive integer."""
+    return Policy.count(name, value)
 
 
 def spread(value: Any, pairs: int | None = None, vectorize: int = 1) -> None:
@@ -189,9 +188,14 @@ def named_arguments(
 ) -> dict[str, Any]:
     """Those of the extra arguments that ``value_fn`` names, after its params."""
     try:
-        named = list(inspect.signature(value_fn).parameters.values())[1:]
-    except (TypeError, ValueError):  # no signature to be had: a C function
+        first, *named = inspect.signature(value_fn).parameters.values()
+    except TypeError:  # no signature to be had: a C function
         return extra_args
+    except ValueError:  # none, or one of no parameter
+        _checks.function("value_fn", value_fn, "params")
+        return extra_args
+    if first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        _checks.function("value_fn", value_fn, "params")
     if any(p.kind is p.VAR_KEYWORD for p in named):
         return extra_args
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -199,6 +203,13 @@ def named_arguments(
     missing = [
         p.name for p in keywords if p.default is p.empty and p.name not in extra_args
     ]
+    taken = [name for name in missing if name in _OF_UPDATE]
+    if taken:
+        raise TypeError(
+            f"value_fn names an argument {taken[0]!r}, which is an argument of "
+            "tx.update itself and cannot be passed on; give it another name, such as "
+            f"{'model_' + taken[0]!r}."
+        )
     if missing:
         raise TypeError(
             f"value_fn needs {', '.join(missing)}, which update() did not receive: "

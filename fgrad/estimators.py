@@ -7,6 +7,7 @@ coefficients the sum is an exact integer sum on the grid of z, equation (7).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fgrad import _checks
 from fgrad.evaluation import evaluate_pairs
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
@@ -228,16 +230,19 @@ def forward_gradient(
       >>> jnp.round(estimate.gradient)  # the gradient is 2w
       Array([ 6., -2.], dtype=float32)
     """
-    options = Policy(num_perturbations=num_perturbations, **policy)
+    _checks.key(key)
+    _checks.step(step)
+    options = _policy(num_perturbations, policy)
+    _checks.function("estimator", estimator, "loss_plus", "loss_minus", "epsilon")
     return estimate(
         value_fn,
         Plan(params, options, mask=mask, step=step),
         key,
         estimator=estimator,
-        on_nonfinite=on_nonfinite,
+        on_nonfinite=checked_on_nonfinite(on_nonfinite),
         has_aux=has_aux,
         kwargs=kwargs,
-        vectorize=vectorize,
+        vectorize=Policy.count("vectorize", vectorize),
         spread=spread,
     )
 
@@ -287,15 +292,49 @@ def gradient_from_losses(
       >>> bool((half.gradient == whole.gradient).all())
       True
     """
-    plus, minus = jnp.asarray(loss_plus), jnp.asarray(loss_minus)
+    _checks.key(key)
+    _checks.step(step)
+    _checks.function("estimator", estimator, "loss_plus", "loss_minus", "epsilon")
+    plus, minus = (_as_losses(x) for x in (loss_plus, loss_minus))
     if plus.ndim != 1 or plus.shape != minus.shape or not plus.size:
         raise ValueError(
             "gradient_from_losses needs two arrays [m] of the losses of m pairs, got "
             f"shapes {plus.shape} and {minus.shape}."
         )
-    options = Policy(num_perturbations=len(plus), **policy)
+    kinds = jnp.floating, jnp.signedinteger
+    if not any(jnp.issubdtype(plus.dtype, kind) for kind in kinds):
+        raise TypeError(f"losses are real numbers, got dtype {plus.dtype}.")
+    options = _policy(len(plus), policy)
     plan = Plan(params, options, mask=mask, step=step)
     return estimate_from_losses(plan, plan.keys(key), plus, minus, estimator)
+
+
+def _policy(num_perturbations: int, options: dict[str, Any]) -> Policy:
+    """A `Policy` of keyword arguments; one that it does not have is named."""
+    known = {field.name for field in dataclasses.fields(Policy)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"there is no option {unknown[0]!r}; there are "
+            f"{', '.join(sorted(known))}. What value_fn needs goes into kwargs="
+        )
+    return Policy(num_perturbations=num_perturbations, **options)
+
+
+def _as_losses(x: Any) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(
+            f"gradient_from_losses needs two arrays [m] of losses, got {x!r}."
+        ) from None
+
+
+def checked_on_nonfinite(value: Any) -> str:
+    """The value of ``on_nonfinite``; raises unless it is one that there is."""
+    if value not in ("skip", "raise"):
+        raise ValueError(f'on_nonfinite must be "skip" or "raise", got {value!r}.')
+    return str(value)
 
 
 def estimate(
@@ -357,13 +396,18 @@ def _saturated(x: jax.Array) -> jax.Array:
 def _check_coefficients(
     estimator: Estimator, coefficients: Any, losses: jax.Array
 ) -> None:
-    if jnp.shape(coefficients) != losses.shape:
+    shape = getattr(coefficients, "shape", None)
+    dtype = getattr(coefficients, "dtype", None)
+    kinds = jnp.floating, jnp.signedinteger
+    real = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+    if shape != losses.shape or not real:
         name = getattr(estimator, "__name__", repr(estimator))
+        got = f"coefficients of shape {shape} and dtype {dtype}"
         raise ValueError(
-            f"estimator {name} returned coefficients of shape "
-            f"{jnp.shape(coefficients)} for losses of shape {losses.shape}; it takes "
-            "(loss_plus, loss_minus, epsilon) and returns one coefficient for each "
-            "pair."
+            f"estimator {name} returned "
+            f"{got if dtype is not None else repr(coefficients)} for losses of shape "
+            f"{losses.shape}; it takes (loss_plus, loss_minus, epsilon) and returns "
+            "one real coefficient for each pair."
         )
 
 

@@ -34,7 +34,7 @@ from flax import traverse_util
 from flax.linen import dtypes
 from jax import lax
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.fixed_point import QTensor, aqt_products, is_qtensor, products
 
 SCALES = "activation_scales"
@@ -80,8 +80,7 @@ def calibrate(
       >>> jax.tree.leaves(variables["activation_scales"])
       [Array(0.01, dtype=float32)]
     """
-    if not headroom > 0:
-        raise ValueError(f"headroom must be positive, got {headroom}.")
+    _checks.positive("headroom", headroom)
     variables = {name: v for name, v in variables.items() if name != SCALES}
     empty = _uncalibrated(model, *args, **kwargs)
     if not empty:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import random as threefry
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.tracing import execution_order
 
 # Values up to which leaves get their z together.
@@ -336,8 +336,6 @@ def threefry_words(key: jax.Array, indices: jax.Array) -> jax.Array:
     return random[: indices.size]
 
 
-# The table takes time, and jit knows a perturbation by its identity.
-@functools.lru_cache(maxsize=None, typed=True)
 def normal(
     bits: int = 8, z_max: float | None = None, *, generator: Generator = counter_hash
 ) -> Perturbation:
@@ -373,14 +371,21 @@ def normal(
     Reference:
       Section 3.2 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
-    limit = fixed_point.max_qvalue(bits)
+    fixed_point.max_qvalue(bits)
     if not 3 <= bits <= 8:
         raise ValueError(f"a normal perturbation has 3 to 8 bits, got bits={bits}.")
-    if z_max is not None and not 2 <= z_max < math.inf:
-        raise ValueError(
-            f"z_max must be at least 2 standard deviations, got {z_max}: below, no "
-            "clipped normal has unit variance."
-        )
+    if z_max is not None:
+        below = ": below 2 standard deviations no clipped normal has unit variance"
+        _checks.at_least("z_max", z_max, 2, hint=below)
+    _checks.function("generator", generator, "key", "indices")
+    return _normal(int(bits), None if z_max is None else float(z_max), generator)
+
+
+# The table takes time, and jit knows a perturbation by its identity.
+@functools.cache
+def _normal(bits: int, z_max: float | None, generator: Generator) -> Perturbation:
+    """The perturbation of `normal`, whose options are checked."""
+    limit = fixed_point.max_qvalue(bits)
     step = 2.0 ** (3 - bits) if z_max is None else z_max / limit
     one = round(1 / step) * step
     if abs(one - 1) > 0.02:
@@ -408,6 +413,7 @@ def rademacher(*, generator: Generator = counter_hash) -> Perturbation:
       >>> rademacher().sample(jax.random.key(0), (4,))
       Array([...], dtype=int8)
     """
+    _checks.function("generator", generator, "key", "indices")
     return Perturbation("rademacher()", 1.0, 32, _signs, generator)
 
 
@@ -448,13 +454,12 @@ def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
       Sarkar et al. 2025, "Evolution Strategies at the Hyperscale" (arXiv 2511.16652),
       for sharing the product.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 127:
-        raise ValueError(f"rank must be an integer from 1 to 127, got {rank!r}.")
+    rank = _checks.integer("rank", rank, 1, 127)
+    _checks.function("generator", generator, "key", "indices")
     name = f"low_rank(rank={rank})"
     return LowRank(name, rank**-0.5, 32, _signs, generator, rank**0.5, rank)
 
 
-@functools.lru_cache(maxsize=None, typed=True)
 def binomial(*, generator: Generator = counter_hash) -> Perturbation:
     """``z_q = B(16, 1/2) - 8``: the number of ones among 16 random bits, centred.
 
@@ -470,12 +475,29 @@ def binomial(*, generator: Generator = counter_hash) -> Perturbation:
     Reference:
       Section 4.2 of Feng et al. 2024 finds binomial z as good as normal.
     """
+    _checks.function("generator", generator, "key", "indices")
+    return _binomial(generator)
+
+
+@functools.cache
+def _binomial(generator: Generator) -> Perturbation:
+    """The perturbation of `binomial`."""
 
     def decode(words: jax.Array) -> jax.Array:
         ones = jax.lax.population_count(_bytes(words)).astype(jnp.int8)
         return (ones[:, ::2] + ones[:, 1::2] - 8).reshape(-1)
 
     return Perturbation("binomial()", 0.5, 2, decode, generator, 4.0)
+
+
+def checked(z: Any) -> Perturbation:
+    """The value, if it is a `Perturbation`; raises a TypeError otherwise."""
+    if not isinstance(z, Perturbation):
+        raise TypeError(
+            f"perturbation must come from fgrad.perturbations, got {z!r}; "
+            "use for example fgrad.perturbations.normal()."
+        )
+    return z
 
 
 def sample_key(key: jax.Array, step: Any, index: Any) -> jax.Array:

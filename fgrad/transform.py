@@ -11,6 +11,7 @@ import optax
 
 from fgrad import (
     _arguments,
+    _checks,
     _loss_and_aux,
     estimators,
     fixed_point,
@@ -28,6 +29,7 @@ from fgrad.leaves import (
     on_grid,
     trained_leaves,
 )
+from fgrad.leaves import epsilon as epsilons
 from fgrad.spread import Spread
 from fgrad.tracing import execution_order
 
@@ -165,13 +167,10 @@ def fixed_point_forward_grad(
         estimators.sign_m_spsa,
         "fgrad.estimators.sign_m_spsa, normalized_spsa or spsa",
     )
-    _arguments.count("vectorize", vectorize)
-    _check_together(policy.perturbation, num_perturbations, vectorize, guide)
-    _arguments.spread(spread, num_perturbations, vectorize)
-    if on_nonfinite not in ("skip", "raise"):
-        raise ValueError(
-            f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}.'
-        )
+    vectorize = _arguments.count("vectorize", vectorize)
+    _check_together(policy, vectorize, guide)
+    _arguments.spread(spread, policy.num_perturbations, vectorize)
+    on_nonfinite = estimators.checked_on_nonfinite(on_nonfinite)
 
     if has_aux and spread is not None:
         raise ValueError(
@@ -275,18 +274,23 @@ class _ForwardGrad(NamedTuple):
         )
 
 
-def _check_together(
-    perturbation: perturbations.Perturbation,
-    num_perturbations: int,
-    vectorize: int,
-    guide: Guide | None,
-) -> None:
-    if vectorize > num_perturbations:
+def _check_together(policy: Policy, vectorize: int, guide: Guide | None) -> None:
+    perturbation = policy.perturbation
+    if vectorize > policy.num_perturbations:
         raise ValueError(
-            f"vectorize={vectorize} exceeds num_perturbations={num_perturbations}; "
-            "it is the number of perturbations evaluated at once."
+            f"vectorize={vectorize} exceeds num_perturbations="
+            f"{policy.num_perturbations}; it is the number of perturbations evaluated "
+            "at once."
         )
-    if guide is not None and isinstance(perturbation, perturbations.LowRank):
+    if guide is None:
+        return
+    if isinstance(guide, type) or not isinstance(guide, Guide):
+        raise TypeError(
+            "guide must have the methods of fgrad.leaves.Guide, got "
+            f"{guide!r}; use for example "
+            "fgrad.enhancements.momentum_guided_sampling()."
+        )
+    if isinstance(perturbation, perturbations.LowRank):
         raise ValueError(
             f"a guide makes z dense, and {perturbation.name} shares products between "
             "perturbations of low rank; use fgrad.perturbations.normal() with a guide."
@@ -337,10 +341,9 @@ def quantized_update(
     Reference:
       Equation (8) of Feng et al. 2024.
     """
-    if not 0 <= stochastic_below <= 17:
-        raise ValueError(
-            f"stochastic_below must be 0 to 17 bits, got {stochastic_below}."
-        )
+    stochastic_below = _checks.integer(
+        "stochastic_below, in bits,", stochastic_below, 0, 17
+    )
 
     def init_fn(params: Any) -> QuantizedUpdateState:
         trained_leaves(mask, params)
@@ -384,6 +387,12 @@ def _on_the_grid(
     """The update that a leaf can take, and for each weight whether it moves."""
     if not is_qtensor(leaf):
         return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
+    if not is_qtensor(update):
+        raise TypeError(
+            f"the update of a QTensor is a {type(update).__name__} of shape "
+            f"{jnp.shape(update)}; quantized_update takes what an estimator of fgrad "
+            "and the links after it make."
+        )
     exact = update.qvalue / leaf.scale
     stochastic = leaf.bits < stochastic_below
     steps = _rounded_up_or_down(exact) if stochastic else jnp.round(exact)
@@ -433,7 +442,7 @@ def on_values(
       >>> optax.tree.get(state, "mu")["w"].dtype
       dtype('float32')
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = _arguments.transformation(inner, "optax.adam(1e-3)")
 
     def init_fn(params: Any) -> Any:
         return inner.init(fixed_point.dequantize(params))
@@ -512,9 +521,12 @@ def qzo_ff(
     Reference:
       Feng et al. 2024, equations (6) to (8).
     """
-    if isinstance(low_bit, bool):
-        low_bit = on_grid(learning_rate) if low_bit else None
-    return optax.chain(
+    if isinstance(low_bit, bool) and low_bit:
+        low_bit = on_grid(learning_rate)
+    else:
+        epsilons.check("learning_rate", learning_rate)
+    low_bit = None if low_bit is False else low_bit
+    chain = optax.chain(
         fixed_point_forward_grad(
             key,
             epsilon=epsilon,
@@ -532,3 +544,4 @@ def qzo_ff(
         optax.sgd(learning_rate),
         quantized_update(mask=mask),
     )
+    return _arguments.link(chain.init, chain.update)

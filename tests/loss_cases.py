@@ -7,6 +7,7 @@ marked ``exact``, so no order of summation and no fusion can change its loss.
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,12 @@ from jax.custom_batching import custom_vmap
 
 import fgrad
 from fgrad import layers
+
+# Extras of the tests, which a small environment may lack.
+if importlib.util.find_spec("equinox"):
+    import equinox as eqx
+if importlib.util.find_spec("haiku"):
+    import haiku as hk
 
 
 class Case(NamedTuple):
@@ -54,6 +61,12 @@ def case(make: Callable[[], Case]) -> Callable[[], Case]:
     make = functools.cache(make)
     CASES[make.__name__] = lambda bits: make()
     return make
+
+
+def optional_case(package: str) -> Callable[..., Any]:
+    """Lists a case if what it is about is installed."""
+    installed = importlib.util.find_spec(package) is not None
+    return case if installed else lambda make: make
 
 
 def layers_case(make: Callable[[int], Case]) -> Callable[[int], Case]:
@@ -1352,6 +1365,117 @@ def nnx_state_with_all_but_its_parameters_frozen():
         return jnp.mean(nnx.merge(graph, fgrad.dequantize(state))(x) ** 2)
 
     return Case(value_fn, state, {"x": X}, mask=mask)
+
+
+# ------------------------------------------------------------ Equinox and Haiku models
+
+
+def equinox(module: Any, apply: Callable[..., Any], x: Any, **options: Any) -> Case:
+    """The mean square of what a module makes of each row of x."""
+    params, static = eqx.partition(module, eqx.is_inexact_array)
+
+    def value_fn(params, x):
+        # The part without arrays first: then a QTensor may stand where it has none.
+        model = eqx.combine(static, params)
+        return jnp.mean(jax.vmap(functools.partial(apply, model))(x) ** 2)
+
+    return Case(value_fn, small(params), {"x": x}, **options)
+
+
+@optional_case("equinox")
+def equinox_mlp():
+    module = eqx.nn.MLP(4, 2, 5, 1, key=jax.random.key(0))
+    return equinox(module, lambda model, x: model(x), X)
+
+
+@optional_case("equinox")
+def equinox_dequantized_before_it_is_combined():
+    """The other way: values in the place of QTensors, the arrays first."""
+    module = eqx.nn.MLP(4, 2, 5, 1, activation=jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(module, eqx.is_inexact_array)
+
+    def value_fn(params, x):
+        model = eqx.combine(fgrad.dequantize(params), static)
+        return jnp.mean(eqx.filter_jit(jax.vmap(model))(x) ** 2)
+
+    return Case(value_fn, small(params), {"x": X})
+
+
+@optional_case("equinox")
+def equinox_convolutions_and_norm():
+    class Net(eqx.Module):
+        conv: Any
+        norm: Any
+        head: Any
+        dropout: Any
+
+        def __init__(self, key: jax.Array):
+            self.conv = eqx.nn.Conv2d(2, 4, 2, key=key)
+            self.norm = eqx.nn.GroupNorm(2, 4)
+            self.head = eqx.nn.Linear(4, 2, key=key)
+            self.dropout = eqx.nn.Dropout(0.5, inference=True)
+
+        def __call__(self, x: Any) -> jax.Array:
+            x = jax.nn.relu(self.norm(self.conv(x)))
+            return self.head(self.dropout(jnp.mean(x, (1, 2))))
+
+    module, x = Net(jax.random.key(0)), integers(2, 2, 3, 3)
+    # Its convolution is one of jax.lax, which takes arrays alone.
+    return equinox(module, lambda model, x: model(x), x, dequantize=True)
+
+
+@optional_case("equinox")
+def equinox_recurrence():
+    module = eqx.nn.GRUCell(3, 4, key=jax.random.key(0))
+
+    def apply(model, sequence):
+        def body(h, row):
+            return model(row, h), None
+
+        return lax.scan(body, jnp.zeros(4), sequence)[0]
+
+    return equinox(module, apply, integers(2, 3, 3))
+
+
+def haiku(network: Callable[..., Any], x: Any, **options: Any) -> Case:
+    """The mean square of a Haiku network, whose state is closed over."""
+    transformed = hk.transform_with_state(network)
+    init = functools.partial(transformed.init, is_training=True)
+    shapes, state = jax.eval_shape(init, jax.random.key(0), x)
+    state = jax.tree.map(np.ones_like, small(state))
+
+    def value_fn(params, x):
+        y, _ = transformed.apply(params, state, None, x, is_training=False)
+        return jnp.mean(y**2)
+
+    return Case(value_fn, small(shapes), {"x": x}, **options)
+
+
+@optional_case("haiku")
+def haiku_mlp():
+    def network(x, is_training):
+        return hk.nets.MLP([5, 2], activation=jnp.tanh)(x)
+
+    return haiku(network, X)
+
+
+@optional_case("haiku")
+def haiku_convolutions_with_batch_statistics():
+    def network(x, is_training):
+        x = hk.Conv2D(3, 2, with_bias=False)(x)
+        x = hk.BatchNorm(True, True, 0.9)(x, is_training)
+        return hk.Linear(2)(jax.nn.relu(x).mean((1, 2)))
+
+    return haiku(network, integers(2, 4, 4, 2), dequantize=True)
+
+
+@optional_case("haiku")
+def haiku_lstm():
+    def network(x, is_training):
+        core = hk.LSTM(3)
+        return hk.dynamic_unroll(core, x, core.initial_state(2))[0]
+
+    return haiku(network, integers(3, 2, 4))
 
 
 # --------------------------------------------------------- fixed-point layers, integers

@@ -37,7 +37,7 @@ def test_a_policy_is_made_of_options_that_hold():
         ((None, 1, None), TypeError, "rho must be a number.*got None of type"),
         ((True, 1, None), TypeError, "rho must be a number.*got True of type bool"),
         ((jnp.ones(2), 1, None), TypeError, "rho must be a number or a schedule"),
-        ((fgrad.relative_epsilon, 1, "normal"), TypeError, "got 'normal'; use for"),
+        ((0.1, 1, "normal"), TypeError, "got 'normal'; use for"),
         ((0.1, 0, None), ValueError, "num_perturbations must be a positive integer"),
         ((0.1, 1, None, 8), TypeError, r"low_bit must be fgrad.on_grid.*got 8"),
     ],

@@ -14,18 +14,19 @@ PACKAGE = ROOT / "fgrad"
 # needs one more of the others says so here first.
 ALLOWED = {
     "_trees": set(),
+    "_checks": {"_trees"},
     "_loss_and_aux": {"_trees"},
     "tracing": {"_trees"},
-    "fixed_point": {"_trees", "tracing"},
+    "fixed_point": {"_checks", "_trees", "tracing"},
     "_interchange": {"fixed_point"},
     "serialization": {"fixed_point"},
-    "layers": {"_trees", "fixed_point"},
+    "layers": {"_checks", "_trees", "fixed_point"},
     "spread": {"_trees", "tracing"},
-    "perturbations": {"_trees", "fixed_point", "tracing"},
-    "leaves": {"_trees", "fixed_point", "tracing", "perturbations"},
 }
-ALLOWED["evaluation"] = ALLOWED["leaves"] | {"_loss_and_aux", "leaves", "spread"}
+ALLOWED["perturbations"] = ALLOWED["fixed_point"] | {"fixed_point"}
+ALLOWED["leaves"] = ALLOWED["perturbations"] | {"perturbations"}
 ALLOWED["_arguments"] = ALLOWED["leaves"] | {"leaves", "spread"}
+ALLOWED["evaluation"] = ALLOWED["_arguments"] | {"_loss_and_aux"}
 ALLOWED["estimators"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["transform"] = ALLOWED["estimators"] | {"estimators", "_arguments"}
 ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
@@ -39,8 +40,8 @@ ALLOWED["adaptation"] = ALLOWED["transform"] | {"transform", "activity"}
 # What looks at a training step from outside, also through the eyes of its examples.
 ALLOWED["analysis"] = ALLOWED["activity"] | {"activity", "evaluation"}
 # Integer programs.
-ALLOWED["integer"] = {"_trees", "_arguments", "fixed_point", "tracing", "perturbations"}
-ALLOWED["integer"] |= {"leaves", "layers", "serialization", "spread"}
+ALLOWED["integer"] = {"_checks", "_trees", "_arguments", "fixed_point", "tracing"}
+ALLOWED["integer"] |= {"perturbations", "leaves", "layers", "serialization", "spread"}
 # The face of the package.
 ALLOWED["__init__"] = set(ALLOWED)
 

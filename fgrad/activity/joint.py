@@ -34,7 +34,6 @@ from fgrad.activity.transform import PerturbedActivation
 from fgrad.fixed_point import is_qtensor
 from fgrad.tracing import execution_order
 
-
 # Parts of the batch in which an update on the way goes through an activation.
 _PARTS = 8
 

@@ -18,7 +18,6 @@ from fgrad.fixed_point import is_qtensor, path_str
 from fgrad.tracing import derivatives
 from fgrad.tracing.graph import Graph
 
-
 Feedback = Literal["learned", "head", "stream", "branch"]
 
 # What a value passes on its way along skip connections.

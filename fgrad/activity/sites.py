@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fgrad import _arguments, fixed_point
+from fgrad import _arguments, _checks, fixed_point
 from fgrad.activity.synthetic_gradients import SyntheticGradient
 from fgrad.fixed_point import is_qtensor
 
@@ -62,10 +62,16 @@ class Site:
                 f"a site needs the names of layers, got {names!r}; use for example "
                 'fgrad.activity.Site("head").'
             )
-        if fixed_point.is_concrete(epsilon) and not epsilon > 0:
-            raise ValueError(f"epsilon must be positive, got {epsilon}.")
+        _checks.positive("epsilon", epsilon)
         if num_perturbations is not None:
-            _arguments.count("num_perturbations", num_perturbations)
+            num_perturbations = _arguments.count("num_perturbations", num_perturbations)
+        if not isinstance(exact, bool):
+            raise TypeError(f"exact must be True or False, got {exact!r}.")
+        if loss is not None and not isinstance(loss, str):
+            raise TypeError(
+                "loss must be the name of one of the losses that value_fn returns, "
+                f"got {loss!r}."
+            )
         if synthetic is not None and not isinstance(synthetic, SyntheticGradient):
             raise TypeError(
                 "synthetic must be fgrad.activity.SyntheticGradient(name of an exact "

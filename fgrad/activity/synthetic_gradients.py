@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fgrad import _checks
+
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticGradient:
@@ -70,13 +72,9 @@ class SyntheticGradient:
                 "a synthetic gradient needs the name of an exact site, got "
                 f'{self.site!r}; use for example SyntheticGradient("head").'
             )
-        if not self.memory >= 0:
-            raise ValueError(f"memory must be 0 steps or more, got {self.memory}.")
-        if not 0 <= self.correction <= 1:
-            raise ValueError(
-                f"correction must be between 0 and 1, got {self.correction}; 1 leaves "
-                "the gradient unbiased."
-            )
+        _checks.at_least("memory, in steps,", self.memory, 0)
+        unbiased = "; 1 leaves the gradient unbiased"
+        _checks.fraction("correction", self.correction, hint=unbiased)
 
 
 class Evidence(NamedTuple):

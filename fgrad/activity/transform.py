@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, _loss_and_aux, estimators, perturbations
+from fgrad import _arguments, _checks, _loss_and_aux, estimators, perturbations
 from fgrad.activity import layer_gradients
 from fgrad.activity.example_losses import ExampleLosses, mean_of
 from fgrad.activity.layer_gradients import Layer
@@ -45,6 +45,7 @@ from fgrad.activity.sites import (
     mean_jacobians,
     site_leaves,
 )
+from fgrad.fixed_point import is_qtensor
 from fgrad.spread import Spread
 from fgrad.tracing import primitives
 
@@ -159,7 +160,7 @@ def activity_forward_grad(
     """
     _arguments.key(key)
     options = _Options(
-        sites=[as_site(site) for site in sites],
+        sites=_sites(sites),
         num_perturbations=num_perturbations,
         perturbation=_arguments.perturbation(perturbation, perturbations.rademacher),
         estimator=_arguments.estimator(
@@ -173,6 +174,7 @@ def activity_forward_grad(
 
     def init_fn(params: Any) -> ActivityForwardGradState:
         _arguments.visible(params)
+        _checks.arrays(params, is_qtensor)
         if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
             site_leaves(options.sites, params)
         check_values(params)
@@ -204,6 +206,16 @@ def activity_forward_grad(
     return _arguments.link(init_fn, update_fn, spread)
 
 
+def _sites(sites: Any) -> list[Site]:
+    """The sites, each of which may be given by its name."""
+    if isinstance(sites, str) or not isinstance(sites, Sequence):
+        raise TypeError(
+            f"sites must be a list of layers' names or of Site, got {sites!r}; use for "
+            'example sites=["head"].'
+        )
+    return [as_site(site) for site in sites]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Options:
     """The arguments of `activity_forward_grad`, checked."""
@@ -220,8 +232,9 @@ class _Options:
     def __post_init__(self) -> None:
         if not self.sites:
             raise ValueError('sites is empty; name layers, for example sites=["head"].')
-        _arguments.count("num_perturbations", self.num_perturbations)
-        _arguments.count("vectorize", self.vectorize)
+        for name in ("num_perturbations", "vectorize"):
+            count = _arguments.count(name, getattr(self, name))
+            object.__setattr__(self, name, count)
         self._check_spread()
         for site in self.sites:
             if site.synthetic is None:

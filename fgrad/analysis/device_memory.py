@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.fixed_point import is_qtensor
 from fgrad.tracing import graph, primitives
 from fgrad.tracing.graph import Graph, Node
@@ -134,6 +134,8 @@ def device_budget(
       Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024, appendix B.
     """
     _check(method, bits, gradient_bits, density)
+    _checks.function("trains", trains, "name")
+    slots = _checks.integer("slots", slots, 0, 64)
     names, leaves = _leaves(params)
     training = method != "inference"
     chosen = [training and trains(name) for name in names]
@@ -180,11 +182,15 @@ def _check(
 ) -> None:
     if method not in _METHODS:
         raise ValueError(f"method must be one of {_METHODS}, got {method!r}.")
-    for value in (*bits, gradient_bits or 1):
-        if not 1 <= value <= 64:
-            raise ValueError(f"bits must be from 1 to 64, got {value}.")
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}.")
+    if not isinstance(bits, tuple | list) or len(bits) != 2:
+        raise TypeError(
+            f"bits must be two numbers, of weights and of activations, got {bits!r}."
+        )
+    for value in bits:
+        _checks.integer("each of bits", value, 1, 64)
+    if gradient_bits is not None:
+        _checks.integer("gradient_bits", gradient_bits, 1, 64)
+    _checks.number("density", density, "in (0, 1]", lambda x: 0 < x <= 1)
 
 
 def _leaves(params: Any) -> tuple[list[str], list[Any]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fgrad import _checks
 from fgrad.fixed_point import is_qtensor
 
 
@@ -75,8 +76,9 @@ def gradient_quality(
       >>> found.cosine > 0.9 and found.mean_cosine > found.cosine
       True
     """
-    if num_estimates < 2:
-        raise ValueError(f"num_estimates must be at least 2, got {num_estimates}.")
+    num_estimates = _checks.integer("num_estimates", num_estimates, 2, 2**20)
+    _checks.key(key)
+    _checks.function("estimate", estimate, "key")
     true = _flat(gradient)
     drawn = np.stack([_flat(estimate(k)) for k in jax.random.split(key, num_estimates)])
     cosines = np.array([_cosine(row, true) for row in drawn])

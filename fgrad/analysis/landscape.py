@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.fixed_point import QTensor, is_qtensor
 
 # Below this share of the larger one, a second direction counts as parallel or zero.
@@ -74,6 +74,8 @@ def random_directions(key: jax.Array, params: Any) -> Directions:
     Reference:
       Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018.
     """
+    _checks.key(key)
+    _checks.arrays(params, is_qtensor)
     values = fixed_point.dequantize(params)
     leaves, treedef = jax.tree.flatten(values)
     if all(leaf.ndim < 2 for leaf in leaves):
@@ -244,11 +246,11 @@ def loss_landscape(
       array([[ 0., 16.],
              [ 1., 17.]], dtype=float32)
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+    chunk = _checks.integer("chunk", chunk, 1, 2**20)
+    _checks.function("progress", progress, "done")
     _check_directions(params, directions)
-    first = np.asarray(first, np.float32)
-    second = first if second is None else np.asarray(second, np.float32)
+    first = _coordinates("first", first)
+    second = first if second is None else _coordinates("second", second)
     grid = np.stack(np.meshgrid(first, second, indexing="ij"), -1).reshape(-1, 2)
 
     @jax.jit
@@ -305,11 +307,29 @@ def _dot(a: Any, b: Any) -> float:
     return float(sum(map(float, jax.tree.leaves(products))))
 
 
+def _coordinates(name: str, values: Any) -> np.ndarray:
+    """The coordinates along an axis, [n] float32."""
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        array = np.zeros(())
+    if array.ndim != 1 or not array.size or not np.isfinite(array).all():
+        raise ValueError(
+            f"{name} must be a list of finite coordinates, got {values!r}."
+        )
+    return array
+
+
 def _check_directions(params: Any, directions: Directions) -> None:
+    if not isinstance(directions, tuple) or len(directions) < 2:
+        raise TypeError(
+            "directions must be a fgrad.analysis.Directions, got "
+            f"{directions!r:.60}; use fgrad.analysis.random_directions(key, params)."
+        )
     shapes = jax.tree.map(jnp.shape, params, is_leaf=is_qtensor)
     for direction in directions[:2]:
         if jax.tree.map(jnp.shape, direction) != shapes:
             raise ValueError(
-                "a direction must have the parameters' structure and shapes, "
+                "each of directions must have the parameters' structure and shapes, "
                 f"{shapes}, got {jax.tree.map(jnp.shape, direction)}."
             )

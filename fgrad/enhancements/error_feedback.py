@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments
+from fgrad import _arguments, _checks
 from fgrad.fixed_point import is_qtensor, stored, with_stored
 from fgrad.leaves import Mask, map_leaves
 
@@ -69,8 +69,7 @@ def error_feedback(
     Reference:
       Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014.
     """
-    if not 3 <= below <= 17:
-        raise ValueError(f"below must be 3 to 17 bits, got {below}.")
+    below = _checks.integer("below, in bits,", below, 3, 17)
 
     def init_fn(params: Any) -> ErrorFeedbackState:
         def leaf_fn(leaf: Any, trained: bool) -> Any:

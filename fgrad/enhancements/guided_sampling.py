@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fgrad import _checks
 from fgrad._trees import is_concrete
 from fgrad.fixed_point import is_qtensor, stored
 from fgrad.leaves import Guidance, map_leaves
@@ -114,10 +115,10 @@ def momentum_guided_sampling(
       Section 3.4 of Feng et al. 2024.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if callable(value) or not is_concrete(value):
+        if callable(value):
+            _checks.function(name, value, "step")
             continue
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        if name == "beta" and value == 0:
+        _checks.fraction(name, value)
+        if name == "beta" and is_concrete(value) and value == 0:
             raise ValueError("beta=0 draws no fresh noise; use for example 0.9.")
     return MomentumGuide(alpha, beta)

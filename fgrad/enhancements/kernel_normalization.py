@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, fixed_point
+from fgrad import _arguments, _checks, fixed_point
 from fgrad.fixed_point import is_qtensor, words
 from fgrad.leaves import Mask, map_leaves, trained_leaves
 
@@ -67,11 +67,8 @@ def kernel_normalization(
     """
     if per not in ("layer", "channel"):
         raise ValueError(f'per must be "layer" or "channel", got {per!r}.')
-    if not 0 < floor < math.inf:
-        raise ValueError(
-            f"floor must be positive, got {floor}: it is the least root mean square "
-            "of weights, for example 1e-3, and without it zero weights cannot move."
-        )
+    least = ": it is the least root mean square of weights, for example 1e-3, and "
+    _checks.positive("floor", floor, hint=least + "without it zero weights cannot move")
 
     def init_fn(params: Any) -> optax.EmptyState:
         trained_leaves(mask, params)

@@ -13,7 +13,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from fgrad import _arguments, _loss_and_aux, estimators, fixed_point, perturbations
+from fgrad import (
+    _arguments,
+    _checks,
+    _loss_and_aux,
+    estimators,
+    fixed_point,
+    perturbations,
+)
 from fgrad.evaluation import evaluate_pairs
 from fgrad.fixed_point import integer_reads, is_qtensor, stored, with_stored
 from fgrad.leaves import Epsilon, Mask, Plan, Policy
@@ -196,11 +203,10 @@ class _Options:
 
     def __post_init__(self) -> None:
         _arguments.spread(self.spread, self.policy.num_perturbations)
-        if isinstance(self.density, bool) or not 0 < self.density <= 1:
-            raise ValueError(
-                f"density must lie in (0, 1], got {self.density}: it is the share of "
-                "weights that are trained, 0.1 for 90% sparsity."
-            )
+        share = ": it is the share of weights that are trained, 0.1 for 90% sparsity"
+        _checks.number(
+            "density", self.density, "in (0, 1]", lambda x: 0 < x <= 1, hint=share
+        )
         if self.criterion not in _CRITERIA:
             raise ValueError(
                 f"criterion must be one of {', '.join(_CRITERIA)}, got "
@@ -218,10 +224,11 @@ class _Options:
                 f"threshold={self.threshold} with criterion={self.criterion!r}: give "
                 'both criterion="threshold" and threshold=, or neither.'
             )
-        if self.threshold is not None and not self.threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {self.threshold}.")
+        if self.threshold is not None:
+            _checks.at_least("threshold", self.threshold, 0)
         if self.reselect_every is not None:
-            _arguments.count("reselect_every", self.reselect_every)
+            every = _arguments.count("reselect_every", self.reselect_every)
+            object.__setattr__(self, "reselect_every", every)
         if self.reselect_every is not None and self.threshold is not None:
             raise ValueError(
                 f"reselect_every={self.reselect_every} with a threshold: how many "

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fgrad import perturbations
+from fgrad import _checks, perturbations
 from fgrad import spread as spreads
 from fgrad._loss_and_aux import is_pair, split
 from fgrad.evaluation import point_of_use
@@ -76,6 +76,12 @@ def dual_forward(
     Reference:
       Section 3.1 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
+    _checks.key(key)
+    if not callable(value_fn) or isinstance(value_fn, type):
+        raise TypeError(
+            f"value_fn must be a function of the parameters, got {value_fn!r}."
+        )
+    _checks.function("value_fn", value_fn, "params", **kwargs)
     plan = Plan(params, _policy(epsilon, perturbation), mask=mask)
     keys = jax.vmap(plan.leaf_keys)(key[None])
     losses, aux = _evaluations(lambda p: value_fn(p, **kwargs), plan, keys, 1, has_aux)
@@ -108,6 +114,8 @@ def perturb(
     Returns:
       A pytree like ``params``, with the same dtypes.
     """
+    _checks.key(key)
+    _checks.number("sign", sign, "1 or -1", lambda x: x in (1, 0, -1))
     plan = Plan(params, _policy(epsilon, perturbation), mask=mask)
     return plan.perturbed(key, sign)
 
@@ -313,7 +321,7 @@ def _check_loss(loss: Any) -> jax.Array:
             "with jnp.mean. To return more beside it return (loss, aux), and say "
             "has_aux=True."
         )
-    return _check_real(jnp.asarray(loss))
+    return _check_real(loss)
 
 
 def _check_losses(losses: Any) -> jax.Array:
@@ -327,13 +335,20 @@ def _check_losses(losses: Any) -> jax.Array:
             f"value_fn must return one loss for each example, [examples], got {got}. "
             "Leave out the mean over the batch, and return nothing else."
         )
-    return _check_real(jnp.asarray(losses))
+    return _check_real(losses)
 
 
-def _check_real(loss: jax.Array) -> jax.Array:
-    if not (
-        jnp.issubdtype(loss.dtype, jnp.floating)
-        or jnp.issubdtype(loss.dtype, jnp.signedinteger)
-    ):
-        raise TypeError(f"value_fn must return a real loss, got dtype {loss.dtype}.")
+def _check_real(loss: Any) -> jax.Array:
+    if not hasattr(loss, "dtype") and not isinstance(loss, int | float | complex):
+        raise TypeError(
+            f"value_fn must return a scalar loss, got {loss!r}"
+            + (": it has no return." if loss is None else ".")
+        )
+    loss = jnp.asarray(loss)
+    wide = jnp.issubdtype(loss.dtype, jnp.floating) and jnp.finfo(loss.dtype).bits > 8
+    if not wide and not jnp.issubdtype(loss.dtype, jnp.signedinteger):
+        raise TypeError(
+            f"value_fn must return a real loss, got dtype {loss.dtype}; make it a "
+            "float of 16 bits or more, such as loss.astype(jnp.float32)."
+        )
     return loss

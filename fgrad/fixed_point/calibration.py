@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fgrad import _checks
+from fgrad._trees import is_concrete
 from fgrad.fixed_point.integers import max_qvalue
 
 # calibration(x, axes, bits) -> bound: the largest magnitude to be represented, shared
@@ -36,8 +38,7 @@ def percentile(q: float) -> Calibration:
     Returns:
       A calibration for `quantize` or for the layers' activations.
     """
-    if not 0 < q <= 100:
-        raise ValueError(f"percentile must lie in (0, 100], got {q}.")
+    _checks.number("percentile", q, "in (0, 100]", lambda x: 0 < x <= 100)
 
     def calibrate(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
         del bits
@@ -58,8 +59,7 @@ def mse_optimal(num_candidates: int = 64) -> Calibration:
     Returns:
       A calibration for `quantize` or for the layers' activations.
     """
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates must be positive, got {num_candidates}.")
+    num_candidates = _checks.integer("num_candidates", num_candidates, 1, 2**20)
 
     def calibrate(x: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
         largest = abs_max(x, axes, bits)
@@ -105,14 +105,15 @@ def calibrate_scale(
     """
     limit = max_qvalue(bits)
     _check_calibration(calibration)
-    _check_positive("headroom", headroom)
-    _check_positive("zero_bound", zero_bound)
+    _checks.positive("headroom", headroom)
+    _checks.positive("zero_bound", zero_bound)
     x = jnp.asarray(x, jnp.float32)
     axes = tuple(range(x.ndim))
     if channel_axis is not None:
-        axes = tuple(a for a in axes if a != range(x.ndim)[channel_axis])
+        axis = _checks.integer("channel_axis", channel_axis, -x.ndim, x.ndim - 1)
+        axes = tuple(a for a in axes if a != axis % x.ndim)
     if x.size:
-        bound = calibration(x, axes, bits)
+        bound = _bound_of(calibration, x, axes, bits)
         # A percentile of a sparse tensor can be 0 where the tensor is not.
         bound = jnp.where(bound == 0, abs_max(x, axes, bits), bound)
     else:
@@ -141,7 +142,7 @@ def round_to_grid(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
 
 def _check_calibration(calibration: Any) -> None:
     """Raises for what is no calibration, or makes one only when it is called."""
-    if calibration in (percentile, mse_optimal):
+    if calibration is percentile or calibration is mse_optimal:
         name = calibration.__name__
         call = f"{name}({'99.9' if calibration is percentile else ''})"
         raise TypeError(
@@ -154,8 +155,26 @@ def _check_calibration(calibration: Any) -> None:
             ".percentile(q) or .mse_optimal(), or one of your own; got "
             f"{calibration!r}."
         )
+    _checks.function("calibration", calibration, "x", "axes", "bits")
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, str) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+def _bound_of(
+    calibration: Calibration, x: jax.Array, axes: tuple[int, ...], bits: int
+) -> jax.Array:
+    """What a calibration returns, if it is a bound for each channel."""
+    bound: Any = calibration(x, axes, bits)
+    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    dtype = getattr(bound, "dtype", None)
+    of_floats = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if not of_floats or bound.shape not in (shape, ()):
+        raise TypeError(
+            "calibration must return the largest magnitude to be represented, floats "
+            f"of shape {shape}, got {bound!r:.80}."
+        )
+    if is_concrete(bound):
+        with jax.ensure_compile_time_eval():
+            wrong = bound[~(bound >= 0)].ravel()
+        if wrong.size:
+            raise ValueError(f"calibration must return magnitudes, got {wrong[0]}.")
+    found: jax.Array = jnp.broadcast_to(bound, shape)
+    return found

@@ -19,6 +19,7 @@ import numpy as np
 from aqt.jax.v2 import aqt_tensor
 from aqt.jax.v2.numerics import int_numerics
 
+from fgrad import _checks
 from fgrad._trees import is_concrete, path_str
 from fgrad.fixed_point.array_like import ArrayLike
 from fgrad.fixed_point.calibration import (
@@ -32,6 +33,10 @@ from fgrad.fixed_point.integers import max_qvalue, storage_dtype
 
 # The name scope of equations that may read the parts of a `QTensor` inside a loss.
 READ_ON_PURPOSE = "fgrad_reads_integers"
+
+
+# What may not stand in the place of a scale. Other placeholders may, such as shardings.
+_NO_SCALES = (bool, bytes, complex, dict, list, str, tuple, type(None))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,10 +86,19 @@ class QTensor(ArrayLike):
     bits: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, float):
+        number = isinstance(self.scale, int | float)
+        if number and not isinstance(self.scale, bool):
+            # Whether it is positive is a question of check_values.
+            if _checks.LARGEST < abs(self.scale) != math.inf:
+                raise ValueError(f"float32 holds no scale of {self.scale}.")
             object.__setattr__(self, "scale", np.float32(self.scale))
+        elif callable(self.scale) or isinstance(self.scale, _NO_SCALES):
+            raise TypeError(
+                f"the scale of a QTensor is a float array, got {self.scale!r}; use "
+                "jnp.float32(scale)."
+            )
         dtype = getattr(self.qvalue, "dtype", None)
-        if not self.bits:
+        if _is_zero(self.bits):
             if dtype not in (jnp.int8, jnp.int16):
                 raise TypeError(
                     f"QTensor cannot infer its bits from a qvalue of dtype {dtype}; "
@@ -92,6 +106,7 @@ class QTensor(ArrayLike):
                 )
             object.__setattr__(self, "bits", jnp.iinfo(dtype).bits)
         _check_storage(dtype, self.bits)
+        object.__setattr__(self, "bits", int(self.bits))
         _check_scale(self.qvalue, self.scale)
 
     @property
@@ -137,6 +152,11 @@ class QTensor(ArrayLike):
             bias=[],
             dequant_dtype=self.scale.dtype,
         )
+
+
+def _is_zero(bits: Any) -> bool:
+    whole = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
+    return whole and not bits
 
 
 def _flatten(q: QTensor) -> tuple[tuple[Any, Any], int]:
@@ -471,13 +491,20 @@ def quantize(
       Equation (5) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
     """
     max_qvalue(bits)
+    if where is not None:
+        _checks.function("where", where, "path", "leaf")
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any) -> Any:
         if is_qtensor(leaf) or not _is_float(leaf):
             return leaf
         name = path_str(path)
-        if where is not None and not where(name, leaf):
+        if where is not None and not _chosen(where(name, leaf), name):
             return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"leaf {name!r} is a ShapeDtypeStruct, which has no values to find a "
+                "grid for; give the arrays, or use jax.eval_shape(fgrad.quantize, ...)."
+            )
         leaf = jnp.asarray(leaf, jnp.float32)
         if is_concrete(leaf):
             _check_has_grid(leaf, name, bits)
@@ -517,6 +544,9 @@ def quantize_to_scale(x: jax.Array, scale: jax.Array, bits: int) -> QTensor:
     Returns:
       A `QTensor` with int8 (up to 8 bits) or int16 storage.
     """
+    if np.ndim(scale) == 0 and not hasattr(scale, "dtype"):
+        _checks.positive("scale", scale)
+    _check_scale(x, scale)
     qvalue = round_to_grid(x, scale, bits).astype(storage_dtype(bits))
     return QTensor(qvalue, scale, bits)
 
@@ -560,6 +590,16 @@ def fake_quantize(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     )
     scale = jax.lax.stop_gradient(scale)
     return (clip_and_round(x / scale) * scale).astype(x.dtype)
+
+
+def _chosen(answer: Any, name: str) -> bool:
+    """What ``where`` said of a leaf."""
+    if not isinstance(answer, bool | np.bool_):
+        raise TypeError(
+            f"where must return True or False, got {answer!r} for leaf {name!r}"
+            + (": it has no return." if answer is None else ".")
+        )
+    return bool(answer)
 
 
 def _is_float(leaf: Any) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.fixed_point import QTensor, is_qtensor
 from fgrad.integer import calibration, primitives
 from fgrad.integer.primitives import Grids
@@ -211,15 +211,10 @@ def convert(
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference", CVPR 2018.
     """
-    weight_bits, activation_bits = bits
-    fixed_point.max_qvalue(weight_bits)
-    if not 2 <= activation_bits <= 8:
-        raise ValueError(
-            f"activations enter products in 2 to 8 bits, got bits={bits}; the first "
-            "number is the width of the weights."
-        )
-    if not headroom >= 1:
-        raise ValueError(f"headroom must be at least 1, got {headroom}.")
+    weight_bits, activation_bits = _checked_bits(bits)
+    _checks.at_least("headroom", headroom, 1)
+    _checks.function("fn", fn, "params", *["argument"] * len(calibration_args))
+    _checks.arrays(params, fixed_point.is_qtensor)
     qparams = fixed_point.quantize(params, weight_bits, headroom=headroom)
     values = fixed_point.dequantize(qparams)
     args = jax.tree.map(jnp.asarray, calibration_args)
@@ -239,6 +234,21 @@ def convert(
     # Every rule and every proof, before the first run.
     jax.eval_shape(program, qparams, *program.examples_encoded)
     return program
+
+
+def _checked_bits(bits: Any) -> tuple[int, int]:
+    """The widths of weights and activations."""
+    if not isinstance(bits, tuple | list) or len(bits) != 2:
+        raise TypeError(
+            "bits must be two numbers, (16, 8) for weights of 16 bits and activations "
+            f"of 8, got {bits!r}."
+        )
+    weights, activations = bits
+    fixed_point.max_qvalue(weights)
+    products = ", since they enter int8 products"
+    return int(weights), _checks.integer(
+        "the second of bits, that of activations,", activations, 2, 8, products
+    )
 
 
 def integers(params: Any) -> Any:

@@ -8,9 +8,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from fgrad import _checks
 from fgrad.integer.convert import Program, integers
 from fgrad.integer.to_c import examples_of
-from fgrad.integer.training import TrainStep
+from fgrad.integer.training import TrainStep, check_model
 
 
 def export(
@@ -38,6 +39,8 @@ def export(
       >>> [str(aval) for aval in export(program).in_avals]
       ['int16[2,2]', 'int8[1,2]']
     """
+    check_model("export", model)
+    batch_size = _checks.integer("batch_size", batch_size, 1, 2**20)
     program = model.program if isinstance(model, TrainStep) else model
     inputs = examples_of(program, batch_size)
     arguments: tuple[Any, ...] = (integers(program.params), *inputs)

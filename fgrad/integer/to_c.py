@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import fixed_point
+from fgrad import _checks, fixed_point
 from fgrad.fixed_point import is_qtensor
 from fgrad.integer import arena, arithmetic, c_code, lowering
 from fgrad.integer.convert import Program, integers
 from fgrad.integer.lowering import Block
-from fgrad.integer.training import State, TrainStep
+from fgrad.integer.training import State, TrainStep, check_model
 
 Field = tuple[str, Any]  # a name in C, and an array or its shape and type
 
@@ -71,6 +71,8 @@ def to_c(
     Raises:
       ConversionError: for an operation that C is not written for.
     """
+    check_model("to_c", model)
+    batch_size = _checks.integer("batch_size", batch_size, 1, 2**20)
     step = model if isinstance(model, TrainStep) else None
     program = model.program if isinstance(model, TrainStep) else model
     weights = integers(program.params)

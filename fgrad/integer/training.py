@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fgrad import _arguments, fixed_point, perturbations
+from fgrad import _arguments, _checks, fixed_point, perturbations
 from fgrad import spread as spreads
 from fgrad.fixed_point import QTensor, is_qtensor
 from fgrad.integer import arithmetic, ranges
@@ -431,7 +431,12 @@ def train_step(
       Equations (6) to (8) of Feng et al., "Stepping Forward on the Last Mile", NeurIPS
       2024.
     """
+    _check_program(program, "train_step")
+    _checks.key(key)
     _check(learning_rate, epsilon, num_perturbations, decay_steps, estimator)
+    _checks.function("loss", loss, "outputs", "labels")
+    if where is not None:
+        _checks.function("where", where, "path")
     _arguments.spread(spread, num_perturbations)
     head = None
     if exact_head is not None:
@@ -572,6 +577,23 @@ def _on_grid(address: Address, leaf: QTensor, rate: float) -> OnGrid:
     return OnGrid(address, leaf.bits, largest, threshold, PROBE)
 
 
+def _check_program(program: Any, name: str) -> None:
+    if not isinstance(program, Program):
+        raise TypeError(
+            f"{name} needs a program, got {program!r:.60}; make it by "
+            "fgrad.integer.convert(fn, params, *calibration_args)."
+        )
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raises unless a model that is handed over is a step or a program."""
+    if not isinstance(model, TrainStep | Program):
+        raise TypeError(
+            f"{name} takes a step or a program as its model, got {model!r:.60}; of "
+            "init, step = fgrad.integer.train_step(...) give it step."
+        )
+
+
 def _check(
     learning_rate: float,
     epsilon: float | None,
@@ -580,14 +602,13 @@ def _check(
     estimator: str,
 ) -> None:
     for name, value in (("learning_rate", learning_rate), ("epsilon", epsilon)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}.")
-    if not 1 <= num_perturbations <= 127:
-        raise ValueError(
-            f"num_perturbations must be 1 to 127, got {num_perturbations}."
-        )
-    if decay_steps is not None and not 1 <= decay_steps < INT32:
-        raise ValueError(f"decay_steps must be 1 to 2**31 - 2, got {decay_steps}.")
+        if name == "epsilon" and value is None:
+            continue  # an exact head needs none
+        hint = "; a program of integers has no schedule, but decay_steps"
+        _checks.positive(name, value, hint=hint if callable(value) else "")
+    _checks.integer("num_perturbations", num_perturbations, 1, 127)
+    if decay_steps is not None:
+        _checks.integer("decay_steps", decay_steps, 1, INT32 - 1)
     if estimator not in ("sign", "normalized"):
         raise ValueError(
             f'estimator must be "sign" or "normalized", got {estimator!r}.'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fgrad import _checks
 from fgrad._trees import is_concrete
 from fgrad.fixed_point import is_qtensor
 
@@ -60,8 +61,8 @@ def relative_epsilon(value: Schedule, *, floor: float = 1e-3) -> LeafEpsilon:
       >>> float(epsilon.unit(jnp.array([3.0, -4.0])) ** 2)
       12.5
     """
-    check_positive("relative_epsilon", value)
-    check_positive("the floor of relative_epsilon", floor)
+    check("relative_epsilon", value)
+    _checks.positive("the floor of relative_epsilon", floor)
 
     def unit(leaf: Any) -> jax.Array:
         values = leaf.qvalue if is_qtensor(leaf) else leaf
@@ -93,7 +94,7 @@ def step_epsilon(value: Schedule) -> LeafEpsilon:
       >>> round(127 * float(step_epsilon(4).unit(q)))
       1
     """
-    check_positive("step_epsilon", value)
+    check("step_epsilon", value)
 
     def unit(leaf: Any) -> jax.Array:
         if not is_qtensor(leaf):
@@ -113,26 +114,16 @@ def value_of(epsilon: Epsilon) -> Schedule:
     return epsilon.value if isinstance(epsilon, LeafEpsilon) else epsilon
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises unless the value is a positive finite number or a schedule.
+def check(name: str, value: Any) -> None:
+    """Raises unless the value is a positive finite number or a schedule of such.
 
-    A traced number is taken as it is: its value is not known yet.
+    A traced number is taken as it is: its value is not known yet. A schedule may be
+    zero, and is looked at every few steps.
     """
     if callable(value):
+        _values(name, value, np.unique(np.geomspace(1, 2**20, 64).astype(int)) - 1)
         return
-    dtype = getattr(value, "dtype", None)
-    real = (
-        isinstance(value, int | float) and not isinstance(value, bool)
-        if dtype is None
-        else jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    )
-    if not real or jnp.shape(value) != ():
-        raise TypeError(
-            f"{name} must be a number or a schedule of it, got {value!r} of type "
-            f"{type(value).__name__}."
-        )
-    if is_concrete(value) and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    _checks.positive(name, value, or_else=" or a schedule of it")
 
 
 def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float | jax.Array:
@@ -171,17 +162,41 @@ def peak_of(name: str, schedule: Callable[[jax.Array], jax.Array]) -> float | ja
     return float(values.max())
 
 
+def at(name: str, value: Schedule, count: jax.Array) -> jax.Array:
+    """A number or a schedule at a step, as a float32 scalar.
+
+    Raises:
+      TypeError: if it is not a number.
+    """
+    now = value(count) if callable(value) else value
+    if callable(value):
+        _checks.number(
+            f"{name}, a schedule, at a step", now, "a number", lambda x: True
+        )
+    number: jax.Array = jnp.asarray(now, jnp.float32)
+    return number
+
+
 def _values(name: str, schedule: Any, steps: np.ndarray) -> Any:
+    """The values of a schedule at some steps; traced if the schedule is.
+
+    Raises:
+      TypeError: for a schedule that is not called with a step or gives no numbers.
+      ValueError: for NaN, an infinite or a negative value.
+    """
+    _checks.function(name, schedule, "step")
     with jax.ensure_compile_time_eval():
-        values = jax.vmap(schedule)(jnp.asarray(steps, jnp.int32))
+        values = jax.vmap(functools.partial(at, name, schedule))(
+            jnp.asarray(steps, jnp.int32)
+        )
         if not is_concrete(values):
             return values
-        values = np.broadcast_to(np.asarray(values, np.float32), steps.shape)
+        values = np.asarray(values)
     wrong = ~(np.isfinite(values) & (values >= 0))
     if wrong.any():
-        at = int(np.argmax(wrong))
+        at_step = int(np.argmax(wrong))
         raise ValueError(
-            f"{name} is a schedule that gives {values[at]} at step {steps[at]}; it "
-            "must be finite and not negative."
+            f"{name} is a schedule that gives {values[at_step]} at step "
+            f"{steps[at_step]}; it must be finite and not negative."
         )
     return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Guidance(NamedTuple):
         return jnp.clip((total + unit // 2) >> 10, -127, 127).astype(jnp.int8)
 
 
+@runtime_checkable
 class Guide(Protocol):
     """Keeps directions from step to step, for ``guide=``.
 

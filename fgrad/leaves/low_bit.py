@@ -19,13 +19,13 @@ density acts as a learning rate.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fgrad import perturbations
-from fgrad.leaves.epsilon import Schedule, check_positive, peak_of
+from fgrad import _checks, perturbations
+from fgrad.leaves.epsilon import Schedule, at, check, peak_of
 
 # (first, largest) widening κ by the bits of the weights, found in runs on digits.
 PROBES = {8: (4, 16), 6: (4, 8), 4: (2, 2)}
@@ -57,8 +57,7 @@ class OnGrid:
 
     def at(self, count: jax.Array, num_perturbations: int) -> Sparsity:
         """The density of z in step ``count``, with so many perturbations."""
-        value = self.learning_rate
-        now = jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+        now = at("learning_rate", self.learning_rate, count)
         # The peak was computed by another program and may differ in its last bit.
         peak = jnp.maximum(now, self.peak * (1 + 2.0**-20))
         widening = jnp.where(now > 0, peak / jnp.where(now > 0, now, 1), jnp.inf)
@@ -162,19 +161,24 @@ def on_grid(
       >>> on_grid(1e-3).probe is None
       True
     """
-    check_positive("learning_rate", learning_rate)
     if probe is not None:
-        whole = all(isinstance(k, int) and not isinstance(k, bool) for k in probe)
-        if len(probe) != 2 or not whole or not 1 <= probe[0] <= probe[1] <= 2**15:
-            raise ValueError(
-                "probe must be two integers (first, largest) with 1 <= first <= "
-                f"largest <= 32768, got {probe!r}; the default is {PROBES[8]}."
-            )
-    if not 3 <= below <= 17:
-        raise ValueError(f"below must be 3 to 17 bits, got {below}.")
-    peak = (
-        peak_of("learning_rate", learning_rate)
-        if callable(learning_rate)
-        else learning_rate
-    )
+        probe = _checked(probe)
+    below = _checks.integer("below, in bits,", below, 3, 17)
+    if callable(learning_rate):
+        peak = peak_of("learning_rate", learning_rate)
+    else:
+        check("learning_rate", learning_rate)
+        peak = learning_rate
     return OnGrid(learning_rate, probe, below, peak)
+
+
+def _checked(probe: Any) -> tuple[int, int]:
+    try:
+        first, largest = probe
+        first = _checks.integer("first", first, 1, 2**15)
+        return first, _checks.integer("largest", largest, first, 2**15)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "probe must be two integers (first, largest) with 1 <= first <= "
+            f"largest <= 32768, got {probe!r}; the default is {PROBES[8]}."
+        ) from None

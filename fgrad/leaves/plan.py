@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrad import perturbations
+from fgrad import _checks, perturbations
 from fgrad._trees import is_concrete, path_str
 from fgrad.fixed_point import (
     as_gradient,
@@ -62,10 +62,36 @@ class Policy:
     )
     low_bit: OnGrid | None = None
 
+    def __post_init__(self) -> None:
+        """Raises for options of the wrong kind."""
+        value = epsilons.value_of(self.epsilon)
+        if callable(value):
+            _checks.function("epsilon", value, "step")
+        else:
+            epsilons.check("epsilon", value)
+        perturbations.checked(self.perturbation)
+        count = self.count("num_perturbations", self.num_perturbations)
+        object.__setattr__(self, "num_perturbations", count)
+        if self.low_bit is not None and not isinstance(self.low_bit, OnGrid):
+            raise TypeError(
+                "low_bit must be fgrad.on_grid(learning_rate) or None, got "
+                f"{self.low_bit!r}."
+            )
+
+    @staticmethod
+    def count(name: str, value: Any) -> int:
+        """The value as a Python integer; raises unless it is a positive integer."""
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or not 1 <= value < 2**31:
+            raise ValueError(
+                f"{name} must be a positive integer, got {value!r}; under "
+                "optax.inject_hyperparams list it in static_args."
+            )
+        return int(value)
+
     def epsilon_at(self, count: jax.Array) -> jax.Array:
         """ε of a step as a float32 scalar, in units of the leaves if they have one."""
-        value = epsilons.value_of(self.epsilon)
-        return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+        return epsilons.at("epsilon", epsilons.value_of(self.epsilon), count)
 
 
 class Plan:
@@ -481,8 +507,15 @@ def trained_leaves(mask: Mask, params: Any) -> tuple[bool, ...]:
     """
     if not jax.tree.leaves(params):  # optax.tree.map_params inits with a placeholder
         mask = None
+    _checks.arrays(params, is_qtensor)
     if callable(mask) and not _is_tree_of_bools(mask):
+        _checks.function("mask", mask, "params")
         mask = mask(params)
+        if mask is None:
+            raise TypeError(
+                "mask must hold Python bools, and the function returned None: it has "
+                "no return."
+            )
     try:
         full = jax.tree.map(
             lambda trained, subtree: jax.tree.map(

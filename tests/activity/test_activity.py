@@ -594,7 +594,10 @@ BUILD_ERRORS = {
     ),
     "no sites": (link, "sites is empty"),
     "no name": (Site, "needs the names of layers"),
-    "no epsilon": (lambda: Site("a", epsilon=0), "epsilon must be positive, got 0"),
+    "no epsilon": (
+        lambda: Site("a", epsilon=0),
+        "positive and finite, got 0",
+    ),
     "no count": (lambda: Site("a", num_perturbations=0), "positive integer, got 0"),
     "a number": (lambda: link(3), r"layer's name or fgrad.activity.Site.*got 3"),
     "estimator": (lambda: link("a", estimator="spsa"), "must be a function"),

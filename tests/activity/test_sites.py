@@ -76,7 +76,12 @@ def test_a_site_may_be_its_name():
         ([], {}, ValueError, r"needs the names of layers, got \(\)"),
         ([""], {}, ValueError, "needs the names of layers"),
         ([3], {}, ValueError, "needs the names of layers"),
-        (["a"], {"epsilon": 0.0}, ValueError, "epsilon must be positive, got 0.0"),
+        (
+            ["a"],
+            {"epsilon": 0.0},
+            ValueError,
+            "epsilon must be positive and",
+        ),
         (["a"], {"num_perturbations": 0}, ValueError, "positive integer, got 0"),
         (["a"], {"synthetic": "head"}, TypeError, "synthetic must be"),
         (

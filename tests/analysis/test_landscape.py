@@ -179,7 +179,7 @@ def test_errors():
     def loss_fn(params):
         return params["w"].sum()
 
-    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk must be an integer from 1"):
         analysis.loss_landscape(loss_fn, PARAMS, directions, chunk=0)
     with pytest.raises(ValueError, match="structure and shapes"):
         analysis.loss_landscape(loss_fn, {"w": PARAMS["w"]}, directions)

@@ -84,5 +84,5 @@ def test_mse_optimal_finds_the_best_of_its_candidates(bits, num_candidates, axes
 
 
 def test_mse_optimal_raises_without_candidates():
-    with pytest.raises(ValueError, match="num_candidates must be positive"):
+    with pytest.raises(ValueError, match="num_candidates must be an integer from 1"):
         fixed_point.mse_optimal(0)

@@ -369,7 +369,10 @@ def test_weights_of_four_bits_learn_a_least_squares_problem():
         ({"learning_rate": 0.1, "probe": (1.0, 2.0)}, "probe must be two integers"),
         ({"learning_rate": 0.1, "probe": (4, 2)}, "probe must be two integers"),
         ({"learning_rate": 0.1, "probe": (0, 2)}, "probe must be two integers"),
-        ({"learning_rate": 0.1, "below": 2}, "below must be 3 to 17"),
+        (
+            {"learning_rate": 0.1, "below": 2},
+            "below, in bits, must be an integer",
+        ),
     ],
 )
 def test_bad_options_raise(arguments, message):
