@@ -23,7 +23,7 @@ from fgrad.leaves import (
     on_grid,
     trained_leaves,
 )
-from fgrad.tracing import execution_order
+from fgrad.tracing import compiled_once, execution_order
 
 
 class ForwardGradState(NamedTuple):
@@ -307,28 +307,40 @@ def quantized_update(
     ) -> tuple[Any, QuantizedUpdateState]:
         del state, extra_args
         _arguments.given("quantized_update", params)
-        counts: list[jax.Array] = []
-        sizes: list[float] = []
-
-        def leaf_fn(leaf: Any, trained: bool, update: Any) -> Any:
-            if not trained:
-                zeros = jnp.zeros_like(stored(update))
-                return as_update(
-                    leaf, zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros
-                )
-            update, moved = _on_the_grid(leaf, update, stochastic_below)
-            count = jnp.sum(moved, dtype=jnp.float32)
-            counts.append(count)
-            sizes.append(float(jnp.size(leaf)))  # it may be beyond int32
-            # The update waits for the count. If the count compared with the new weights
-            # instead, a donated buffer would be copied to keep the old ones.
-            return as_update(leaf, execution_order.delayed(update, count))
-
-        updates = map_leaves(leaf_fn, mask, params, updates)
-        moved = sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
+        trained = trained_leaves(mask, params)
+        updates, moved = _updates_on_the_grid(
+            params, updates, trained=trained, stochastic_below=stochastic_below
+        )
         return updates, QuantizedUpdateState(moved_fraction=moved)
 
     return _arguments.link(init_fn, update_fn)
+
+
+@compiled_once.compiled("trained", "stochastic_below")
+def _updates_on_the_grid(
+    params: Any, updates: Any, *, trained: tuple[bool, ...], stochastic_below: int
+) -> tuple[Any, jax.Array]:
+    """The updates that leaves can take, and the share of the weights that move."""
+    counts: list[jax.Array] = []
+    sizes: list[float] = []
+
+    def leaf_fn(leaf: Any, trained: bool, update: Any) -> Any:
+        if not trained:
+            zeros = jnp.zeros_like(stored(update))
+            return as_update(
+                leaf, zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros
+            )
+        update, moved = _on_the_grid(leaf, update, stochastic_below)
+        count = jnp.sum(moved, dtype=jnp.float32)
+        counts.append(count)
+        sizes.append(float(jnp.size(leaf)))  # it may be beyond int32
+        # The update waits for the count. If the count compared with the new weights
+        # instead, a donated buffer would be copied to keep the old ones.
+        return as_update(leaf, execution_order.delayed(update, count))
+
+    treedef = jax.tree.structure(params, is_leaf=is_qtensor)
+    updates = map_leaves(leaf_fn, treedef.unflatten(trained), params, updates)
+    return updates, sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
 
 
 def _on_the_grid(

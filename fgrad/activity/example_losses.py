@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from fgrad.activity import layer_gradients
 from fgrad.activity.layer_gradients import Layer
@@ -18,6 +19,21 @@ from fgrad.activity.sites import Site, site_leaves
 from fgrad.fixed_point import integer_reads, is_qtensor, path_str
 from fgrad.tracing import graph
 from fgrad.tracing.graph import Graph
+
+
+def traced(
+    value_fn: Callable[..., Any], params: Any, kwargs: Mapping[str, Any]
+) -> tuple[core.ClosedJaxpr, tuple[str, ...]]:
+    """The jaxpr of ``value_fn(params, **kwargs)``, and the names of its losses."""
+    names: list[str] = []
+
+    @integer_reads.checked
+    def function(params: Any, kwargs: Any) -> list[jax.Array]:
+        losses = named_losses(value_fn(params, **kwargs))
+        names.extend(losses)
+        return list(losses.values())
+
+    return jax.make_jaxpr(function)(params, dict(kwargs)), tuple(names)
 
 
 class ExampleLosses:
@@ -34,28 +50,21 @@ class ExampleLosses:
 
     def __init__(
         self,
-        value_fn: Callable[..., Any],
+        program: core.ClosedJaxpr,
+        names: Sequence[str],
         params: Any,
         sites: Sequence[Site],
         kwargs: Mapping[str, Any],
     ) -> None:
-        """Traces ``value_fn(params, **kwargs)`` and evaluates it.
+        """Evaluates what `traced` returned, at the same ``params`` and ``kwargs``.
 
         Raises:
           TypeError, ValueError: for losses of another shape than [examples], and for
             sites that name no layers or layers that cannot be followed.
         """
         self._leaves = site_leaves(sites, params)
-        names: list[str] = []
-
-        @integer_reads.checked
-        def function(params: Any, kwargs: Any) -> list[jax.Array]:
-            losses = named_losses(value_fn(params, **kwargs))
-            names.extend(losses)
-            return list(losses.values())
-
         kwargs = dict(kwargs)
-        self.program: Graph = graph.trace(function, params, kwargs)
+        self.program: Graph = graph.of(program)
         self._losses = dict(zip(names, self.program.outputs, strict=True))
         self.examples = self._check_losses()
         self._layers = self._find_layers(params)
@@ -64,6 +73,17 @@ class ExampleLosses:
         self.values = graph.evaluate(
             self.program.nodes, {**self.program.constants, **inputs}
         )
+
+    @classmethod
+    def of(
+        cls,
+        value_fn: Callable[..., Any],
+        params: Any,
+        sites: Sequence[Site],
+        kwargs: Mapping[str, Any],
+    ) -> ExampleLosses:
+        """Those of ``value_fn(params, **kwargs)``, which is traced first."""
+        return cls(*traced(value_fn, params, kwargs), params, sites, kwargs)
 
     def outputs(self, site: Site) -> dict[int, dict[str, Layer]]:
         """The activations of a site, each with its layers by their leaf's path."""

@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
 from fgrad import _arguments, estimators, perturbations
-from fgrad.activity.example_losses import ExampleLosses, named_losses
+from fgrad.activity.example_losses import ExampleLosses, named_losses, traced
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.site_gradients import (
     Directions,
@@ -44,7 +45,7 @@ from fgrad.activity.sites import (
     site_leaves,
 )
 from fgrad.fixed_point import as_gradient, check_values, is_qtensor, path_str
-from fgrad.tracing import primitives
+from fgrad.tracing import compiled_once, primitives
 
 
 class ActivityForwardGradState(NamedTuple):
@@ -244,16 +245,61 @@ def _update(
         gradient, others_state = options.others.update(
             updates, state.others, params, value_fn=_mean_of(loss_fn), **extra_args
         )
-    losses = ExampleLosses(loss_fn, params, options.sites, kwargs)
-    found = _site_gradients(options, losses, state)
-    return _with_gradients(params, gradient, found), ActivityForwardGradState(
-        key=state.key,
+    program, names = traced(loss_fn, params, kwargs)
+    known = options.estimator in (estimators.spsa, estimators.sign_m_spsa)
+    # An estimator of the user may be another one at the next call.
+    call: Any = compiled_once.call if known else _called
+    addressed = state._replace(others=())
+    found = call(
+        _find, program, params, kwargs, addressed, options=options, names=names
+    )
+    return _with_gradients(params, gradient, found.gradients), state._replace(
         count=optax.safe_increment(state.count),
+        loss=found.loss,
+        nonfinite_pairs=found.nonfinite_pairs,
+        others=others_state,
+        jacobians=found.jacobians,
+    )
+
+
+def _called(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return function(*arguments, **options)
+
+
+class _Found(NamedTuple):
+    """What all sites found.
+
+    Attributes:
+      gradients: of the sites' leaves by their path.
+      loss: float32 scalar, as in the state.
+      nonfinite_pairs: int32 scalar, as in the state.
+      jacobians: as in the state.
+    """
+
+    gradients: dict[str, jax.Array]
+    loss: jax.Array
+    nonfinite_pairs: jax.Array
+    jacobians: dict[str, jax.Array]
+
+
+def _find(
+    program: core.ClosedJaxpr,
+    params: Any,
+    kwargs: Any,
+    state: ActivityForwardGradState,
+    *,
+    options: _Options,
+    names: tuple[str, ...],
+) -> _Found:
+    """What all sites find, from the traced losses."""
+    losses = ExampleLosses(program, names, params, options.sites, kwargs)
+    found = _site_gradients(options, losses, state)
+    return _Found(
+        gradients={k: v for one in found for k, v in one.gradients.items()},
         loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),
         nonfinite_pairs=sum(
             (f.nonfinite_pairs for f in found), jnp.zeros([], jnp.int32)
         ),
-        others=others_state,
         jacobians={
             site.names[0]: f.jacobian
             for site, f in zip(options.sites, found, strict=True)
@@ -281,9 +327,10 @@ def _site_gradients(
     return [found[site] for site in options.sites]
 
 
-def _with_gradients(params: Any, others: Any, found: Sequence[SiteGradient]) -> Any:
+def _with_gradients(
+    params: Any, others: Any, gradients: Mapping[str, jax.Array]
+) -> Any:
     """The gradients of the sites' leaves, and those of the other leaves as they are."""
-    gradients = {k: v for one in found for k, v in one.gradients.items()}
 
     def leaf_fn(path: tuple[Any, ...], leaf: Any, other: Any) -> Any:
         value = gradients.get(path_str(path))
@@ -347,7 +394,7 @@ def explain(
     lines: list[PerturbedActivation] = []
 
     def collect(params: Any, kwargs: Any) -> None:
-        losses = ExampleLosses(value_fn, params, chosen, kwargs)
+        losses = ExampleLosses.of(value_fn, params, chosen, kwargs)
         lines.extend(
             _explained(losses, output, layers)
             for site in chosen

@@ -12,12 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from fgrad import perturbations
 from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import integer_reads, is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
+from fgrad.leaves.arithmetic import Arithmetic
+from fgrad.leaves.plan import sides
 from fgrad.perturbations import LeafKeys
+from fgrad.tracing import compiled_once
 from fgrad.tracing.promotion import usual_rules
 
 
@@ -120,14 +124,31 @@ def evaluate_pairs(
     Returns:
       ``(losses_plus, losses_minus)``, each [m].
     """
-    loss = TracedLoss(value_fn, plan)
+    losses: tuple[jax.Array, jax.Array] = compiled_once.call(
+        _losses,
+        TracedLoss(value_fn, plan).program,
+        list(plan.arithmetic.values()),
+        keys,
+        vectorize=vectorize,
+    )
+    return losses
+
+
+def _losses(
+    program: core.ClosedJaxpr,
+    arithmetic: Sequence[Arithmetic],
+    keys: LeafKeys,
+    *,
+    vectorize: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The losses of a traced loss; see `evaluate_pairs`."""
     pairs = len(keys.stacked)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
     keys = jax.tree.map(lambda k: jnp.repeat(k, 2, axis=0), keys)
 
     def evaluate(address: tuple[jax.Array, LeafKeys]) -> jax.Array:
         sign, keys_of_z = address
-        return loss(keys_of_z, sign)
+        return _run(program, arithmetic, keys_of_z, sign)
 
     if vectorize >= pairs > 1:
         losses = jax.vmap(evaluate)((signs, keys))
@@ -143,17 +164,13 @@ class TracedLoss:
 
     def __init__(self, value_fn: Callable[[Any], jax.Array], plan: Plan) -> None:
         """Traces ``value_fn(params) -> scalar loss`` for the leaves of a plan."""
-        self.plan = plan
-        leaves = [one.leaf for one in plan.arithmetic.values()]
-        self.values = [stored(leaf) for leaf in leaves]
-        self.scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
-
+        self._arithmetic = list(plan.arithmetic.values())
         loss_fn = integer_reads.checked(lambda params: _check_loss(value_fn(params)))
 
         def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:
             return loss_fn(plan.with_stored(values, scales))
 
-        self.program = point_of_use.trace(function, self.values, self.scales)
+        self.program = point_of_use.trace(function, *_arrays(self._arithmetic))
 
     def __call__(
         self,
@@ -162,13 +179,33 @@ class TracedLoss:
         events: list[point_of_use.Event] | None = None,
     ) -> jax.Array:
         """The loss at ``w + sign * εz``, for the keys [leaves] of z."""
-        with integer_reads.library_arithmetic():
-            sides = self.plan.sides(keys, sign)
-            values = [
-                x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
-                for x, array in zip(sides, self.values, strict=True)
-            ]
-            return point_of_use.run(self.program, [*values, *self.scales], sign, events)
+        return _run(self.program, self._arithmetic, keys, sign, events)
+
+
+def _arrays(
+    arithmetic: Sequence[Arithmetic],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The stored values of the leaves, and the scales of those on a grid."""
+    leaves = [one.leaf for one in arithmetic]
+    scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
+    return [stored(leaf) for leaf in leaves], scales
+
+
+def _run(
+    program: core.ClosedJaxpr,
+    arithmetic: Sequence[Arithmetic],
+    keys: LeafKeys,
+    sign: jax.Array,
+    events: list[point_of_use.Event] | None = None,
+) -> jax.Array:
+    """The loss at ``w + sign * εz``; see `TracedLoss`."""
+    values, scales = _arrays(arithmetic)
+    with integer_reads.library_arithmetic():
+        pending = [
+            x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
+            for x, array in zip(sides(arithmetic, keys, sign), values, strict=True)
+        ]
+        return point_of_use.run(program, [*pending, *scales], sign, events)
 
 
 def _policy(epsilon: Any, perturbation: perturbations.Perturbation | None) -> Policy:

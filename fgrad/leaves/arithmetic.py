@@ -10,8 +10,9 @@ key and a sign: a leaf at ``w + εz`` or ``w - εz``, made where it is needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,22 @@ from fgrad.tracing import execution_order
 
 Factors = tuple[jax.Array, jax.Array]
 
+Kind = TypeVar("Kind", bound="Arithmetic")
+
 # Weights of a leaf of floats that are looked at to tell how many of them are frozen.
 _COUNTED = 4096
 
 
+def _with_arrays(*names: str) -> Callable[[type[Kind]], type[Kind]]:
+    """Makes a class a pytree of these attributes. Its source is no array."""
+    return functools.partial(
+        jax.tree_util.register_dataclass, data_fields=names, meta_fields=("source",)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How one leaf is perturbed; the base of all kinds.
+    """How one leaf is perturbed; the base of all kinds, each a pytree of arrays.
 
     A block is a part of a leaf, ``leaf[i]`` or ``leaf[i, j]``, as in
     `perturbations.Perturbation.sample`; its index may be traced.
@@ -142,6 +152,7 @@ class Arithmetic:
         return values.reshape(-1, *values.shape[stacked:])[block]
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class FloatArithmetic(Arithmetic):
     """``w ± εz`` in floating point.
@@ -201,6 +212,7 @@ class FloatArithmetic(Arithmetic):
         return jnp.mean((up == array) & (down == array), dtype=jnp.float32)
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class NarrowFloatArithmetic(FloatArithmetic):
     r"""``w ± εz`` in a floating point so coarse that εz is rounded: bfloat16, float16.
@@ -260,6 +272,7 @@ class NarrowFloatArithmetic(FloatArithmetic):
         return self.normalized(total, squares / len(coefficients))
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class FixedPointArithmetic(FloatArithmetic):
     r"""``w_q ± ε_q z_q`` by equation (6), with ``ε_q = ⌊ε/Δ_w⌉``.
@@ -294,6 +307,7 @@ class FixedPointArithmetic(FloatArithmetic):
         return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class LowRankArithmetic(FloatArithmetic):
     """``w ± ε Σᵣ uᵣ vᵣ`` in floating point, as base plus amplitude times factors."""
@@ -327,6 +341,7 @@ class LowRankArithmetic(FloatArithmetic):
         return (base + amplitude * z).astype(array.dtype)
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class FixedPointLowRankArithmetic(LowRankArithmetic):
     """``w_q ± ⌊ε Δ_z/Δ_w⌉ Σᵣ uᵣ vᵣ``, in whole grid steps.
@@ -363,6 +378,7 @@ class FixedPointLowRankArithmetic(LowRankArithmetic):
         return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
 
 
+@_with_arrays("leaf", "sparsity")
 @dataclasses.dataclass(frozen=True)
 class GridArithmetic(Arithmetic):
     """``clip(w_q ± κ z)`` with sparse integers z; see `fgrad.leaves.low_bit`.
@@ -411,7 +427,7 @@ def arithmetic_of(
       unit: of a `LeafEpsilon`, or None.
       sparsity: for `QTensor` leaves of few bits, or None to treat them as any other.
     """
-    if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.options.below:
+    if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.below:
         return GridArithmetic(leaf, low_bit.WORDS, sparsity)
     one = jnp.float32(1) if unit is None else unit(leaf)
     scaled = jnp.asarray(epsilon * one)
