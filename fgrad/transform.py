@@ -338,7 +338,7 @@ def _updates_on_the_grid(
         # instead, a donated buffer would be copied to keep the old ones.
         return as_update(leaf, execution_order.delayed(update, count))
 
-    treedef = jax.tree.structure(params, is_leaf=is_qtensor)
+    treedef: Any = jax.tree.structure(params, is_leaf=is_qtensor)
     updates = map_leaves(leaf_fn, treedef.unflatten(trained), params, updates)
     return updates, sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
 

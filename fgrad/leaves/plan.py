@@ -95,7 +95,8 @@ class Plan:
         Raises:
           TypeError: for a trained leaf that has no perturbation, such as integers that
             are no `QTensor`, and for a mask of other things than bools.
-          ValueError: for a mask of another structure than the params.
+          ValueError: for a mask of another structure than the params, and for a
+            trained leaf of more values than there are random words for.
         """
         self.treedef: Any
         paths, self.treedef = jax.tree_util.tree_flatten_with_path(
@@ -117,6 +118,7 @@ class Plan:
             name: arithmetic_of(leaf, policy.perturbation, self.epsilon, unit, sparsity)
             for name, leaf in self._trained_leaves()
         }
+        self._check_sizes()
 
     def guided(self, guidance: Guidance) -> Plan:
         """The same plan with z drawn around directions."""
@@ -278,6 +280,16 @@ class Plan:
             check(steps, scales, frozen)
         else:
             jax.debug.callback(check, steps, scales, frozen)
+
+    def _check_sizes(self) -> None:
+        for path, name in zip(self.paths, self.names, strict=True):
+            one = self.arithmetic.get(name)
+            if one is None:
+                continue
+            try:
+                one.source.check_shape(one.shape)
+            except ValueError as error:
+                raise ValueError(f"leaf {path_str(path)!r}: {error}") from None
 
     def _trained_leaves(self) -> list[tuple[str, Any]]:
         triples = zip(self.names, self.leaves, self.trained, strict=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -190,7 +191,7 @@ def _value(x: Any) -> Hashable:
     if isinstance(x, core.Jaxpr):
         return tuple(_parts(x))
     if isinstance(x, jax.Array):
-        if x.ndim or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        if x.ndim or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             raise _UnknownError
         x = np.asarray(x)
     if isinstance(x, np.ndarray | np.generic):
