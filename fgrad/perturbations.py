@@ -343,8 +343,11 @@ def pieces(
     A slice at a known place would be a kernel of its own for every leaf; see
     `execution_order.hidden`.
     """
+    if not vector.size:
+        return [vector] * len(sizes)
+    zero = execution_order.dependent_zero(vector)
     return [
-        jax.lax.dynamic_slice(vector, (execution_order.hidden(start, vector),), (size,))
+        jax.lax.dynamic_slice(vector, (execution_order.hidden(start, zero),), (size,))
         for start, size in zip(starts, sizes, strict=True)
     ]
 

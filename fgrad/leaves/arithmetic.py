@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -27,8 +28,9 @@ Factors = tuple[jax.Array, jax.Array]
 
 Kind = TypeVar("Kind", bound="Arithmetic")
 
-# Weights of a leaf of floats that are looked at to tell how many of them are frozen.
-_COUNTED = 4096
+# Weights of a leaf of floats that are looked at to tell how many of them are frozen; of
+# all leaves of one shape together; and of each of them at least.
+_COUNTED, _COUNTED_OF_A_SHAPE, _COUNTED_AT_LEAST = 4096, 16384, 256
 
 
 def _with_arrays(*names: str) -> Callable[[type[Kind]], type[Kind]]:
@@ -138,6 +140,16 @@ class Arithmetic:
 
     def frozen(self) -> jax.Array:
         """float32 share of the weights that ε cannot move."""
+        return self.frozen_share(*self.looked_at(_COUNTED))
+
+    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
+        """What `frozen_share` takes: of a large leaf, about so many weights."""
+        del about
+        return ()
+
+    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
+        """float32 share of the weights that ε cannot move, among those looked at."""
+        del looked_at
         none: jax.Array = jnp.float32(0)
         return none
 
@@ -201,13 +213,14 @@ class FloatArithmetic(Arithmetic):
         gradient = total.astype(jnp.float32) * (self.step / count)
         return gradient if by_signs else gradient / self.unit
 
-    def frozen(self) -> jax.Array:
-        """float32 share of the weights that even the largest z cannot move.
+    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
+        """Weights at even distances, and ε."""
+        return _evenly_spaced(jnp.asarray(self.leaf), about), self.epsilon
 
-        Of a large leaf the share among some thousand weights at even distances.
-        """
-        array = _evenly_spaced(jnp.asarray(self.leaf), _COUNTED)
-        reach = self.source.largest * self.epsilon
+    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
+        """float32 share of the weights that even the largest z cannot move."""
+        array, epsilon = looked_at
+        reach = self.source.largest * epsilon
         up, down = ((array + x).astype(array.dtype) for x in (reach, -reach))
         return jnp.mean((up == array) & (down == array), dtype=jnp.float32)
 
@@ -302,9 +315,15 @@ class FixedPointArithmetic(FloatArithmetic):
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
 
-    def frozen(self) -> jax.Array:
+    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
+        """ε in weight steps."""
+        del about
+        return (self.epsilon_in_steps(),)
+
+    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
         """float32 share of the weights whose ε is no whole step."""
-        return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
+        (steps,) = looked_at
+        return jnp.mean(_whole_steps(steps) == 0, dtype=jnp.float32)
 
 
 @_with_arrays("leaf", "epsilon", "unit", "guided")
@@ -373,9 +392,15 @@ class FixedPointLowRankArithmetic(LowRankArithmetic):
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
 
-    def frozen(self) -> jax.Array:
+    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
+        """ε in weight steps."""
+        del about
+        return (self.epsilon_in_steps(),)
+
+    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
         """float32 share of the weights whose ε is no whole step."""
-        return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
+        (steps,) = looked_at
+        return jnp.mean(_whole_steps(steps) == 0, dtype=jnp.float32)
 
 
 @_with_arrays("leaf", "sparsity")
@@ -430,7 +455,7 @@ def arithmetic_of(
     if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.below:
         return GridArithmetic(leaf, low_bit.WORDS, sparsity)
     one = jnp.float32(1) if unit is None else unit(leaf)
-    scaled = jnp.asarray(epsilon * one)
+    scaled = jnp.asarray(epsilon, jnp.float32) if unit is None else epsilon * one
     if isinstance(perturbation, perturbations.LowRank):
         low_rank = (
             FixedPointLowRankArithmetic if is_qtensor(leaf) else LowRankArithmetic
@@ -493,6 +518,31 @@ class Side(NamedTuple):
 
 
 # --------------------------------------------------------------------- many leaves
+
+
+def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
+    """How many weights ε cannot move, a float32.
+
+    Leaves of one kind and shape are looked at together, since a program for each leaf
+    takes its time to compile.
+    """
+    groups: dict[Any, list[Arithmetic]] = {}
+    for i, one in enumerate(arithmetic):
+        arrays, structure = jax.tree.flatten(one)
+        kinds = tuple(map(jax.typeof, arrays))
+        alone = i if any(map(execution_order.is_spread, arrays)) else None
+        groups.setdefault((structure, kinds, alone), []).append(one)
+    frozen: jax.Array = jnp.float32(0)
+    for group in groups.values():
+        size = float(math.prod(group[0].shape))  # it may be beyond int32
+        about = max(_COUNTED_AT_LEAST, _COUNTED_OF_A_SHAPE // len(group))
+        looked_at = [one.looked_at(min(about, _COUNTED)) for one in group]
+        if len(group) == 1 or not looked_at[0]:
+            frozen += group[0].frozen_share(*looked_at[0]) * (size * len(group))
+            continue
+        stacked = [jnp.stack(arrays) for arrays in zip(*looked_at, strict=True)]
+        frozen += jnp.sum(jax.vmap(group[0].frozen_share)(*stacked)) * size
+    return frozen
 
 
 def factors_together(
@@ -561,7 +611,7 @@ def _product_of_block(
 def _evenly_spaced(array: jax.Array, about: int) -> jax.Array:
     """About so many values of an array, or all of a smaller or sharded one."""
     left = array.size // about
-    if left < 2 or any(getattr(jax.typeof(array).sharding, "spec", ())):
+    if left < 2 or execution_order.is_spread(array):
         return array
     strides = []
     for length in reversed(array.shape):

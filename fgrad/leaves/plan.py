@@ -33,6 +33,7 @@ from fgrad.leaves.arithmetic import (
     Side,
     arithmetic_of,
     factors_together,
+    frozen_weights,
     samples_together,
 )
 from fgrad.leaves.guidance import Guidance
@@ -376,13 +377,8 @@ def _keys(
 @compiled_once.compiled()
 def _frozen_fraction(arithmetic: Sequence[Arithmetic]) -> jax.Array:
     """Share of the weights that ε cannot move."""
-    frozen, total = jnp.float32(0), 0.0
-    for one in arithmetic:
-        size = float(math.prod(one.shape))  # it may be beyond int32
-        total += size
-        frozen += one.frozen() * size
-    share: jax.Array = frozen / max(total, 1)
-    return share
+    total = sum(float(math.prod(one.shape)) for one in arithmetic)
+    return frozen_weights(arithmetic) / max(total, 1)
 
 
 @compiled_once.compiled()
