@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrad import perturbations
 from fgrad.fixed_point import is_qtensor, max_qvalue, perturb_qvalue
@@ -28,9 +29,9 @@ Factors = tuple[jax.Array, jax.Array]
 
 Kind = TypeVar("Kind", bound="Arithmetic")
 
-# Weights of a leaf of floats that are looked at to tell how many of them are frozen; of
-# all leaves of one shape together; and of each of them at least.
-_COUNTED, _COUNTED_OF_A_SHAPE, _COUNTED_AT_LEAST = 4096, 16384, 256
+# Weights that are looked at to tell how many are frozen: of a leaf of floats, or less
+# where there are many leaves; of all leaves together; and of each leaf at least.
+_COUNTED, _COUNTED_TOGETHER, _COUNTED_AT_LEAST = 4096, 32768, 256
 
 
 def _with_arrays(*names: str) -> Callable[[type[Kind]], type[Kind]]:
@@ -140,18 +141,17 @@ class Arithmetic:
 
     def frozen(self) -> jax.Array:
         """float32 share of the weights that ε cannot move."""
-        return self.frozen_share(*self.looked_at(_COUNTED))
+        return jnp.mean(self.is_frozen(*self.looked_at(_COUNTED)), dtype=jnp.float32)
 
-    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
-        """What `frozen_share` takes: of a large leaf, about so many weights."""
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """What `is_frozen` takes: of a large leaf, about so many weights; and ε."""
         del about
-        return ()
+        return jnp.zeros(()), jnp.zeros(())
 
-    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
-        """float32 share of the weights that ε cannot move, among those looked at."""
-        del looked_at
-        none: jax.Array = jnp.float32(0)
-        return none
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """For each of the values that were looked at whether ε cannot move it."""
+        del epsilon
+        return jnp.zeros(values.shape, bool)
 
     def of_block(self, values: jax.Array, array: jax.Array, block: Any) -> jax.Array:
         """Values in the shape of the leaf's scale, for a block like ``array``."""
@@ -213,16 +213,15 @@ class FloatArithmetic(Arithmetic):
         gradient = total.astype(jnp.float32) * (self.step / count)
         return gradient if by_signs else gradient / self.unit
 
-    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
         """Weights at even distances, and ε."""
         return _evenly_spaced(jnp.asarray(self.leaf), about), self.epsilon
 
-    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
-        """float32 share of the weights that even the largest z cannot move."""
-        array, epsilon = looked_at
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """Whether even the largest z cannot move a weight."""
         reach = self.source.largest * epsilon
-        up, down = ((array + x).astype(array.dtype) for x in (reach, -reach))
-        return jnp.mean((up == array) & (down == array), dtype=jnp.float32)
+        up, down = ((values + x).astype(values.dtype) for x in (reach, -reach))
+        return (up == values) & (down == values)
 
 
 @_with_arrays("leaf", "epsilon", "unit", "guided")
@@ -315,15 +314,15 @@ class FixedPointArithmetic(FloatArithmetic):
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
 
-    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
-        """ε in weight steps."""
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """The weight steps, and ε in weight steps."""
         del about
-        return (self.epsilon_in_steps(),)
+        return self.leaf.scale, self.epsilon_in_steps()
 
-    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
-        """float32 share of the weights whose ε is no whole step."""
-        (steps,) = looked_at
-        return jnp.mean(_whole_steps(steps) == 0, dtype=jnp.float32)
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """Whether the ε of a weight is no whole step."""
+        del values
+        return _whole_steps(epsilon) == 0
 
 
 @_with_arrays("leaf", "epsilon", "unit", "guided")
@@ -392,15 +391,15 @@ class FixedPointLowRankArithmetic(LowRankArithmetic):
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
 
-    def looked_at(self, about: int) -> tuple[jax.Array, ...]:
-        """ε in weight steps."""
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """The weight steps, and ε in weight steps."""
         del about
-        return (self.epsilon_in_steps(),)
+        return self.leaf.scale, self.epsilon_in_steps()
 
-    def frozen_share(self, *looked_at: jax.Array) -> jax.Array:
-        """float32 share of the weights whose ε is no whole step."""
-        (steps,) = looked_at
-        return jnp.mean(_whole_steps(steps) == 0, dtype=jnp.float32)
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """Whether the ε of a weight is no whole step."""
+        del values
+        return _whole_steps(epsilon) == 0
 
 
 @_with_arrays("leaf", "sparsity")
@@ -523,25 +522,31 @@ class Side(NamedTuple):
 def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
     """How many weights ε cannot move, a float32.
 
-    Leaves of one kind and shape are looked at together, since a program for each leaf
-    takes its time to compile.
+    All leaves of one kind are looked at together, since programs for each leaf take
+    their time to compile.
     """
     groups: dict[Any, list[Arithmetic]] = {}
-    for i, one in enumerate(arithmetic):
-        arrays, structure = jax.tree.flatten(one)
-        kinds = tuple(map(jax.typeof, arrays))
-        alone = i if any(map(execution_order.is_spread, arrays)) else None
-        groups.setdefault((structure, kinds, alone), []).append(one)
+    for one in arithmetic:
+        kind = (type(one), one.source, jnp.result_type(one.leaf))
+        groups.setdefault(kind, []).append(one)
     frozen: jax.Array = jnp.float32(0)
     for group in groups.values():
-        size = float(math.prod(group[0].shape))  # it may be beyond int32
-        about = max(_COUNTED_AT_LEAST, _COUNTED_OF_A_SHAPE // len(group))
-        looked_at = [one.looked_at(min(about, _COUNTED)) for one in group]
-        if len(group) == 1 or not looked_at[0]:
-            frozen += group[0].frozen_share(*looked_at[0]) * (size * len(group))
-            continue
-        stacked = [jnp.stack(arrays) for arrays in zip(*looked_at, strict=True)]
-        frozen += jnp.sum(jax.vmap(group[0].frozen_share)(*stacked)) * size
+        about = min(_COUNTED, max(_COUNTED_AT_LEAST, _COUNTED_TOGETHER // len(group)))
+        parts, epsilons, weights = [], [], []
+        for one in group:
+            size = math.prod(one.shape)
+            part, epsilon = one.looked_at(about)
+            if execution_order.is_spread(part):
+                frozen += one.frozen() * float(size)
+                continue
+            parts.append(part.reshape(-1))
+            epsilons.append(jnp.broadcast_to(epsilon, part.shape).reshape(-1))
+            weights.append(np.full(part.size, size / max(part.size, 1), np.float32))
+        if parts:
+            flags = group[0].is_frozen(
+                jnp.concatenate(parts), jnp.concatenate(epsilons)
+            )
+            frozen += jnp.sum(jnp.where(flags, np.concatenate(weights), 0))
     return frozen
 
 
