@@ -83,7 +83,7 @@ LINKS = {
 }
 # Links, and the bits of the weights: None for floats.
 CASES = [("qzo_ff", 16), *((link, 16) for link in LINKS if link != "qzo_ff")]
-CASES += [("activity", None), ("chain", 8), ("qzo_ff", None)]
+CASES += [("activity", None), ("qzo_ff", 8), ("qzo_ff", None)]
 
 
 def capturing(value_fn, x):
