@@ -137,6 +137,19 @@ class Perturbation:
         values: jax.Array = jax.lax.map(decode, (owners, indices))
         return values.reshape(-1)
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises if a leaf has more values than 2**32 random words make.
+
+        Raises:
+          ValueError: for such a shape.
+        """
+        most = self.values_per_word * 2**32
+        if math.prod(shape) > most:
+            raise ValueError(
+                f"it has {math.prod(shape):,} values, and {self.name} makes {most:,} "
+                "random ones before they repeat. Make several leaves of it."
+            )
+
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`.
 
@@ -208,6 +221,11 @@ class LowRank(Perturbation):
         keys: jax.Array = jax.random.wrap_key_data(words, impl=impl)
         return keys
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises if one of the factors has too many values; see `Perturbation`."""
+        super().check_shape(shape[:-1])
+        super().check_shape(shape[-1:])
+
     def is_small(self, shape: tuple[int, ...]) -> bool:
         """Whether a leaf is one for `sample_together`; see `Perturbation`."""
         return len(shape) < 2 and super().is_small(shape)
@@ -258,13 +276,42 @@ def _sample(
     # One word more than needed where a block may start inside a word.
     aligned = block is None or size % per_word == 0
     count = -(-size // per_word) + (not aligned)
-    start = jnp.uint32(0) if block is None else _uint32(block) * np.uint32(size)
-    words = jax.lax.iota(jnp.uint32, count) + start // np.uint32(per_word)
+    first, offset = (0, 0) if block is None else word_of_block(block, size, per_word)
+    words = jax.lax.iota(jnp.uint32, count) + first
     values = perturbation.decode(perturbation.generator(key, words))
     if not aligned:
-        offset = (start % np.uint32(per_word)).astype(jnp.int32)
-        values = jax.lax.dynamic_slice(values, (offset,), (size,))
+        start = jnp.asarray(offset).astype(jnp.int32)
+        values = jax.lax.dynamic_slice(values, (start,), (size,))
     return values[:size].reshape(shape)
+
+
+def word_of_block(
+    block: jax.typing.ArrayLike, size: int, per_word: int
+) -> tuple[jax.Array, jax.Array]:
+    """The word that a block of values starts in, and its place among those of the word.
+
+    They are exact for all blocks that start within 2**32 words, though the number of
+    values in front of the block may be too large for 32 bits.
+
+    Args:
+      block: index of the block; it may be traced.
+      size: values of a block.
+      per_word: values of a word.
+
+    Returns:
+      uint32 scalars, the quotient and the rest of ``block * size`` over ``per_word``.
+
+    Example:
+      >>> word_of_block(2**30, 12, 4)  # three times 2**32 values are 3 * 2**30 words
+      (Array(3221225472, dtype=uint32), Array(0, dtype=uint32))
+    """
+    index, words, rest = _uint32(block), np.uint32(size // per_word), size % per_word
+    if not rest:
+        return index * words, jnp.uint32(0)
+    whole, part = index // np.uint32(per_word), index % np.uint32(per_word)
+    left = part * np.uint32(rest)
+    first = index * words + whole * np.uint32(rest) + left // np.uint32(per_word)
+    return first, left % np.uint32(per_word)
 
 
 def accumulate(
@@ -296,8 +343,11 @@ def pieces(
     A slice at a known place would be a kernel of its own for every leaf; see
     `execution_order.hidden`.
     """
+    if not vector.size:
+        return [vector] * len(sizes)
+    zero = execution_order.dependent_zero(vector)
     return [
-        jax.lax.dynamic_slice(vector, (execution_order.hidden(start, vector),), (size,))
+        jax.lax.dynamic_slice(vector, (execution_order.hidden(start, zero),), (size,))
         for start, size in zip(starts, sizes, strict=True)
     ]
 

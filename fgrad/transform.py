@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +25,12 @@ from fgrad.leaves import (
     OnGrid,
     Plan,
     Policy,
-    map_leaves,
     on_grid,
     trained_leaves,
 )
 from fgrad.leaves import epsilon as epsilons
 from fgrad.spread import Spread
-from fgrad.tracing import execution_order
+from fgrad.tracing import compiled_once, execution_order
 
 
 class ForwardGradState(NamedTuple):
@@ -357,28 +356,69 @@ def quantized_update(
     ) -> tuple[Any, QuantizedUpdateState]:
         del state, extra_args
         _arguments.given("quantized_update", params)
-        counts: list[jax.Array] = []
-        sizes: list[float] = []
-
-        def leaf_fn(leaf: Any, trained: bool, update: Any) -> Any:
-            if not trained:
-                zeros = jnp.zeros_like(stored(update))
-                return as_update(
-                    leaf, zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros
-                )
-            update, moved = _on_the_grid(leaf, update, stochastic_below)
-            count = jnp.sum(moved, dtype=jnp.float32)
-            counts.append(count)
-            sizes.append(float(jnp.size(leaf)))  # it may be beyond int32
-            # The update waits for the count. If the count compared with the new weights
-            # instead, a donated buffer would be copied to keep the old ones.
-            return as_update(leaf, execution_order.delayed(update, count))
-
-        updates = map_leaves(leaf_fn, mask, params, updates)
-        moved = sum(counts, jnp.float32(0)) / max(sum(sizes), 1)
+        trained = trained_leaves(mask, params)
+        updates, moved = _updates_on_the_grid(
+            params, updates, trained=trained, stochastic_below=stochastic_below
+        )
         return updates, QuantizedUpdateState(moved_fraction=moved)
 
     return _arguments.link(init_fn, update_fn)
+
+
+@compiled_once.compiled("trained", "stochastic_below")
+def _updates_on_the_grid(
+    params: Any, updates: Any, *, trained: tuple[bool, ...], stochastic_below: int
+) -> tuple[Any, jax.Array]:
+    """The updates that leaves can take, and the share of the weights that move."""
+    leaves: Any
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
+    found = [
+        _on_the_grid(leaf, update, stochastic_below) if on else _no_update(leaf, update)
+        for leaf, update, on in zip(
+            leaves, treedef.flatten_up_to(updates), trained, strict=True
+        )
+    ]
+    at = [i for i, on in enumerate(trained) if on]
+    counts = _counts([found[i][1] for i in at])
+    # An update waits for its count. If the count compared with the new weights instead,
+    # a donated buffer would be copied to keep the old ones.
+    waiting = {
+        i: execution_order.delayed(found[i][0], count)
+        for i, count in zip(at, counts, strict=True)
+    }
+    # Small leaves share a count.
+    moved = sum({id(count): count for count in counts}.values(), jnp.float32(0))
+    size = sum(float(jnp.size(leaves[i])) for i in at)  # it may be beyond int32
+    on_grid = [
+        as_update(leaf, waiting.get(i, found[i][0])) for i, leaf in enumerate(leaves)
+    ]
+    return treedef.unflatten(on_grid), moved / max(size, 1)
+
+
+def _no_update(leaf: Any, update: Any) -> tuple[jax.Array, None]:
+    """The update of a leaf that is not trained."""
+    zeros = jnp.zeros_like(stored(update))
+    return zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros, None
+
+
+def _counts(moved: Sequence[jax.Array]) -> list[jax.Array]:
+    """For each leaf how many of its weights move, float32; of small ones all together.
+
+    A sum for each of many biases takes longer to compile than to run.
+    """
+    small = [
+        i
+        for i, x in enumerate(moved)
+        if x.size <= perturbations.SMALL and not execution_order.is_spread(x)
+    ]
+    together = jnp.float32(0)
+    if small:
+        flat = jnp.concatenate([moved[i].reshape(-1) for i in small])
+        together = jnp.sum(flat, dtype=jnp.float32)
+    return [
+        together if i in small else jnp.sum(x, dtype=jnp.float32)
+        for i, x in enumerate(moved)
+    ]
 
 
 def _on_the_grid(

@@ -38,4 +38,4 @@ def example_losses(names, **options):
     def value_fn(params, x):
         return network(params, x, {})[0]
 
-    return ExampleLosses(value_fn, params, sites, {"x": x}), sites
+    return ExampleLosses.of(value_fn, params, sites, {"x": x}), sites

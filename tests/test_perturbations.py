@@ -557,6 +557,41 @@ def test_a_block_is_that_part_of_the_leaf(name, shape):
     np.testing.assert_array_equal(z.sample(key, (5, *shape), 1), leaf[1])
 
 
+@pytest.mark.parametrize("per_word", [1, 2, 4, 32])
+def test_the_place_of_a_block_is_exact_beyond_32_bits(per_word):
+    random = np.random.default_rng(per_word)
+    for size in (1, per_word, 7, 12, 4096, 2**24 + 5, 2**31 - 1):
+        # Blocks that start within 2**32 words: the first, the last and some others.
+        last = (2**32 * per_word - 1) // size
+        blocks = [0, 1, last, *random.integers(0, last, 8)]
+        for block in (int(x) for x in blocks if x < 2**32):
+            found = perturbations.word_of_block(np.uint32(block), size, per_word)
+            assert tuple(map(int, found)) == divmod(block * size, per_word)
+
+
+ABSTRACT = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+
+
+def plan_of(leaf, z):
+    """Makes a plan of a leaf that has a shape and no values."""
+    jax.eval_shape(lambda x: Plan({"w": x}, Policy(perturbation=z)).epsilon, leaf)
+
+
+@pytest.mark.parametrize(
+    ("z", "fits", "too_large"),
+    [
+        (perturbations.normal(), (2**17, 2**17), (2**17 + 1, 2**17)),
+        (perturbations.rademacher(), (2**18, 2**19), (2**18, 2**19, 2)),
+        (perturbations.low_rank(), (2**36, 2, 2), (2**36, 4, 2)),
+    ],
+    ids=["normal", "rademacher", "low rank"],
+)
+def test_a_leaf_beyond_the_random_words_is_refused(z, fits, too_large):
+    plan_of(ABSTRACT(fits), z)
+    with pytest.raises(ValueError, match=r"leaf 'w': it has .* before they repeat"):
+        plan_of(ABSTRACT(too_large), z)
+
+
 @pytest.mark.parametrize("name", WITH_LOW_RANK)
 def test_leaves_sampled_together_get_the_z_that_they_get_alone(name):
     z = WITH_LOW_RANK[name]

@@ -27,7 +27,8 @@ class Program:
     """A function and the arguments that it is called with.
 
     Attributes:
-      seconds: what its trace, its lowering and, once done, its compilation took.
+      seconds: what its trace, its lowering and, once done, its compilation took, in
+        seconds of the processor: those that other processes take do not count.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class Program:
         if carries:
             arguments = (jax.tree.map(jnp.copy, arguments[0]), *arguments[1:])
         jitted = jax.jit(fn, donate_argnums=(0,) if carries else ())
-        start = time.perf_counter()
+        start = time.process_time()
         traced = jitted.trace(*arguments)
-        self.seconds = {"trace": time.perf_counter() - start}
-        start = time.perf_counter()
+        self.seconds = {"trace": time.process_time() - start}
+        start = time.process_time()
         self._lowered = traced.lower()
-        self.seconds["lowering"] = time.perf_counter() - start
+        self.seconds["lowering"] = time.process_time() - start
         self._arguments, self._carries = arguments, carries
         self._compiled: Any = None
 
@@ -57,9 +58,9 @@ class Program:
         """Makes the program ready to be called, if it is not yet."""
         if self._compiled is None:
             options = {} if optimize else quick_options()
-            start = time.perf_counter()
+            start = time.process_time()
             self._compiled = self._lowered.compile(options)
-            self.seconds["compilation"] = time.perf_counter() - start
+            self.seconds["compilation"] = time.process_time() - start
 
     def text(self) -> str:
         """The compiled program as the compiler writes it, optimized."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from fgrad import _loss_and_aux
 from fgrad.activity import layer_gradients
@@ -20,6 +21,45 @@ from fgrad.activity.sites import Site, site_leaves
 from fgrad.fixed_point import integer_reads, is_qtensor, path_str
 from fgrad.tracing import graph
 from fgrad.tracing.graph import Graph
+
+
+class Traced(NamedTuple):
+    """A traced loss function of examples.
+
+    Attributes:
+      program: of the leaves of params and arguments: losses, and the leaves of an aux.
+      names: of the losses.
+      aux: the structure of the aux.
+    """
+
+    program: core.ClosedJaxpr
+    names: tuple[str, ...]
+    aux: Any
+
+
+def traced(
+    value_fn: Callable[..., Any],
+    params: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    has_aux: bool = False,
+) -> Traced:
+    """The jaxpr of ``value_fn(params, **kwargs)``, and what it returns."""
+    names: list[str] = []
+    structures: list[Any] = []
+
+    @integer_reads.checked
+    def function(params: Any, kwargs: Any) -> list[jax.Array]:
+        result = value_fn(params, **kwargs)
+        losses, aux = _loss_and_aux.split(result) if has_aux else (result, ())
+        losses = named_losses(losses)
+        names.extend(losses)
+        leaves, structure = jax.tree.flatten(aux)
+        structures.append(structure)
+        return [*losses.values(), *leaves]
+
+    program = jax.make_jaxpr(function)(params, dict(kwargs))
+    return Traced(program, tuple(names), structures[0])
 
 
 class ExampleLosses:
@@ -32,39 +72,27 @@ class ExampleLosses:
       program: the traced function.
       values: all values of its evaluation at the parameters, by number.
       examples: how many examples there are.
-      aux: what the losses came with, ``()`` if nothing.
+      aux: the leaves of what the losses came with.
       batch: numbers of the arguments whose first axis is that of the examples.
     """
 
     def __init__(
         self,
-        value_fn: Callable[..., Any],
+        program: core.ClosedJaxpr,
+        names: Sequence[str],
         params: Any,
         sites: Sequence[Site],
         kwargs: Mapping[str, Any],
-        *,
-        has_aux: bool = False,
     ) -> None:
-        """Traces ``value_fn(params, **kwargs)`` and evaluates it.
+        """Evaluates what `traced` returned, at the same ``params`` and ``kwargs``.
 
         Raises:
           TypeError, ValueError: for losses of another shape than [examples], and for
             sites that name no layers or layers that cannot be followed.
         """
         self._leaves = site_leaves(sites, params)
-        names: list[str] = []
-
-        @integer_reads.checked
-        def function(params: Any, kwargs: Any) -> list[jax.Array]:
-            result = value_fn(params, **kwargs)
-            losses, aux = _loss_and_aux.split(result) if has_aux else (result, ())
-            losses = named_losses(losses)
-            names.extend(losses)
-            leaves, self._aux_tree = jax.tree.flatten(aux)
-            return [*losses.values(), *leaves]
-
         kwargs = dict(kwargs)
-        whole = graph.trace(function, params, kwargs)
+        whole = graph.of(program)
         # Sites are found by what the losses make of their leaves.
         self.program: Graph = whole.of_outputs(whole.outputs[: len(names)])
         self._losses = dict(zip(names, self.program.outputs, strict=True))
@@ -86,11 +114,22 @@ class ExampleLosses:
         arrays = jax.tree.leaves((params, kwargs))
         inputs = dict(zip(self.program.inputs, arrays, strict=True))
         self.values = graph.evaluate(whole.nodes, {**whole.constants, **inputs})
-        leaves = [
+        self.aux = [
             self.values[x] if isinstance(x, int) else x.value
             for x in whole.outputs[len(names) :]
         ]
-        self.aux = jax.tree.unflatten(self._aux_tree, leaves)
+
+    @classmethod
+    def of(
+        cls,
+        value_fn: Callable[..., Any],
+        params: Any,
+        sites: Sequence[Site],
+        kwargs: Mapping[str, Any],
+    ) -> ExampleLosses:
+        """Those of ``value_fn(params, **kwargs)``, which is traced first."""
+        found = traced(value_fn, params, kwargs)
+        return cls(found.program, found.names, params, sites, kwargs)
 
     def outputs(self, site: Site) -> dict[int, dict[str, Layer]]:
         """The activations of a site, each with its layers by their leaf's path."""

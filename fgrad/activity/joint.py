@@ -281,7 +281,7 @@ class _Options:
         kwargs: Mapping[str, Any],
     ) -> tuple[ExampleLosses, list[joint_sites.JointSite]]:
         """The losses of some data, and the activations in their trace."""
-        losses = ExampleLosses(loss_fn, params, [hidden, self.head], kwargs)
+        losses = ExampleLosses.of(loss_fn, params, [hidden, self.head], kwargs)
         return losses, joint_sites.joint_sites(
             losses,
             hidden,
@@ -399,7 +399,7 @@ def find_head(
     shapes: dict[int, tuple[int, ...]] = {}
 
     def collect(params: Any, kwargs: Any) -> None:
-        losses, lost = ExampleLosses(value_fn, params, [], kwargs), []
+        losses, lost = ExampleLosses.of(value_fn, params, [], kwargs), []
         for path in paths:
             if path in left_out:
                 continue
@@ -610,7 +610,7 @@ def explain_joint(
 
     def collect(params: Any, kwargs: Any) -> None:
         hidden = Site(*names)
-        losses = ExampleLosses(value_fn, params, [hidden, exact], kwargs)
+        losses = ExampleLosses.of(value_fn, params, [hidden, exact], kwargs)
         for site in joint_sites.joint_sites(
             losses, hidden, exact, transposed_head=False, residual=False
         ):

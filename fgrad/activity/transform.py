@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
 from fgrad import _arguments, _checks, _loss_and_aux, estimators, perturbations
 from fgrad.activity import layer_gradients
-from fgrad.activity.example_losses import ExampleLosses, mean_of
+from fgrad.activity.example_losses import ExampleLosses, mean_of, traced
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.site_gradients import (
     Directions,
@@ -47,7 +48,7 @@ from fgrad.activity.sites import (
 )
 from fgrad.fixed_point import is_qtensor
 from fgrad.spread import Spread
-from fgrad.tracing import primitives
+from fgrad.tracing import compiled_once, primitives
 
 
 class ActivityForwardGradState(NamedTuple):
@@ -293,27 +294,71 @@ def _update(
         gradient, others_state = options.others.update(
             updates, state.others, params, value_fn=mean_fn, **extra_args
         )
-    losses = ExampleLosses(
-        loss_fn, params, options.sites, kwargs, has_aux=options.aux.expected
+    program, names, aux = traced(loss_fn, params, kwargs, has_aux=options.aux.expected)
+    known = options.estimator in (estimators.spsa, estimators.sign_m_spsa)
+    # An estimator of the user may be another one at the next call.
+    call: Any = compiled_once.call if known else _called
+    addressed = state._replace(others=(), aux=())
+    found = call(
+        _find, program, params, kwargs, addressed, options=options, names=names
     )
-    found = _site_gradients(options, losses, state)
-    gradients = {k: v for one in found for k, v in one.gradients.items()}
-    return layer_gradients.with_gradients(
-        params, gradient, gradients
-    ), ActivityForwardGradState(
-        key=state.key,
+    gradient = layer_gradients.with_gradients(params, gradient, found.gradients)
+    return gradient, state._replace(
         count=optax.safe_increment(state.count),
+        loss=found.loss,
+        nonfinite_pairs=found.nonfinite_pairs,
+        others=others_state,
+        jacobians=found.jacobians,
+        aux=options.aux.checked(jax.tree.unflatten(aux, found.aux)),
+    )
+
+
+def _called(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return function(*arguments, **options)
+
+
+class _Found(NamedTuple):
+    """What all sites found.
+
+    Attributes:
+      gradients: of the sites' leaves by their path.
+      loss: float32 scalar, as in the state.
+      nonfinite_pairs: int32 scalar, as in the state.
+      jacobians: as in the state.
+      aux: the leaves of what the losses came with.
+    """
+
+    gradients: dict[str, jax.Array]
+    loss: jax.Array
+    nonfinite_pairs: jax.Array
+    jacobians: dict[str, jax.Array]
+    aux: list[jax.Array]
+
+
+def _find(
+    program: core.ClosedJaxpr,
+    params: Any,
+    kwargs: Any,
+    state: ActivityForwardGradState,
+    *,
+    options: _Options,
+    names: tuple[str, ...],
+) -> _Found:
+    """What all sites find, from the traced losses."""
+    losses = ExampleLosses(program, names, params, options.sites, kwargs)
+    found = _site_gradients(options, losses, state)
+    return _Found(
+        gradients={k: v for one in found for k, v in one.gradients.items()},
         loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),
         nonfinite_pairs=sum(
             (f.nonfinite_pairs for f in found), jnp.zeros([], jnp.int32)
         ),
-        others=others_state,
         jacobians={
             site.names[0]: f.jacobian
             for site, f in zip(options.sites, found, strict=True)
             if f.jacobian is not None
         },
-        aux=options.aux.checked(losses.aux),
+        aux=losses.aux,
     )
 
 
@@ -388,7 +433,7 @@ def explain(
     lines: list[PerturbedActivation] = []
 
     def collect(params: Any, kwargs: Any) -> None:
-        losses = ExampleLosses(value_fn, params, chosen, kwargs)
+        losses = ExampleLosses.of(value_fn, params, chosen, kwargs)
         lines.extend(
             _explained(losses, output, layers)
             for site in chosen

@@ -165,7 +165,7 @@ def head_traces(
       Pruthi et al. 2020, the last layer of section 3.3.
     """
     site = Site(head, exact=True, epsilon=epsilon)
-    losses = ExampleLosses(value_fn, params, [site], kwargs)
+    losses = ExampleLosses.of(value_fn, params, [site], kwargs)
     # An exact site draws nothing: of the directions only how many run at once counts.
     directions = site_gradients.Directions(
         lambda _: jax.random.key(0),

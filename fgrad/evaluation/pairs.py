@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from fgrad import _checks, perturbations
 from fgrad import spread as spreads
@@ -21,7 +22,10 @@ from fgrad._loss_and_aux import is_pair, split
 from fgrad.evaluation import point_of_use
 from fgrad.fixed_point import integer_reads, is_qtensor, stored
 from fgrad.leaves import Mask, Plan, Policy
+from fgrad.leaves.arithmetic import Arithmetic
+from fgrad.leaves.plan import sides
 from fgrad.perturbations import LeafKeys
+from fgrad.tracing import compiled_once
 from fgrad.tracing.promotion import usual_rules
 
 
@@ -200,15 +204,29 @@ def _evaluations(
 ) -> tuple[jax.Array, Any]:
     """The losses [2m], of each pair the positive side first, and their aux, stacked."""
     loss = TracedLoss(value_fn, plan, has_aux=has_aux)
+    losses, *leaves = compiled_once.call(
+        _of_all_sides, loss.program, loss.arithmetic, keys, vectorize=vectorize
+    )
+    return losses, jax.tree.unflatten(loss.aux, leaves)
+
+
+def _of_all_sides(
+    program: core.ClosedJaxpr,
+    arithmetic: Sequence[Arithmetic],
+    keys: LeafKeys,
+    *,
+    vectorize: int,
+) -> list[jax.Array]:
+    """What a traced loss returns in each evaluation, stacked; see `_evaluations`."""
     pairs = len(keys.stacked)
     signs = jnp.tile(jnp.array([1, -1], jnp.int32), pairs)
     keys = jax.tree.map(lambda k: jnp.repeat(k, 2, axis=0), keys)
 
-    def evaluate(address: tuple[jax.Array, LeafKeys]) -> tuple[jax.Array, Any]:
+    def evaluate(address: tuple[jax.Array, LeafKeys]) -> list[jax.Array]:
         sign, keys_of_z = address
-        return loss.with_aux(keys_of_z, sign)
+        return _run(program, arithmetic, keys_of_z, sign)
 
-    found: tuple[jax.Array, Any]
+    found: list[jax.Array]
     if vectorize >= pairs > 1:
         found = jax.vmap(evaluate)((signs, keys))
     else:
@@ -239,7 +257,10 @@ class TracedLoss:
     """A loss function, traced once, to be evaluated at perturbed parameters.
 
     Attributes:
+      program: the jaxpr: the loss, and the leaves of an aux.
+      arithmetic: of the leaves.
       has_aux: whether the function returns an aux beside the loss.
+      aux: the structure of the aux.
     """
 
     def __init__(
@@ -256,10 +277,7 @@ class TracedLoss:
           plan: the leaves of the step.
           has_aux: whether the function must return an aux; None for either.
         """
-        self.plan = plan
-        leaves = [one.leaf for one in plan.arithmetic.values()]
-        self.values = [stored(leaf) for leaf in leaves]
-        self.scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
+        self.arithmetic = list(plan.arithmetic.values())
 
         @integer_reads.checked
         def loss_fn(params: Any) -> Any:
@@ -270,10 +288,10 @@ class TracedLoss:
 
         def function(values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> Any:
             loss, aux = loss_fn(plan.with_stored(values, scales))
-            leaves, self._aux_tree = jax.tree.flatten(aux)
+            leaves, self.aux = jax.tree.flatten(aux)
             return [loss, *leaves]
 
-        self.program = point_of_use.trace(function, self.values, self.scales)
+        self.program = point_of_use.trace(function, *_arrays(self.arithmetic))
 
     def __call__(
         self,
@@ -291,16 +309,34 @@ class TracedLoss:
         events: list[point_of_use.Event] | None = None,
     ) -> tuple[jax.Array, Any]:
         """The loss at ``w + sign * εz`` and what it came with, ``()`` if nothing."""
-        with integer_reads.library_arithmetic():
-            sides = self.plan.sides(keys, sign)
-            values = [
-                x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
-                for x, array in zip(sides, self.values, strict=True)
-            ]
-            loss, *leaves = point_of_use.run(
-                self.program, [*values, *self.scales], sign, events
-            )
-            return loss, jax.tree.unflatten(self._aux_tree, leaves)
+        loss, *leaves = _run(self.program, self.arithmetic, keys, sign, events)
+        return loss, jax.tree.unflatten(self.aux, leaves)
+
+
+def _arrays(
+    arithmetic: Sequence[Arithmetic],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The stored values of the leaves, and the scales of those on a grid."""
+    leaves = [one.leaf for one in arithmetic]
+    scales = [leaf.scale for leaf in leaves if is_qtensor(leaf)]
+    return [stored(leaf) for leaf in leaves], scales
+
+
+def _run(
+    program: core.ClosedJaxpr,
+    arithmetic: Sequence[Arithmetic],
+    keys: LeafKeys,
+    sign: jax.Array,
+    events: list[point_of_use.Event] | None = None,
+) -> list[jax.Array]:
+    """What a traced loss returns at ``w + sign * εz``; see `TracedLoss`."""
+    values, scales = _arrays(arithmetic)
+    with integer_reads.library_arithmetic():
+        pending = [
+            x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
+            for x, array in zip(sides(arithmetic, keys, sign), values, strict=True)
+        ]
+        return point_of_use.run(program, [*pending, *scales], sign, events)
 
 
 def _policy(epsilon: Any, perturbation: perturbations.Perturbation | None) -> Policy:

@@ -10,11 +10,14 @@ key and a sign: a leaf at ``w + εz`` or ``w - εz``, made where it is needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrad import perturbations
 from fgrad.fixed_point import is_qtensor, max_qvalue, perturb_qvalue
@@ -24,13 +27,23 @@ from fgrad.tracing import execution_order
 
 Factors = tuple[jax.Array, jax.Array]
 
-# Weights of a leaf of floats that are looked at to tell how many of them are frozen.
-_COUNTED = 4096
+Kind = TypeVar("Kind", bound="Arithmetic")
+
+# Weights that are looked at to tell how many are frozen: of a leaf of floats, or less
+# where there are many leaves; of all leaves together; and of each leaf at least.
+_COUNTED, _COUNTED_TOGETHER, _COUNTED_AT_LEAST = 4096, 32768, 256
+
+
+def _with_arrays(*names: str) -> Callable[[type[Kind]], type[Kind]]:
+    """Makes a class a pytree of these attributes. Its source is no array."""
+    return functools.partial(
+        jax.tree_util.register_dataclass, data_fields=names, meta_fields=("source",)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How one leaf is perturbed; the base of all kinds.
+    """How one leaf is perturbed; the base of all kinds, each a pytree of arrays.
 
     A block is a part of a leaf, ``leaf[i]`` or ``leaf[i, j]``, as in
     `perturbations.Perturbation.sample`; its index may be traced.
@@ -128,8 +141,17 @@ class Arithmetic:
 
     def frozen(self) -> jax.Array:
         """float32 share of the weights that ε cannot move."""
-        none: jax.Array = jnp.float32(0)
-        return none
+        return jnp.mean(self.is_frozen(*self.looked_at(_COUNTED)), dtype=jnp.float32)
+
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """What `is_frozen` takes: of a large leaf, about so many weights; and ε."""
+        del about
+        return jnp.zeros(()), jnp.zeros(())
+
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """For each of the values that were looked at whether ε cannot move it."""
+        del epsilon
+        return jnp.zeros(values.shape, bool)
 
     def of_block(self, values: jax.Array, array: jax.Array, block: Any) -> jax.Array:
         """Values in the shape of the leaf's scale, for a block like ``array``."""
@@ -142,6 +164,7 @@ class Arithmetic:
         return values.reshape(-1, *values.shape[stacked:])[block]
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class FloatArithmetic(Arithmetic):
     """``w ± εz`` in floating point.
@@ -190,17 +213,18 @@ class FloatArithmetic(Arithmetic):
         gradient = total.astype(jnp.float32) * (self.step / count)
         return gradient if by_signs else gradient / self.unit
 
-    def frozen(self) -> jax.Array:
-        """float32 share of the weights that even the largest z cannot move.
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """Weights at even distances, and ε."""
+        return _evenly_spaced(jnp.asarray(self.leaf), about), self.epsilon
 
-        Of a large leaf the share among some thousand weights at even distances.
-        """
-        array = _evenly_spaced(jnp.asarray(self.leaf), _COUNTED)
-        reach = self.source.largest * self.epsilon
-        up, down = ((array + x).astype(array.dtype) for x in (reach, -reach))
-        return jnp.mean((up == array) & (down == array), dtype=jnp.float32)
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """Whether even the largest z cannot move a weight."""
+        reach = self.source.largest * epsilon
+        up, down = ((values + x).astype(values.dtype) for x in (reach, -reach))
+        return (up == values) & (down == values)
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class NarrowFloatArithmetic(FloatArithmetic):
     r"""``w ± εz`` in a floating point so coarse that εz is rounded: bfloat16, float16.
@@ -260,6 +284,7 @@ class NarrowFloatArithmetic(FloatArithmetic):
         return self.normalized(total, squares / len(coefficients))
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class FixedPointArithmetic(FloatArithmetic):
     r"""``w_q ± ε_q z_q`` by equation (6), with ``ε_q = ⌊ε/Δ_w⌉``.
@@ -289,11 +314,18 @@ class FixedPointArithmetic(FloatArithmetic):
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
 
-    def frozen(self) -> jax.Array:
-        """float32 share of the weights whose ε is no whole step."""
-        return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """The weight steps, and ε in weight steps."""
+        del about
+        return self.leaf.scale, self.epsilon_in_steps()
+
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """Whether the ε of a weight is no whole step."""
+        del values
+        return _whole_steps(epsilon) == 0
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class LowRankArithmetic(FloatArithmetic):
     """``w ± ε Σᵣ uᵣ vᵣ`` in floating point, as base plus amplitude times factors."""
@@ -327,6 +359,7 @@ class LowRankArithmetic(FloatArithmetic):
         return (base + amplitude * z).astype(array.dtype)
 
 
+@_with_arrays("leaf", "epsilon", "unit", "guided")
 @dataclasses.dataclass(frozen=True)
 class FixedPointLowRankArithmetic(LowRankArithmetic):
     """``w_q ± ⌊ε Δ_z/Δ_w⌉ Σᵣ uᵣ vᵣ``, in whole grid steps.
@@ -358,11 +391,18 @@ class FixedPointLowRankArithmetic(LowRankArithmetic):
         """``Σᵢ cᵢ zᵢ / m`` as float32; see `Arithmetic.gradient`."""
         return super().gradient(total, count, by_signs) * _nominal_over_realised(self)
 
-    def frozen(self) -> jax.Array:
-        """float32 share of the weights whose ε is no whole step."""
-        return jnp.mean(self.whole_steps() == 0, dtype=jnp.float32)
+    def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
+        """The weight steps, and ε in weight steps."""
+        del about
+        return self.leaf.scale, self.epsilon_in_steps()
+
+    def is_frozen(self, values: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """Whether the ε of a weight is no whole step."""
+        del values
+        return _whole_steps(epsilon) == 0
 
 
+@_with_arrays("leaf", "sparsity")
 @dataclasses.dataclass(frozen=True)
 class GridArithmetic(Arithmetic):
     """``clip(w_q ± κ z)`` with sparse integers z; see `fgrad.leaves.low_bit`.
@@ -411,10 +451,10 @@ def arithmetic_of(
       unit: of a `LeafEpsilon`, or None.
       sparsity: for `QTensor` leaves of few bits, or None to treat them as any other.
     """
-    if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.options.below:
+    if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.below:
         return GridArithmetic(leaf, low_bit.WORDS, sparsity)
     one = jnp.float32(1) if unit is None else unit(leaf)
-    scaled = jnp.asarray(epsilon * one)
+    scaled = jnp.asarray(epsilon, jnp.float32) if unit is None else epsilon * one
     if isinstance(perturbation, perturbations.LowRank):
         low_rank = (
             FixedPointLowRankArithmetic if is_qtensor(leaf) else LowRankArithmetic
@@ -477,6 +517,37 @@ class Side(NamedTuple):
 
 
 # --------------------------------------------------------------------- many leaves
+
+
+def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
+    """How many weights ε cannot move, a float32.
+
+    All leaves of one kind are looked at together, since programs for each leaf take
+    their time to compile.
+    """
+    groups: dict[Any, list[Arithmetic]] = {}
+    for one in arithmetic:
+        kind = (type(one), one.source, jnp.result_type(one.leaf))
+        groups.setdefault(kind, []).append(one)
+    frozen: jax.Array = jnp.float32(0)
+    for group in groups.values():
+        about = min(_COUNTED, max(_COUNTED_AT_LEAST, _COUNTED_TOGETHER // len(group)))
+        parts, epsilons, weights = [], [], []
+        for one in group:
+            size = math.prod(one.shape)
+            part, epsilon = one.looked_at(about)
+            if execution_order.is_spread(part):
+                frozen += one.frozen() * float(size)
+                continue
+            parts.append(part.reshape(-1))
+            epsilons.append(jnp.broadcast_to(epsilon, part.shape).reshape(-1))
+            weights.append(np.full(part.size, size / max(part.size, 1), np.float32))
+        if parts:
+            flags = group[0].is_frozen(
+                jnp.concatenate(parts), jnp.concatenate(epsilons)
+            )
+            frozen += jnp.sum(jnp.where(flags, np.concatenate(weights), 0))
+    return frozen
 
 
 def factors_together(
@@ -545,7 +616,7 @@ def _product_of_block(
 def _evenly_spaced(array: jax.Array, about: int) -> jax.Array:
     """About so many values of an array, or all of a smaller or sharded one."""
     left = array.size // about
-    if left < 2 or any(getattr(jax.typeof(array).sharding, "spec", ())):
+    if left < 2 or execution_order.is_spread(array):
         return array
     strides = []
     for length in reversed(array.shape):

@@ -19,7 +19,8 @@ density acts as a learning rate.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,21 +62,30 @@ class OnGrid:
         # The peak was computed by another program and may differ in its last bit.
         peak = jnp.maximum(now, self.peak * (1 + 2.0**-20))
         widening = jnp.where(now > 0, peak / jnp.where(now > 0, now, 1), jnp.inf)
-        return Sparsity(now / num_perturbations, widening, self)
+        rms = now / num_perturbations
+        return Sparsity(rms, widening, self.probe, self.below)
 
 
-class Sparsity(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rms", "widening"),
+    meta_fields=("widths", "below"),
+)
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
     """The density of z in one step.
 
     Attributes:
       rms: float32 scalar, η / m: the root mean square of z in units of the weights.
       widening: float32 scalar, how much smaller η is than at its peak.
-      options: the `OnGrid` that it belongs to.
+      widths: (first, largest) widening κ, or None for those of `PROBES`.
+      below: leaves of fewer bits are trained this way.
     """
 
     rms: jax.Array
     widening: jax.Array
-    options: OnGrid
+    widths: tuple[int, int] | None
+    below: int
 
     def sample(self, words: jax.Array, scale: jax.Array) -> jax.Array:
         """int8 z of random uint32 words, for weights whose step is ``scale``."""
@@ -86,7 +96,7 @@ class Sparsity(NamedTuple):
 
     def probe(self, bits: int) -> jax.Array:
         """int32 κ for weights of ``bits`` bits."""
-        first, largest = self.options.probe or default_probe(bits)
+        first, largest = self.widths or default_probe(bits)
         widened = jnp.floor(first * jnp.minimum(self.widening, 2.0**20))
         return jnp.clip(widened, 1, largest).astype(jnp.int32)
 

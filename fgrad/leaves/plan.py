@@ -33,11 +33,13 @@ from fgrad.leaves.arithmetic import (
     Side,
     arithmetic_of,
     factors_together,
+    frozen_weights,
     samples_together,
 )
 from fgrad.leaves.guidance import Guidance
 from fgrad.leaves.low_bit import OnGrid
 from fgrad.perturbations import LeafKeys
+from fgrad.tracing import compiled_once
 
 Mask = Any  # None, a pytree of bools (or a prefix of one), or a function of the params
 
@@ -120,7 +122,8 @@ class Plan:
         Raises:
           TypeError: for a trained leaf that has no perturbation, such as integers that
             are no `QTensor`, and for a mask of other things than bools.
-          ValueError: for a mask of another structure than the params.
+          ValueError: for a mask of another structure than the params, and for a
+            trained leaf of more values than there are random words for.
         """
         self.treedef: Any
         paths, self.treedef = jax.tree_util.tree_flatten_with_path(
@@ -142,13 +145,16 @@ class Plan:
             name: arithmetic_of(leaf, policy.perturbation, self.epsilon, unit, sparsity)
             for name, leaf in self._trained_leaves()
         }
+        self._check_sizes()
 
     def guided(self, guidance: Guidance) -> Plan:
         """The same plan with z drawn around directions."""
         plan = copy.copy(self)
+        # A leaf has its own direction beside it and no need of all the others.
+        shared = guidance._replace(directions={})
         plan.arithmetic = {
             name: dataclasses.replace(  # type: ignore[call-arg]
-                arithmetic, guided=(guidance, guidance.directions[name])
+                arithmetic, guided=(shared, guidance.directions[name])
             )
             if arithmetic.can_be_guided
             else arithmetic
@@ -171,11 +177,12 @@ class Plan:
 
     def keys(self, key: jax.Array) -> LeafKeys:
         """The keys of z: [m, leaves] for the key of a run."""
-        indices = jnp.arange(self.policy.num_perturbations)
-        z_keys = jax.vmap(lambda i: perturbations.sample_key(key, self.step, i))(
-            indices
+        return _keys(
+            key,
+            self.step,
+            names=tuple(self.arithmetic),
+            count=self.policy.num_perturbations,
         )
-        return jax.vmap(self.leaf_keys)(z_keys)
 
     def leaf_keys(self, z_key: jax.Array) -> LeafKeys:
         """The keys [leaves] of one z, from `perturbations.sample_key`."""
@@ -188,26 +195,7 @@ class Plan:
         like the vectors that make up z of low rank: they are no burden to the memory.
         All others are returned as a `Side`, to be perturbed where they are used.
         """
-        names, arithmetic = list(self.arithmetic), list(self.arithmetic.values())
-
-        def keys_of(positions: Sequence[int]) -> jax.Array:
-            return keys.many([names[i] for i in positions])
-
-        factors = factors_together(arithmetic, keys_of)
-        small = [i for i, one in enumerate(arithmetic) if one.is_small]
-        z = samples_together(arithmetic, small, keys_of, factors)
-        return [
-            one.perturbed(stored(one.leaf), z[i], sign)
-            if i in z
-            else Side(
-                name,
-                one,
-                functools.partial(keys.delayed, name),
-                sign,
-                factors.get(i),
-            )
-            for i, (name, one) in enumerate(self.arithmetic.items())
-        ]
+        return sides(list(self.arithmetic.values()), keys, sign)
 
     def perturbed(self, z_key: jax.Array, sign: int | jax.Array = 1) -> Any:
         """The whole tree ``w + sign * εz``, a second copy of the trained leaves."""
@@ -232,37 +220,12 @@ class Plan:
           coefficients: [m] c.
           signs: [m] int32, the coefficients of leaves that move by signs.
         """
-        totals = self._weighted_sums(keys, coefficients, signs)
-        count = self.policy.num_perturbations
-        by_signs = bool(jnp.issubdtype(coefficients.dtype, jnp.integer))
+        arithmetic = list(self.arithmetic.values())
+        found = iter(_gradients(arithmetic, keys, coefficients, signs))
         return self.map_trained(
-            lambda leaf, name: as_gradient(
-                leaf, self.arithmetic[name].gradient(totals[name], count, by_signs)
-            ),
+            lambda leaf, name: as_gradient(leaf, next(found)),
             lambda leaf: jax.tree.map(jnp.zeros_like, leaf),
         )
-
-    def _weighted_sums(
-        self, keys: LeafKeys, coefficients: jax.Array, signs: jax.Array
-    ) -> dict[str, jax.Array]:
-        """``Σᵢ cᵢ z_qᵢ`` of each trained leaf by its name."""
-        totals: dict[str, jax.Array] = {}
-        latest = coefficients
-        for by_signs, c in ((False, coefficients), (True, signs)):
-            group = {
-                name: one
-                for name, one in self.arithmetic.items()
-                if one.moves_by_signs == by_signs
-            }
-            small = {name: one for name, one in group.items() if one.is_small}
-            totals |= _sums_together(small, keys, c)
-            for name in [name for name in group if name not in small]:
-                # One leaf after the other. All at once would be in memory at once.
-                delayed = keys.delayed(name, latest)
-                total = group[name].weighted_sum(delayed, c)
-                latest = total if total.size else latest
-                totals[name] = total
-        return totals
 
     # ---------------------------------------------------------------- tree in, tree out
 
@@ -306,13 +269,7 @@ class Plan:
         On a grid those whose ε rounds to zero steps; of floats those to which even
         the largest εz is too little to be added.
         """
-        frozen, total = jnp.float32(0), 0.0
-        for one in self.arithmetic.values():
-            size = float(math.prod(one.shape))  # it may be beyond int32
-            total += size
-            frozen += one.frozen() * size
-        share: jax.Array = frozen / max(total, 1)
-        return share
+        return _frozen_fraction(list(self.arithmetic.values()))
 
     def check_values(self) -> None:
         """Raises a ValueError for a `QTensor` that is no tensor on a grid.
@@ -351,6 +308,16 @@ class Plan:
         else:
             jax.debug.callback(check, steps, scales, frozen)
 
+    def _check_sizes(self) -> None:
+        for path, name in zip(self.paths, self.names, strict=True):
+            one = self.arithmetic.get(name)
+            if one is None:
+                continue
+            try:
+                one.source.check_shape(one.shape)
+            except ValueError as error:
+                raise ValueError(f"leaf {path_str(path)!r}: {error}") from None
+
     def _trained_leaves(self) -> list[tuple[str, Any]]:
         triples = zip(self.names, self.leaves, self.trained, strict=True)
         return [(name, leaf) for name, leaf, on in triples if on]
@@ -388,6 +355,99 @@ def _advice(dtype: Any) -> str:
             f"{mask}."
         )
     return f"It holds no weights: {mask}."
+
+
+# --------------------------------------------------------------- what needs no names
+#
+# Functions of the arithmetic of the trained leaves, in flat order, which is arrays.
+
+
+def sides(
+    arithmetic: Sequence[Arithmetic], keys: LeafKeys, sign: jax.Array
+) -> list[jax.Array | Side]:
+    """The trained leaves on one side of the weights; see `Plan.sides`."""
+    names = keys.names
+
+    def keys_of(positions: Sequence[int]) -> jax.Array:
+        return keys.many([names[i] for i in positions])
+
+    factors = factors_together(arithmetic, keys_of)
+    small = [i for i, one in enumerate(arithmetic) if one.is_small]
+    z = samples_together(arithmetic, small, keys_of, factors)
+    return [
+        one.perturbed(stored(one.leaf), z[i], sign)
+        if i in z
+        else Side(
+            name,
+            one,
+            functools.partial(keys.delayed, name),
+            sign,
+            factors.get(i),
+        )
+        for i, (name, one) in enumerate(zip(names, arithmetic, strict=True))
+    ]
+
+
+@compiled_once.compiled("names", "count")
+def _keys(
+    key: jax.Array, step: jax.typing.ArrayLike, *, names: tuple[str, ...], count: int
+) -> LeafKeys:
+    """The keys of z: [count, leaves] for the key of a run."""
+    z_keys = jax.vmap(lambda i: perturbations.sample_key(key, step, i))(
+        jnp.arange(count)
+    )
+    keys: LeafKeys = jax.vmap(lambda k: perturbations.leaf_keys(k, names))(z_keys)
+    return keys
+
+
+@compiled_once.compiled()
+def _frozen_fraction(arithmetic: Sequence[Arithmetic]) -> jax.Array:
+    """Share of the weights that ε cannot move."""
+    total = sum(float(math.prod(one.shape)) for one in arithmetic)
+    return frozen_weights(arithmetic) / max(total, 1)
+
+
+@compiled_once.compiled()
+def _gradients(
+    arithmetic: Sequence[Arithmetic],
+    keys: LeafKeys,
+    coefficients: jax.Array,
+    signs: jax.Array,
+) -> list[jax.Array]:
+    """``1/m Σᵢ cᵢ zᵢ`` of each trained leaf; see `Plan.gradient`."""
+    named = dict(zip(keys.names, arithmetic, strict=True))
+    totals = _weighted_sums(named, keys, coefficients, signs)
+    by_signs = bool(jnp.issubdtype(coefficients.dtype, jnp.integer))
+    return [
+        one.gradient(totals[name], len(coefficients), by_signs)
+        for name, one in named.items()
+    ]
+
+
+def _weighted_sums(
+    arithmetic: Mapping[str, Arithmetic],
+    keys: LeafKeys,
+    coefficients: jax.Array,
+    signs: jax.Array,
+) -> dict[str, jax.Array]:
+    """``Σᵢ cᵢ z_qᵢ`` of each trained leaf by its name."""
+    totals: dict[str, jax.Array] = {}
+    latest = coefficients
+    for by_signs, c in ((False, coefficients), (True, signs)):
+        group = {
+            name: one
+            for name, one in arithmetic.items()
+            if one.moves_by_signs == by_signs
+        }
+        small = {name: one for name, one in group.items() if one.is_small}
+        totals |= _sums_together(small, keys, c)
+        for name in [name for name in group if name not in small]:
+            # One leaf after the other. All at once would be in memory at once.
+            delayed = keys.delayed(name, latest)
+            total = group[name].weighted_sum(delayed, c)
+            latest = total if total.size else latest
+            totals[name] = total
+    return totals
 
 
 def _sums_together(

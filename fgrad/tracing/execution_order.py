@@ -31,7 +31,7 @@ def dependent_zero(array: jax.Array) -> jax.Array:
       Array(0, dtype=uint32)
     """
     first = array
-    if array.ndim and any(getattr(jax.typeof(array).sharding, "spec", ())):
+    if array.ndim and is_spread(array):
         # On a mesh with explicit axes a sharded axis can be summed up, but not sliced.
         first = jnp.max(array)
     elif array.ndim:
@@ -58,15 +58,20 @@ def entered(tree: Any) -> Any:
     return jax.tree.map(inside, tree)
 
 
-def hidden(value: int, after: jax.Array) -> jax.Array:
-    """A number as uint32 that no compiler knows, and not before ``after``.
+def is_spread(array: jax.Array) -> bool:
+    """Whether an array is spread over a mesh, along explicit axes."""
+    return any(getattr(jax.typeof(array).sharding, "spec", ()))
+
+
+def hidden(value: int, zero: jax.Array) -> jax.Array:
+    """A number as uint32 that no compiler knows, by a `dependent_zero`.
 
     XLA for CPUs compiles a kernel once for all places that have the same one. A slice
     at a known place is a kernel of its own for every leaf. The number is read from an
     array of two that differ, since a constant of one value would be a part of the
     kernel again.
     """
-    pair = np.array([value, value + 1], np.uint32) ^ dependent_zero(after)
+    pair = np.array([value, value + 1], np.uint32) ^ zero
     return lax.squeeze(lax.slice(pair, (0,), (1,)), (0,))
 
 
@@ -87,7 +92,7 @@ def delayed_row(array: jax.Array, row: int, after: jax.Array, axis: int) -> jax.
     """``array`` at a row of an axis, at a `hidden` place and not before ``after``."""
     if _varying(after) - _varying(array):
         return lax.index_in_dim(array, row, axis, keepdims=False)
-    place = hidden(row, after)
+    place = hidden(row, dependent_zero(after))
     found: jax.Array = lax.dynamic_index_in_dim(array, place, axis, keepdims=False)
     return found
 

@@ -130,7 +130,11 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Graph:
       >>> [node.name for node in graph.nodes]
       ['dot_general', 'max']
     """
-    closed = jax.make_jaxpr(function)(*arguments)
+    return of(jax.make_jaxpr(function)(*arguments))
+
+
+def of(closed: core.ClosedJaxpr) -> Graph:
+    """The graph of a function that was traced to a jaxpr."""
     graph = Graph([], [], [], {}, [])
 
     def number(aval: Any) -> int:

@@ -80,7 +80,7 @@ def test_losses_have_names():
 def test_losses_and_layers_that_cannot_be_followed(loss, message):
     params = {"w": jnp.ones((3, 2))}
     with pytest.raises((TypeError, ValueError), match=message):
-        ExampleLosses(loss, params, [Site("w")], {"x": jnp.ones((4, 3))})
+        ExampleLosses.of(loss, params, [Site("w")], {"x": jnp.ones((4, 3))})
 
 
 def test_scales_take_no_leafs_place():
@@ -90,6 +90,6 @@ def test_scales_take_no_leafs_place():
         return jnp.sum(x @ jnp.asarray(params["q"]) @ params["w"], -1)
 
     site = Site("w")
-    found = ExampleLosses(losses, params, [site], {"x": jnp.ones((4, 3))})
+    found = ExampleLosses.of(losses, params, [site], {"x": jnp.ones((4, 3))})
     ((_, layers),) = found.outputs(site).items()
     assert found.program.avals[layers["w"].leaf].shape == (2, 2)

@@ -20,9 +20,7 @@ COUNT = jnp.int32(0)
 
 
 def density(rms, *, widening=1.0, probe=None):
-    return low_bit.Sparsity(
-        jnp.float32(rms), jnp.float32(widening), low_bit.on_grid(1.0, probe=probe)
-    )
+    return low_bit.Sparsity(jnp.float32(rms), jnp.float32(widening), probe, 16)
 
 
 def words(seed, size):
