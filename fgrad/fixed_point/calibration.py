@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrad import _checks
 from fgrad._trees import is_concrete
@@ -171,10 +172,11 @@ def _bound_of(
             "calibration must return the largest magnitude to be represented, floats "
             f"of shape {shape}, got {bound!r:.80}."
         )
-    if is_concrete(bound):
-        with jax.ensure_compile_time_eval():
-            wrong = bound[~(bound >= 0)].ravel()
-        if wrong.size:
+    if is_concrete(bound) and is_concrete(x):
+        values = np.asarray(bound).reshape(-1)
+        wrong = values[~(values >= 0)]
+        # NaN of x has an error of its own, which names the leaf or the layer.
+        if wrong.size and not np.isnan(np.asarray(x)).any():
             raise ValueError(f"calibration must return magnitudes, got {wrong[0]}.")
-    found: jax.Array = jnp.broadcast_to(bound, shape)
+    found: jax.Array = bound if bound.shape == shape else jnp.broadcast_to(bound, shape)
     return found
