@@ -146,7 +146,12 @@ def test_names_of_other_projects_have_links(site):
 
 # What one module of fgrad offers to another, and not to users.
 PLUMBING = {
-    "estimators": {"estimate", "estimate_from_losses", "half_difference"},
+    "estimators": {
+        "checked_on_nonfinite",
+        "estimate",
+        "estimate_from_losses",
+        "half_difference",
+    },
     "evaluation": {"TracedLoss", "evaluate_pairs"},
     "fixed_point": {
         "MAX_BITS",
@@ -163,7 +168,7 @@ PLUMBING = {
         "with_stored",
     },
     "leaves": {"Epsilon", "Mask", "Plan", "map_leaves", "trained_leaves"},
-    "perturbations": {"accumulate", "hashed", "pieces", "product"},
+    "perturbations": {"accumulate", "checked", "hashed", "pieces", "product"},
 }
 
 
