@@ -238,7 +238,7 @@ def forward_gradient(
         key,
         estimator=estimator,
         vectorize=Policy.count("vectorize", vectorize),
-        on_nonfinite=checked_on_nonfinite(on_nonfinite),
+        on_nonfinite=_checks.choice("on_nonfinite", on_nonfinite, ("skip", "raise")),
         has_aux=has_aux,
     )
 
@@ -324,13 +324,6 @@ def _as_losses(x: Any) -> jax.Array:
         raise TypeError(
             f"gradient_from_losses needs two arrays [m] of losses, got {x!r}."
         ) from None
-
-
-def checked_on_nonfinite(value: Any) -> str:
-    """The value of ``on_nonfinite``; raises unless it is one that there is."""
-    if value not in ("skip", "raise"):
-        raise ValueError(f'on_nonfinite must be "skip" or "raise", got {value!r}.')
-    return str(value)
 
 
 def estimate(

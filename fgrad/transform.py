@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fgrad import (
@@ -166,7 +167,7 @@ def fixed_point_forward_grad(
     )
     vectorize = _arguments.count("vectorize", vectorize)
     _check_together(policy, vectorize, guide)
-    on_nonfinite = estimators.checked_on_nonfinite(on_nonfinite)
+    _checks.choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
 
     aux = _loss_and_aux.Aux.of(has_aux, initial_aux)
     link = _ForwardGrad(
@@ -504,6 +505,8 @@ def qzo_ff(
     else:
         epsilons.check("learning_rate", learning_rate)
     low_bit = None if low_bit is False else low_bit
+    if isinstance(learning_rate, np.integer):  # of no sign it may be, and SGD has one
+        learning_rate = float(learning_rate)
     chain = optax.chain(
         fixed_point_forward_grad(
             key,

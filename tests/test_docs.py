@@ -147,7 +147,6 @@ def test_names_of_other_projects_have_links(site):
 # What one module of fgrad offers to another, and not to users.
 PLUMBING = {
     "estimators": {
-        "checked_on_nonfinite",
         "estimate",
         "estimate_from_losses",
         "half_difference",

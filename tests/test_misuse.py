@@ -346,7 +346,7 @@ def made(rng: np.random.Generator, depth: int) -> Any:
         lambda: lambda *args: args,
         lambda: W,
         lambda: fgrad.quantize(W),
-        lambda: optax.sgd,
+        lambda: optax.sgd(0.1),
     ]
     if depth:
         kinds += [

@@ -415,6 +415,7 @@ def train_step(
     _checks.function("loss", loss, "outputs", "labels")
     if where is not None:
         _checks.function("where", where, "path")
+    learning_rate, epsilon = float(learning_rate), float(epsilon)
     with_paths, _ = jax.tree_util.tree_flatten_with_path(
         program.params, is_leaf=is_qtensor
     )
@@ -548,7 +549,4 @@ def _check(
     _checks.integer("num_perturbations", num_perturbations, 1, 127)
     if decay_steps is not None:
         _checks.integer("decay_steps", decay_steps, 1, INT32 - 1)
-    if estimator not in ("sign", "normalized"):
-        raise ValueError(
-            f'estimator must be "sign" or "normalized", got {estimator!r}.'
-        )
+    _checks.choice("estimator", estimator, ("sign", "normalized"))
