@@ -38,7 +38,7 @@ from fgrad.activity.site_gradients import (
 )
 from fgrad.activity.sites import (
     Site,
-    as_site,
+    as_sites,
     exact_site,
     mean_jacobians,
     site_leaves,
@@ -153,7 +153,7 @@ def activity_forward_grad(
     """
     _arguments.key(key)
     options = _Options(
-        sites=_sites(sites),
+        sites=as_sites(sites),
         num_perturbations=num_perturbations,
         perturbation=_arguments.perturbation(perturbation, perturbations.rademacher),
         estimator=_arguments.estimator(
@@ -194,16 +194,6 @@ def activity_forward_grad(
         return _update(options, updates, state, params, loss_fn, extra_args)
 
     return _arguments.link(init_fn, update_fn)
-
-
-def _sites(sites: Any) -> list[Site]:
-    """The sites, each of which may be given by its name."""
-    if isinstance(sites, str) or not isinstance(sites, Sequence):
-        raise TypeError(
-            f"sites must be a list of layers' names or of Site, got {sites!r}; use for "
-            'example sites=["head"].'
-        )
-    return [as_site(site) for site in sites]
 
 
 def _check_values(params: Any) -> None:
@@ -372,7 +362,8 @@ def explain(
       [PerturbedActivation(leaves=('a', 'b'), primitives=('dot_general', 'add'),
        shape=(4, 3), bytes=48, evaluated_again=0.25)]
     """
-    chosen = [as_site(site) for site in sites]
+    chosen = as_sites(sites)
+    _checks.function("value_fn", value_fn, "params", **kwargs)
     lines: list[PerturbedActivation] = []
 
     def collect(params: Any, kwargs: Any) -> None:

@@ -105,7 +105,7 @@ def calibrate_scale(
       float32 scale; a scalar per tensor, or ``x.ndim`` axes with one entry per channel.
     """
     limit = max_qvalue(bits)
-    _check_calibration(calibration)
+    check_calibration(calibration)
     _checks.positive("headroom", headroom)
     _checks.positive("zero_bound", zero_bound)
     x = jnp.asarray(x, jnp.float32)
@@ -141,7 +141,7 @@ def round_to_grid(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     return jnp.clip(jnp.round(x / scale), -limit, limit)
 
 
-def _check_calibration(calibration: Any) -> None:
+def check_calibration(calibration: Any) -> None:
     """Raises for what is no calibration, or makes one only when it is called."""
     if calibration is percentile or calibration is mse_optimal:
         name = calibration.__name__
