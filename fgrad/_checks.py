@@ -6,7 +6,7 @@ Each raises an error that names the option, the value that came, and what would 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,6 +111,14 @@ def step(value: Any) -> None:
     """Raises unless the value is the number of a step, which may be traced."""
     whole = "a whole number, 0 or more"
     number("step", value, whole, lambda x: 0 <= x < 2**31 and x == int(x))
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """The value; raises unless it is one of some words."""
+    if not isinstance(value, str) or value not in choices:
+        listed = " or ".join(f'"{word}"' for word in choices)
+        raise ValueError(f"{name} must be {listed}, got {value!r}.")
+    return value
 
 
 def function(name: str, value: Any, *arguments: str, **named: Any) -> None:

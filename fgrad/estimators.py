@@ -239,7 +239,7 @@ def forward_gradient(
         Plan(params, options, mask=mask, step=step),
         key,
         estimator=estimator,
-        on_nonfinite=checked_on_nonfinite(on_nonfinite),
+        on_nonfinite=_checks.choice("on_nonfinite", on_nonfinite, ("skip", "raise")),
         has_aux=has_aux,
         kwargs=kwargs,
         vectorize=Policy.count("vectorize", vectorize),
@@ -328,13 +328,6 @@ def _as_losses(x: Any) -> jax.Array:
         raise TypeError(
             f"gradient_from_losses needs two arrays [m] of losses, got {x!r}."
         ) from None
-
-
-def checked_on_nonfinite(value: Any) -> str:
-    """The value of ``on_nonfinite``; raises unless it is one that there is."""
-    if value not in ("skip", "raise"):
-        raise ValueError(f'on_nonfinite must be "skip" or "raise", got {value!r}.')
-    return str(value)
 
 
 def estimate(

@@ -36,6 +36,7 @@ from jax import lax
 
 from fgrad import _checks, fixed_point
 from fgrad.fixed_point import QTensor, aqt_products, is_qtensor, products
+from fgrad.fixed_point.calibration import check_calibration
 
 SCALES = "activation_scales"
 
@@ -81,6 +82,11 @@ def calibrate(
       [Array(0.01, dtype=float32)]
     """
     _checks.positive("headroom", headroom)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a module of Flax linen, got {model!r:.60}; calibrate takes "
+            "(model, variables, data)."
+        )
     variables = {name: v for name, v in variables.items() if name != SCALES}
     empty = _uncalibrated(model, *args, **kwargs)
     if not empty:
@@ -149,11 +155,9 @@ class _Quantized(nn.Module, kw_only=True):  # type: ignore[call-arg]  # Flax is 
                     f"a layer takes bits={self.bits} or an AQT configuration, aqt=, "
                     "and this one has both."
                 )
-        if self.activation_scale not in ("static", "dynamic"):
-            raise ValueError(
-                'activation_scale must be "static" or "dynamic", got '
-                f"{self.activation_scale!r}."
-            )
+        kinds = ("static", "dynamic")
+        _checks.choice("activation_scale", self.activation_scale, kinds)
+        check_calibration(self.calibration)
         super().__post_init__()
 
     @property

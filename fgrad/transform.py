@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fgrad import (
@@ -169,7 +170,7 @@ def fixed_point_forward_grad(
     vectorize = _arguments.count("vectorize", vectorize)
     _check_together(policy, vectorize, guide)
     _arguments.spread(spread, policy.num_perturbations, vectorize)
-    on_nonfinite = estimators.checked_on_nonfinite(on_nonfinite)
+    _checks.choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
 
     if has_aux and spread is not None:
         raise ValueError(
@@ -566,6 +567,8 @@ def qzo_ff(
     else:
         epsilons.check("learning_rate", learning_rate)
     low_bit = None if low_bit is False else low_bit
+    if isinstance(learning_rate, np.integer):  # of no sign it may be, and SGD has one
+        learning_rate = float(learning_rate)
     chain = optax.chain(
         fixed_point_forward_grad(
             key,

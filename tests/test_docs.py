@@ -165,7 +165,7 @@ PLUMBING = {
         "with_stored",
     },
     "leaves": {"Epsilon", "Mask", "Plan", "map_leaves", "trained_leaves"},
-    "perturbations": {"accumulate", "hashed", "pieces", "product"},
+    "perturbations": {"accumulate", "checked", "hashed", "pieces", "product"},
 }
 
 

@@ -20,7 +20,15 @@ import optax
 import pytest
 
 import fgrad
-from fgrad import activity, analysis, enhancements, estimators, fixed_point, integer
+from fgrad import (
+    activity,
+    analysis,
+    enhancements,
+    estimators,
+    fixed_point,
+    integer,
+    layers,
+)
 from fgrad.activity import Site, SyntheticGradient
 from fgrad.perturbations import low_rank, normal
 
@@ -213,6 +221,20 @@ OPTIONS: dict[str, Option] = {
     ),
     "reselect_every": Option(sparse("reselect_every"), DEFAULT | COUNT),
     "sites": Option(lambda v: activity.activity_forward_grad(KEY, v), set(), "site"),
+    "sites of leaves_of": Option(activity.leaves_of, {"an empty list"}, "site"),
+    "value_fn of activity.explain": Option(
+        lambda v: activity.explain(v, W, ["w"]), set()
+    ),
+    "value_fn of explain": Option(lambda v: fgrad.evaluation.explain(v, W), set()),
+    "calibration of a layer": Option(
+        lambda v: layers.Dense(2, bits=(16, 8), calibration=v), set()
+    ),
+    "bits of a layer": Option(lambda v: layers.Dense(2, bits=v), DEFAULT | {"a tuple"}),
+    "activation_scale of a layer": Option(
+        lambda v: layers.Dense(2, activation_scale=v), set()
+    ),
+    "model of calibrate": Option(lambda v: layers.calibrate(v, {}, X), set()),
+    "step of memory_report": Option(lambda v: analysis.memory_report(v, X), set()),
     "num_perturbations of activities": Option(
         with_(activity.activity_forward_grad, KEY, ["w"])("num_perturbations"), COUNT
     ),
@@ -346,7 +368,7 @@ def made(rng: np.random.Generator, depth: int) -> Any:
         lambda: lambda *args: args,
         lambda: W,
         lambda: fgrad.quantize(W),
-        lambda: optax.sgd,
+        lambda: optax.sgd(0.1),
     ]
     if depth:
         kinds += [
@@ -552,6 +574,19 @@ def test_estimators_that_are_none(estimator, words):
 def test_calibrations_that_are_none(calibration, words):
     said = refusal(quantized("calibration"), calibration)
     assert re.search(words, said or ""), said
+
+
+def test_points_of_other_networks_make_no_plane():
+    other = {"v": jnp.ones(2)}
+    for call in (
+        lambda v: analysis.trajectory_directions([W, v], W),
+        lambda v: analysis.plane_through(W, v, W),
+    ):
+        assert "structure and the shapes of the center" in (refusal(call, other) or "")
+    said = refusal(lambda v: analysis.trajectory_directions(v, W), [])
+    assert "trajectory is empty" in (said or "")
+    said = refusal(lambda v: analysis.coordinates([W], W, v), 3)
+    assert "directions must be a fgrad.analysis.Directions" in (said or "")
 
 
 def test_where_answers_with_bools():

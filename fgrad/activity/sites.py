@@ -103,7 +103,7 @@ def leaves_of(sites: Sequence[str | Site]) -> Callable[[Any], Any]:
       >>> leaves_of(["head"])({"head": {"bias": 0.0}, "body": {"kernel": 0.0}})
       {'body': {'kernel': False}, 'head': {'bias': True}}
     """
-    names = [name for site in map(as_site, sites) for name in site.names]
+    names = [name for site in as_sites(sites) for name in site.names]
 
     def mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -119,6 +119,16 @@ def leaves_outside(sites: Sequence[str | Site]) -> Callable[[Any], Any]:
     """A mask of the leaves that belong to none of some sites; see `leaves_of`."""
     inside = leaves_of(sites)
     return lambda params: jax.tree.map(lambda x: not x, inside(params))
+
+
+def as_sites(sites: Any) -> list[Site]:
+    """The sites, each of which may be given by its name."""
+    if isinstance(sites, str) or not isinstance(sites, Sequence):
+        raise TypeError(
+            f"sites must be a list of layers' names or of Site, got {sites!r}; use for "
+            'example sites=["head"].'
+        )
+    return [as_site(site) for site in sites]
 
 
 def as_site(site: str | Site) -> Site:

@@ -40,7 +40,7 @@ from fgrad.activity.site_gradients import (
 )
 from fgrad.activity.sites import (
     Site,
-    as_site,
+    as_sites,
     check_values,
     exact_site,
     mean_jacobians,
@@ -161,7 +161,7 @@ def activity_forward_grad(
     """
     _arguments.key(key)
     options = _Options(
-        sites=_sites(sites),
+        sites=as_sites(sites),
         num_perturbations=num_perturbations,
         perturbation=_arguments.perturbation(perturbation, perturbations.rademacher),
         estimator=_arguments.estimator(
@@ -205,16 +205,6 @@ def activity_forward_grad(
         return _update(options, updates, state, params, loss_fn, extra_args)
 
     return _arguments.link(init_fn, update_fn, spread)
-
-
-def _sites(sites: Any) -> list[Site]:
-    """The sites, each of which may be given by its name."""
-    if isinstance(sites, str) or not isinstance(sites, Sequence):
-        raise TypeError(
-            f"sites must be a list of layers' names or of Site, got {sites!r}; use for "
-            'example sites=["head"].'
-        )
-    return [as_site(site) for site in sites]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -429,7 +419,8 @@ def explain(
       [PerturbedActivation(leaves=('a', 'b'), primitives=('dot_general', 'add'),
        shape=(4, 3), bytes=48, evaluated_again=0.25)]
     """
-    chosen = [as_site(site) for site in sites]
+    chosen = as_sites(sites)
+    _checks.function("value_fn", value_fn, "params", **kwargs)
     lines: list[PerturbedActivation] = []
 
     def collect(params: Any, kwargs: Any) -> None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util
 
+from fgrad import _checks
+
 
 class Memory(NamedTuple):
     """Bytes of one call of a compiled function.
@@ -145,6 +147,7 @@ def memory_report(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Memory
       >>> print(report.table(inference=inference).splitlines()[0])
       | MiB | step | inference | step / inference |
     """
+    _checks.function("step", step, *["argument"] * len(args), **kwargs)
     jitted: Any = step if hasattr(step, "lower") else jax.jit(step)
     memory = Memory.planned(jitted.lower(*args, **kwargs).compile())
     parts: dict[str, int] = {}

@@ -180,8 +180,7 @@ def _leaf_bits(leaf: Any, default: int) -> int:
 def _check(
     method: str, bits: tuple[int, int], gradient_bits: int | None, density: float
 ) -> None:
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {_METHODS}, got {method!r}.")
+    _checks.choice("method", method, _METHODS)
     if not isinstance(bits, tuple | list) or len(bits) != 2:
         raise TypeError(
             f"bits must be two numbers, of weights and of activations, got {bits!r}."

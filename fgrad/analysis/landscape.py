@@ -114,10 +114,9 @@ def trajectory_directions(trajectory: Sequence[Any], center: Any) -> Directions:
       (0.0, 1.0)
     """
     origin = fixed_point.dequantize(center)
-    steps = [
-        jax.tree.map(jnp.subtract, fixed_point.dequantize(point), origin)
-        for point in trajectory
-    ]
+    steps = [_from(origin, point) for point in trajectory]
+    if not steps:
+        raise ValueError("trajectory is empty; it needs two points or more.")
     products = np.array([[_dot(a, b) for b in steps] for a in steps])
     values, vectors = np.linalg.eigh(products)
     values, vectors = values[::-1], vectors[:, ::-1]
@@ -159,10 +158,7 @@ def plane_through(center: Any, first: Any, second: Any) -> Directions:
       (Array([0., 1.], dtype=float32), Array([1., 0.], dtype=float32))
     """
     origin = fixed_point.dequantize(center)
-    along, across = (
-        jax.tree.map(jnp.subtract, fixed_point.dequantize(point), origin)
-        for point in (first, second)
-    )
+    along, across = (_from(origin, point) for point in (first, second))
     length, reach = _dot(along, along), _dot(across, across)
     share = _dot(along, across) / length if length else 0.0
     across = jax.tree.map(lambda b, a: b - jnp.float32(share) * a, across, along)
@@ -188,6 +184,7 @@ def coordinates(
     Raises:
       ValueError: if the directions are parallel, or one is zero.
     """
+    _check_are_directions(directions)
     pair = directions[:2]
     gram = np.array([[_dot(a, b) for b in pair] for a in pair])
     if not np.linalg.det(gram) > _DEGENERATE**2 * gram.max() ** 2:
@@ -307,6 +304,18 @@ def _dot(a: Any, b: Any) -> float:
     return float(sum(map(float, jax.tree.leaves(products))))
 
 
+def _from(origin: Any, point: Any) -> Any:
+    """The way from the center to a point, both as values."""
+    values = fixed_point.dequantize(point)
+    shapes, wanted = (jax.tree.map(jnp.shape, tree) for tree in (values, origin))
+    if shapes != wanted:
+        raise ValueError(
+            "all points must have the structure and the shapes of the center, "
+            f"{wanted}, got {shapes}."
+        )
+    return jax.tree.map(jnp.subtract, values, origin)
+
+
 def _coordinates(name: str, values: Any) -> np.ndarray:
     """The coordinates along an axis, [n] float32."""
     try:
@@ -320,12 +329,16 @@ def _coordinates(name: str, values: Any) -> np.ndarray:
     return array
 
 
-def _check_directions(params: Any, directions: Directions) -> None:
+def _check_are_directions(directions: Any) -> None:
     if not isinstance(directions, tuple) or len(directions) < 2:
         raise TypeError(
             "directions must be a fgrad.analysis.Directions, got "
             f"{directions!r:.60}; use fgrad.analysis.random_directions(key, params)."
         )
+
+
+def _check_directions(params: Any, directions: Directions) -> None:
+    _check_are_directions(directions)
     shapes = jax.tree.map(jnp.shape, params, is_leaf=is_qtensor)
     for direction in directions[:2]:
         if jax.tree.map(jnp.shape, direction) != shapes:

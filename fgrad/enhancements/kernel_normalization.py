@@ -65,8 +65,7 @@ def kernel_normalization(
       Section 3.3 of Feng et al., "Stepping Forward on the Last Mile", NeurIPS 2024.
       The floor is that of Adafactor (Shazeer and Stern 2018).
     """
-    if per not in ("layer", "channel"):
-        raise ValueError(f'per must be "layer" or "channel", got {per!r}.')
+    _checks.choice("per", per, ("layer", "channel"))
     least = ": it is the least root mean square of weights, for example 1e-3, and "
     _checks.positive("floor", floor, hint=least + "without it zero weights cannot move")
 

@@ -207,11 +207,7 @@ class _Options:
         _checks.number(
             "density", self.density, "in (0, 1]", lambda x: 0 < x <= 1, hint=share
         )
-        if self.criterion not in _CRITERIA:
-            raise ValueError(
-                f"criterion must be one of {', '.join(_CRITERIA)}, got "
-                f"{self.criterion!r}."
-            )
+        _checks.choice("criterion", self.criterion, _CRITERIA)
         if self.key is not None:
             _arguments.key(self.key)
         elif self.criterion in ("random", "importance"):

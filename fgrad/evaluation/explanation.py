@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad import perturbations
+from fgrad import _checks, perturbations
 from fgrad._trees import path_str
 from fgrad.evaluation import point_of_use
 from fgrad.evaluation.pairs import TracedLoss
@@ -65,6 +65,7 @@ def explain(
       w | low rank | dot_general
     """
     perturbation = perturbations.normal() if perturbation is None else perturbation
+    _checks.function("value_fn", value_fn, "params", **kwargs)
     policy = Policy(1.0, perturbation=perturbation)
     plan = Plan(params, policy, mask=mask)
     events: list[point_of_use.Event] = []

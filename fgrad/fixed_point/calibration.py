@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrad import _checks
 from fgrad._trees import is_concrete
@@ -104,7 +105,7 @@ def calibrate_scale(
       float32 scale; a scalar per tensor, or ``x.ndim`` axes with one entry per channel.
     """
     limit = max_qvalue(bits)
-    _check_calibration(calibration)
+    check_calibration(calibration)
     _checks.positive("headroom", headroom)
     _checks.positive("zero_bound", zero_bound)
     x = jnp.asarray(x, jnp.float32)
@@ -140,7 +141,7 @@ def round_to_grid(x: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     return jnp.clip(jnp.round(x / scale), -limit, limit)
 
 
-def _check_calibration(calibration: Any) -> None:
+def check_calibration(calibration: Any) -> None:
     """Raises for what is no calibration, or makes one only when it is called."""
     if calibration is percentile or calibration is mse_optimal:
         name = calibration.__name__
@@ -171,10 +172,11 @@ def _bound_of(
             "calibration must return the largest magnitude to be represented, floats "
             f"of shape {shape}, got {bound!r:.80}."
         )
-    if is_concrete(bound):
-        with jax.ensure_compile_time_eval():
-            wrong = bound[~(bound >= 0)].ravel()
-        if wrong.size:
+    if is_concrete(bound) and is_concrete(x):
+        values = np.asarray(bound).reshape(-1)
+        wrong = values[~(values >= 0)]
+        # NaN of x has an error of its own, which names the leaf or the layer.
+        if wrong.size and not np.isnan(np.asarray(x)).any():
             raise ValueError(f"calibration must return magnitudes, got {wrong[0]}.")
-    found: jax.Array = jnp.broadcast_to(bound, shape)
+    found: jax.Array = bound if bound.shape == shape else jnp.broadcast_to(bound, shape)
     return found

@@ -437,6 +437,8 @@ def train_step(
     _checks.function("loss", loss, "outputs", "labels")
     if where is not None:
         _checks.function("where", where, "path")
+    learning_rate = float(learning_rate)
+    epsilon = None if epsilon is None else float(epsilon)
     _arguments.spread(spread, num_perturbations)
     head = None
     if exact_head is not None:
@@ -609,7 +611,4 @@ def _check(
     _checks.integer("num_perturbations", num_perturbations, 1, 127)
     if decay_steps is not None:
         _checks.integer("decay_steps", decay_steps, 1, INT32 - 1)
-    if estimator not in ("sign", "normalized"):
-        raise ValueError(
-            f'estimator must be "sign" or "normalized", got {estimator!r}.'
-        )
+    _checks.choice("estimator", estimator, ("sign", "normalized"))

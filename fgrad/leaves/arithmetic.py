@@ -104,8 +104,8 @@ class Arithmetic:
         """A sum of directions, corrected for their length.
 
         Args:
-          total: ``Σᵢ cᵢ dᵢ`` of the directions d.
-          squares: ``Σᵢ dᵢ² / m``, of the same shape.
+          total: ``Σᵢ cᵢ dᵢ`` of the directions d, in the order of the leaf.
+          squares: ``Σᵢ dᵢ²`` and ``Σᵢ z_qᵢ²``, [2, size].
         """
         del squares
         return total
@@ -233,7 +233,10 @@ class NarrowFloatArithmetic(FloatArithmetic):
 
     .. math:: d = \frac{(w + εz) - (w - εz)}{2ε}
 
-    so that d takes the place of z in the gradient, ``Σᵢ cᵢ dᵢ / (m mean(d²))``.
+    so that d takes the place of z in the gradient, ``Σᵢ cᵢ dᵢ / (m E[d²])``. With as
+    few values as a bias has, ``mean(d²)`` would say little of the expectation, mostly
+    by the length of z, which is known to be 1 on average. So the expectation is
+    estimated by ``mean(d²) / mean(z²)``, and is exactly 1 where nothing is rounded.
     """
 
     normalizes: ClassVar[bool] = True
@@ -265,23 +268,25 @@ class NarrowFloatArithmetic(FloatArithmetic):
 
     def normalized(self, total: jax.Array, squares: jax.Array) -> jax.Array:
         """A sum of directions over their mean square, in units of z."""
-        length = jnp.mean(squares) * self.step**2
+        of_d, of_z = jnp.sum(squares, axis=1)
+        length = of_d / jnp.where(of_z > 0, of_z, 1)
         return jnp.where(length > 0, total / jnp.where(length > 0, length, 1), 0)
 
     def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
-        """``Σᵢ cᵢ dᵢ / mean(d²)``, one z at a time."""
+        """``Σᵢ cᵢ dᵢ / E[d²]``, one z at a time."""
         zero = execution_order.dependent_zero(jax.random.key_data(keys))
         zeros = jnp.full(self.shape, zero.astype(jnp.float32))
 
         def add(index: Any, sums: tuple[jax.Array, jax.Array]) -> Any:
             total, squares = sums
-            d = self.direction(self.sample(keys[index], self.shape))
-            return total + coefficients[index] * d, squares + jnp.mean(jnp.square(d))
+            z = self.sample(keys[index], self.shape)
+            d = self.direction(z)
+            both = [jnp.mean(jnp.square(x.astype(jnp.float32))) for x in (d, z)]
+            return total + coefficients[index] * d, squares + jnp.stack(both)
 
-        total, squares = jax.lax.fori_loop(
-            0, len(coefficients), add, (zeros, zero.astype(jnp.float32))
-        )
-        return self.normalized(total, squares / len(coefficients))
+        nothing = jnp.full(2, zero.astype(jnp.float32))
+        total, squares = jax.lax.fori_loop(0, len(coefficients), add, (zeros, nothing))
+        return self.normalized(total, squares[:, None])
 
 
 @_with_arrays("leaf", "epsilon", "unit", "guided")

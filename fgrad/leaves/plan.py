@@ -473,7 +473,7 @@ def _sums_together(
     else:
         length = sum(sizes)
 
-        def sample(keys: jax.Array) -> jax.Array:
+        def samples_of(keys: jax.Array) -> list[jax.Array]:
             stacked, names = LeafKeys(keys, tuple(arithmetic)), list(arithmetic)
 
             def keys_of(positions: Sequence[int]) -> jax.Array:
@@ -482,27 +482,42 @@ def _sums_together(
             factors = factors_together(chosen, keys_of)
             every = range(len(chosen))
             samples = samples_together(chosen, every, keys_of, factors)
-            flat = [
-                one.direction(samples[i]).reshape(-1) for i, one in enumerate(chosen)
-            ]
-            return jnp.concatenate(flat)
+            return [samples[i] for i in every]
+
+        def sample(keys: jax.Array) -> jax.Array:
+            return _directions(chosen, samples_of(keys))
 
     together = keys.many(list(arithmetic))
     total = perturbations.accumulate(sample, together, coefficients, (length,))
     totals = perturbations.pieces(total, starts, sizes)
     squares = totals
     if normalizes:
-        ones = jnp.full(len(coefficients), 1 / len(coefficients), jnp.float32)
-        square = perturbations.accumulate(
-            lambda keys: jnp.square(sample(keys)), together, ones, (length,)
+
+        def squared(keys: jax.Array) -> jax.Array:
+            samples = samples_of(keys)
+            z = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in samples])
+            return jnp.square(jnp.stack([_directions(chosen, samples), z]))
+
+        ones = jnp.ones(len(coefficients), jnp.float32)
+        rows = perturbations.accumulate(squared, together, ones, (2, length))
+        pairs = zip(
+            *(perturbations.pieces(x, starts, sizes) for x in rows), strict=True
         )
-        squares = perturbations.pieces(square, starts, sizes)
+        squares = [jnp.stack(pair) for pair in pairs]
     return {
         name: one.normalized(part, square).reshape(one.shape)
         for (name, one), part, square in zip(
             arithmetic.items(), totals, squares, strict=True
         )
     }
+
+
+def _directions(
+    chosen: Sequence[Arithmetic], samples: Sequence[jax.Array]
+) -> jax.Array:
+    """The directions of some leaves in a row, of what was sampled for each."""
+    pairs = zip(chosen, samples, strict=True)
+    return jnp.concatenate([one.direction(z).reshape(-1) for one, z in pairs])
 
 
 def _check_frozen(

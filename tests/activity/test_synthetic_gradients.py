@@ -308,7 +308,10 @@ HEAD = Site("head", exact=True)
 # name: (function, part of the message)
 ERRORS = {
     "no name": (lambda: SyntheticGradient(""), "name of an exact site"),
-    "memory": (lambda: SyntheticGradient("head", memory=-1), "0 steps or more"),
+    "memory": (
+        lambda: SyntheticGradient("head", memory=-1),
+        "at least 0, got -1",
+    ),
     "correction": (lambda: SyntheticGradient("head", correction=2), "between 0 and 1"),
     "a name": (lambda: Site("inner", synthetic="head"), "SyntheticGradient"),
     "exact": (

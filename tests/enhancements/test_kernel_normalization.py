@@ -107,7 +107,7 @@ def test_float_dtypes_are_kept():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"per": "row"}, "got 'row'"), ({"floor": 0.0}, "positive, got 0.0")],
+    [({"per": "row"}, "got 'row'"), ({"floor": 0.0}, "positive and finite, got 0.0")],
 )
 def test_bad_options_fail_when_the_transformation_is_built(options, message):
     with pytest.raises(ValueError, match=message):

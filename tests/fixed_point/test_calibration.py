@@ -51,7 +51,7 @@ def test_percentile_clips_outliers():
 
 @pytest.mark.parametrize("q", [0, -1, 100.5, math.nan])
 def test_percentile_raises_out_of_range(q):
-    with pytest.raises(ValueError, match="percentile must lie in"):
+    with pytest.raises(ValueError, match="percentile must be in"):
         fixed_point.percentile(q)
 
 

@@ -124,7 +124,7 @@ def test_the_direction_of_narrow_floats_is_what_rounding_left(dtype, size):
         estimator=lambda plus, minus, epsilon: jnp.asarray(c, jnp.float32),
     ).gradient["w"]
     assert found.dtype == dtype
-    total, squares = np.zeros(size), 0.0
+    total, squares, of_z = np.zeros(size), 0.0, 0.0
     for i in range(m):
         z_key = fgrad.perturbations.sample_key(key, 0, i)
         leaf_key = fgrad.perturbations.leaf_keys(z_key, ["['w']"])["['w']"]
@@ -136,9 +136,34 @@ def test_the_direction_of_narrow_floats_is_what_rounding_left(dtype, size):
         )
         d = (up.astype(np.float64) - down.astype(np.float64)) / (2 * epsilon)
         total += c[i] * d
-        squares += np.mean(d**2) / m
+        squares += np.mean(d**2)
+        of_z += np.mean(z.astype(np.float64) ** 2)
+    squares /= of_z  # the mean square of z is known: it is 1
     wanted = total / m / squares
     rtol = 2.0**-7 if dtype == jnp.bfloat16 else 2.0**-9
     np.testing.assert_allclose(
         np.asarray(found, np.float64), wanted, rtol=rtol, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_where_nothing_is_rounded_the_gradient_of_a_narrow_bias_has_no_noise_more(size):
+    """At w = 0 all of εz is left, and few values say little of the mean of z²."""
+    w = {"b": jnp.zeros(size, jnp.bfloat16)}
+    make = jax.jit(
+        lambda w, key: estimators.forward_gradient(
+            lambda p: jnp.sum(p["b"].astype(jnp.float32)),
+            w,
+            key,
+            epsilon=2.0**-6,
+            num_perturbations=2,
+            estimator=estimators.spsa,
+        ).gradient["b"]
+    )
+    for seed in range(3):
+        key = jax.random.key(seed)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), w)
+        # z has 7 bits and a sign, which bfloat16 holds.
+        np.testing.assert_allclose(
+            np.asarray(make(w, key), np.float32), make(wide, key), rtol=2.0**-7
+        )
