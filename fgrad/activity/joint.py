@@ -36,7 +36,7 @@ from fgrad.tracing import execution_order
 
 
 # Parts of the batch in which an update on the way goes through an activation.
-_PARTS = 8
+_PARTS = 16
 
 
 class JointForwardGradState(NamedTuple):

@@ -28,16 +28,18 @@ class Sums(NamedTuple):
 
     Attributes:
       gradients: of the leaves by their path, in units of what each leaf stores.
-      errors: the same of r, what the pairs say beyond the prediction. None without a
+      errors: the same of s r, what the pairs say beyond the prediction. None without a
         correction, one for a constant one, two for "auto": of the examples of even and
         of odd number.
-      evidence: Σ δᵀ r, the mean over positions; the shape of the mean Jacobian.
+      evidence: Σ s δᵀ r, the mean over positions; the shape of the mean Jacobian.
+      squares: the sum of the squared activation, of which s is the rms.
       open: how many units have a nonlinearity that is not flat.
     """
 
     gradients: dict[str, jax.Array]
     errors: tuple[dict[str, jax.Array], ...]
     evidence: jax.Array
+    squares: jax.Array
     open: jax.Array
 
 
@@ -74,7 +76,6 @@ class Part:
     def sums(
         self,
         directions: Callable[[jax.Array], jax.Array],
-        scale: jax.Array,
         asked: jax.Array,
         correction: Correction,
     ) -> Sums:
@@ -82,20 +83,20 @@ class Part:
 
         Args:
           directions: ``directions(k)`` is u_k at the activation.
-          scale: s, the rms of the whole activation.
           asked: whether this step perturbs.
           correction: the weight of r in the gradient, or "auto".
         """
         gradients = self._of_leaves(self._predicted())
         if self.site.feedback != "learned":
-            return Sums(gradients, (), jnp.zeros(self.jacobian.shape), jnp.zeros(()))
+            nothing = jnp.zeros(self.jacobian.shape), jnp.zeros(()), jnp.zeros(())
+            return Sums(gradients, (), *nothing)
 
         def lessons() -> Sums:
-            residual = self._residual(directions, scale)
+            residual = self._residual(directions)
             errors = tuple(map(self._of_leaves, self._split(residual, correction)))
             evidence = mean_jacobians.evidence(self.jacobian, self.signal, residual)
             open_units = jnp.sum(self._slope() != 0, dtype=jnp.float32)
-            return Sums({}, errors, evidence, open_units)
+            return Sums({}, errors, evidence, self._squares(), open_units)
 
         nothing = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lessons)
@@ -103,8 +104,25 @@ class Part:
         found = jax.lax.cond(asked, lessons, lambda: nothing)
         return found._replace(gradients=gradients)
 
+    def told(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the prediction says of a direction, and the squares of the activation.
+
+        Args:
+          u: direction at the activation.
+
+        Returns:
+          The predicted derivative of each example's loss along u where the gate is
+          open, [examples]; and the sum over all squares.
+        """
+        gated = jnp.where(self._slope() != 0, self._predicted(), 0) * u
+        return jnp.sum(gated, tuple(range(1, gated.ndim))), self._squares()
+
     def _slope(self) -> jax.Array:
         return self.site.slope(self.values)
+
+    def _squares(self) -> jax.Array:
+        value = self.values[self.site.activation]
+        return jnp.sum(jnp.square(value.astype(wide(value))))
 
     def _predicted(self) -> jax.Array:
         """The predicted gradient of each example's loss by the activation."""
@@ -136,10 +154,8 @@ class Part:
             for path, layer in self.site.layers.items()
         }
 
-    def _residual(
-        self, directions: Callable[[jax.Array], jax.Array], scale: jax.Array
-    ) -> jax.Array:
-        """r, the mean over the directions."""
+    def _residual(self, directions: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """s r, the mean over the directions."""
         value = self.values[self.site.activation]
         is_open = self._slope() != 0
         count = len(self.unexplained)
@@ -153,7 +169,7 @@ class Part:
             total, _ = add(total, jnp.int32(0))
         else:
             total, _ = jax.lax.scan(add, total, jnp.arange(count))
-        return total / (count * scale)
+        return total / count
 
     def _split(self, residual: jax.Array, correction: Correction) -> list[jax.Array]:
         """r as a correction needs it: not at all, whole, or by examples of two kinds."""

@@ -28,7 +28,7 @@ from fgrad.activity.example_losses import ExampleLosses
 from fgrad.activity.joint_parts import Correction, Part, Sums
 from fgrad.activity.joint_sites import JointSite
 from fgrad.activity.mean_jacobians import Teaching
-from fgrad.activity.site_gradients import rms, wide
+from fgrad.activity.site_gradients import root_mean, wide
 from fgrad.tracing import execution_order, graph
 
 # edit(number, values so far) -> what an activation becomes, or None if it stays.
@@ -205,12 +205,14 @@ class JointStep:
             if activation not in self._taught:
                 return None
             site, value = self._taught[activation], values[activation]
-            moved = rms(value) * self._gated(site, values, keys)
-            jacobian = self.learned[site.name].jacobian
-            predicted = mean_jacobians.predicted(jacobian, self.signal, value.shape)
-            told = jnp.sum(predicted * moved, tuple(range(1, value.ndim)))
-            explained += told.astype(explained.dtype)
-            return value + (sign * self.epsilon * moved).astype(value.dtype)
+            key = keys.delayed(site.name, value) if value.size else keys[site.name]
+            told, squares = self._told(site, values, key)
+            scale = root_mean(squares, value.size)
+            explained += (scale * told).astype(explained.dtype)
+            u = self.perturbation.sample(key, value.shape).astype(wide(value))
+            moved = jnp.where(site.slope(values) != 0, u, 0)
+            amount = sign * self.epsilon * self.perturbation.step * scale
+            return value + (amount * moved).astype(value.dtype)
 
         output = self.losses.output(self.loss_name)
         return self._evaluate([output], edit, after=sign)[output], explained
@@ -219,17 +221,28 @@ class JointStep:
         names = [site.name for site in self.sites]
         return perturbations.leaf_keys(self.step_key(index), names)
 
-    def _gated(
-        self,
-        site: JointSite,
-        values: Mapping[int, Any],
-        keys: perturbations.LeafKeys,
-    ) -> jax.Array:
-        """u where the nonlinearity of a site is not flat, and 0 elsewhere."""
-        value = values[site.activation]
-        key = keys.delayed(site.name, value) if value.size else keys[site.name]
-        u = self.perturbation.step * self.perturbation.sample(key, value.shape)
-        return jnp.where(site.slope(values) != 0, u.astype(wide(value)), 0)
+    def _told(
+        self, site: JointSite, values: Mapping[int, Any], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Part.told`, of all examples."""
+        unexplained = jnp.zeros((1, self.losses.examples), self.signal.dtype)
+
+        def of_part(index: Any) -> tuple[jax.Array, jax.Array]:
+            part = self._part(site, values, unexplained, index)
+            return part.told(self._u(site, key, index))
+
+        if self.split is None:
+            return of_part(0)
+        told, squares = jax.lax.map(of_part, jnp.arange(self.split.count))
+        return told.reshape(-1), jnp.sum(squares)
+
+    def _u(self, site: JointSite, key: jax.Array, index: Any) -> jax.Array:
+        """A direction at an activation, in a part of the examples."""
+        count = 1 if self.split is None else self.split.count
+        shape = self.losses.program.avals[site.activation].shape
+        block = None if self.split is None else index
+        u = self.perturbation.sample(key, (shape[0] // count, *shape[1:]), block)
+        return self.perturbation.step * u
 
     # --------------------------------------------------------------------- gradients
 
@@ -238,26 +251,16 @@ class JointStep:
     ) -> SiteResult:
         """The gradients of the leaves at a site, and what it learns."""
         learned = self.learned[site.name]
-        count = 1 if self.split is None else self.split.count
-        activation = values[site.activation]
-        scale = rms(activation)
-        shape = (self.losses.examples // count, *activation.shape[1:])
 
         def sums(index: Any) -> Sums:
             def directions(k: jax.Array) -> jax.Array:
-                key = self._keys(k)[site.name]
-                block = None if count == 1 else index
-                u = self.perturbation.sample(key, shape, block)
-                return self.perturbation.step * u
+                return self._u(site, self._keys(k)[site.name], index)
 
             part = self._part(site, values, unexplained, index)
-            return part.sums(directions, scale, self.asked, self.correction)
+            return part.sums(directions, self.asked, self.correction)
 
-        if count == 1:
-            found = sums(0)
-        else:
-            found = _summed(sums, count)
-        return self._result(found, learned, activation.size)
+        found = sums(0) if self.split is None else _summed(sums, self.split.count)
+        return self._result(found, learned, jnp.size(values[site.activation]))
 
     def _part(
         self,
@@ -271,14 +274,13 @@ class JointStep:
         program, sites = self.losses.program, self.sites
         even = 1 - jnp.arange(self.losses.examples, dtype=jnp.int32) % 2
         if self.split is not None:
-            numbers = self.split.read(site, self.logits)
-            values = self.split.values(values, numbers, index)
-            clean = self.split.values(clean, numbers, index)
+            site = next(s for s in self.split.sites if s.name == site.name)
+            values = self.split.part(site, self.logits, values, index)
+            clean = self.split.part(site, self.logits, clean, index)
             signal = self.split.block(signal, index, 0)
             unexplained = self.split.block(unexplained, index, 1)
             even = self.split.block(even, index, 0)
             program, sites = self.split.losses.program, self.split.sites
-            site = next(s for s in sites if s.name == site.name)
         return Part(
             program=program,
             sites=sites,
@@ -297,17 +299,26 @@ class JointStep:
         """The gradients and what is learned, from sums over the examples."""
         gradients = dict(sums.gradients)
         jacobian, errors = learned
+        scale = root_mean(sums.squares, size)
         if sums.errors:
+            halves = [
+                {path: x / scale.astype(x.dtype) for path, x in half.items()}
+                for half in sums.errors
+            ]
             weight: Any = self.correction
             if self.correction == "auto":
                 weight = correction_of(errors)
                 rate = jnp.where(self.asked, self.teaching.rate(0, 1), 0)
-                errors = errors + rate * (_energies(*sums.errors) - errors)
+                errors = errors + rate * (_energies(*halves) - errors)
             for path, own in gradients.items():
-                added = sum((half[path] for half in sums.errors), jnp.zeros_like(own))
+                added = sum((half[path] for half in halves), jnp.zeros_like(own))
                 gradients[path] = own + jnp.asarray(weight, own.dtype) * added
         jacobian = mean_jacobians.learned(
-            jacobian, self.signal, sums.evidence, sums.open / max(size, 1), self.teaching
+            jacobian,
+            self.signal,
+            sums.evidence / scale,
+            sums.open / max(size, 1),
+            self.teaching,
         )
         return SiteResult(gradients, Learned(jacobian, errors))
 
@@ -357,25 +368,50 @@ class Split:
             (self.count * part[0], *part[1:]) == whole
         )
 
-    def read(self, site: JointSite, logits: int) -> list[int]:
-        """The numbers of the values that the gradient at a site reads."""
-        own = next(s for s in self.sites if s.name == site.name)
-        nodes = joint_parts.nodes_of(self.losses.program, own, self.sites, logits)
-        read = {x for node in nodes for x in (*node.values, *node.outputs)}
-        return sorted(read | {own.output, own.activation})
-
-    def values(
-        self, values: Mapping[int, Any], numbers: Sequence[int], index: Any
+    def part(
+        self,
+        site: JointSite,
+        logits: int,
+        values: Mapping[int, Any],
+        index: Any,
     ) -> dict[int, Any]:
-        """Those values that are known, each that depends on the examples in part."""
-        avals = self.losses.program.avals
-        return {
-            number: values[number]
-            if jnp.shape(values[number]) == avals[number].shape
-            else self.block(values[number], index, 0)
-            for number in numbers
-            if number in values
-        }
+        """The values that the gradient at a site reads, of a part of the examples.
+
+        What acts on each value by itself, such as the addition of a bias, is computed
+        again, so that the whole of it need not be there.
+
+        Args:
+          site: in the trace of a part.
+          logits: number of the head's output.
+          values: those known of all examples.
+          index: of the part.
+        """
+        program = self.losses.program
+        nodes = joint_parts.nodes_of(program, site, self.sites, logits)
+        makers = {value: node for node in nodes for value in node.outputs}
+        found: dict[int, Any] = {}
+
+        def find(number: int) -> None:
+            if number in found or number not in values:
+                return
+            node = makers.get(number)
+            if node is not None and (node.facts.elementwise or node.facts.view):
+                for operand in node.values:
+                    find(operand)
+                if all(operand in found for operand in node.values):
+                    results = node.evaluate(graph.operands(node, found))
+                    found.update(zip(node.outputs, results, strict=True))
+                    return
+            whole = values[number]
+            same = jnp.shape(whole) == program.avals[number].shape
+            found[number] = whole if same else self.block(whole, index, 0)
+
+        for node in nodes:
+            for number in (*node.values, *node.outputs):
+                find(number)
+        find(site.output)
+        find(site.activation)
+        return found
 
     def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
         """One of the parts of an array along an axis."""
