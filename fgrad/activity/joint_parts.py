@@ -59,6 +59,8 @@ class Part:
       jacobian: the mean Jacobian.
       even: [examples], 1 for those of even number in the whole batch, 0 for others.
       examples: how many there are in the whole batch.
+      shared: gradients inside blocks that were found for another site of these
+        examples, by their target and the number of the activation.
     """
 
     program: Graph
@@ -72,6 +74,7 @@ class Part:
     jacobian: jax.Array
     even: jax.Array
     examples: int
+    shared: dict[int, dict[int, jax.Array]]
 
     def sums(
         self,
@@ -135,15 +138,23 @@ class Part:
         at_end = self._from_head(next(s for s in self.sites if s.feedback == "head"))
         if site.feedback == "stream":
             return at_end
-        return _transposed(
-            self.program, site.activation, site.target, self.values, at_end
-        )
+        # Those inside the same block in one go: their ways back have much in common.
+        found = self.shared.get(site.target)
+        if found is None:
+            inside = [s.activation for s in self.sites if s.target == site.target]
+            gradients = _transposed(
+                self.program, inside, site.target, self.values, at_end
+            )
+            found = dict(zip(inside, gradients, strict=True))
+            self.shared[site.target] = found
+        return found[site.activation]
 
     def _from_head(self, site: JointSite) -> jax.Array:
         """The gradient at one of the last activations, which no other block follows."""
-        return _transposed(
-            self.program, site.activation, self.logits, self.clean, self.signal
+        (found,) = _transposed(
+            self.program, [site.activation], self.logits, self.clean, self.signal
         )
+        return found
 
     def _of_leaves(self, gradient: jax.Array) -> dict[str, jax.Array]:
         """The leaves' gradients by the mean loss, from each example's own gradient."""
@@ -195,27 +206,27 @@ def nodes_of(
     nodes = [node for layer in site.layers.values() for node in layer.nodes]
     nodes += [] if site.nonlinearity is None else site.nonlinearity.nodes
     if site.feedback == "branch":
-        nodes += derivatives.between(program, site.activation, site.target)
+        nodes += derivatives.between(program, [site.activation], site.target)
     if site.feedback in ("stream", "branch"):
         site = next(s for s in sites if s.feedback == "head")
     if site.feedback == "head":
-        nodes += derivatives.between(program, site.activation, logits)
+        nodes += derivatives.between(program, [site.activation], logits)
     return nodes
 
 
 def _transposed(
     program: Graph,
-    start: int,
+    starts: Sequence[int],
     end: int,
     values: Mapping[int, Any],
     gradient: jax.Array,
-) -> jax.Array:
+) -> list[jax.Array]:
     """See `derivatives.transposed`; what has no closed form is told with a way out."""
     try:
-        return derivatives.transposed(program, start, end, values, gradient)
+        return derivatives.transposed(program, starts, end, values, gradient)
     except ValueError as error:
         raise ValueError(
             f"the way back from an activation of shape {program.avals[end].shape} to "
-            f"one of {program.avals[start].shape} is not known: {error}. Leave out "
-            "transposed_head and residual."
+            f"those of {[program.avals[x].shape for x in starts]} is not known: "
+            f"{error}. Leave out transposed_head and residual."
         ) from None

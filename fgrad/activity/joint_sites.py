@@ -102,7 +102,9 @@ def joint_sites(
     if not (transposed_head or residual) or not found:
         return found
     *before, last = found
-    between = derivatives.between(program, last.activation, logits_of(losses, head))
+    between = derivatives.between(
+        program, [last.activation], logits_of(losses, head)
+    )
     if not between:
         raise ValueError(
             f"the head {head.names} does not read the last activation, that of "

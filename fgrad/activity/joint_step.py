@@ -110,26 +110,30 @@ class JointStep:
         found: dict[str, SiteResult] = {}
         if not self.on_the_way:
             step: JointStep = self
-            for site in self.sites:
-                found[site.name] = step._at(site, self.losses.values, unexplained)
+            for group in self._groups.values():
+                found |= (here := step._at(group, self.losses.values, unexplained))
                 # One after the other, or the gradients of all would be there at once.
-                step = dataclasses.replace(
-                    step, signal=_after(step.signal, found[site.name])
-                )
+                step = dataclasses.replace(step, signal=_after(step.signal, here))
             return found, nonfinite
 
         def edit(number: int, values: dict[int, Any]) -> Any:
-            value = None
-            for site in self.sites:
-                if site.ready == number:
-                    value = values[number] if value is None else value
-                    found[site.name] = self._at(site, values, unexplained)
-                    # What follows waits until nothing needs the layer's input any more.
-                    value = _after(value, found[site.name])
-            return value
+            if number not in self._groups:
+                return None
+            here = self._at(self._groups[number], values, unexplained)
+            found.update(here)
+            # What follows waits until nothing needs the layer's input any more.
+            return _after(values[number], here)
 
-        self._evaluate([site.ready for site in self.sites], edit, after=unexplained)
+        self._evaluate(list(self._groups), edit, after=unexplained)
         return found, nonfinite
+
+    @functools.cached_property
+    def _groups(self) -> dict[int, list[JointSite]]:
+        """The sites by the number of the value with which all is known of them."""
+        groups: dict[int, list[JointSite]] = {}
+        for site in self.sites:
+            groups.setdefault(site.ready, []).append(site)
+        return groups
 
     @functools.cached_property
     def _taught(self) -> dict[int, JointSite]:
@@ -228,7 +232,7 @@ class JointStep:
         unexplained = jnp.zeros((1, self.losses.examples), self.signal.dtype)
 
         def of_part(index: Any) -> tuple[jax.Array, jax.Array]:
-            part = self._part(site, values, unexplained, index)
+            part = self._parts([site], values, unexplained, index)[site.name]
             return part.told(self._u(site, key, index))
 
         if self.split is None:
@@ -247,53 +251,72 @@ class JointStep:
     # --------------------------------------------------------------------- gradients
 
     def _at(
-        self, site: JointSite, values: Mapping[int, Any], unexplained: jax.Array
-    ) -> SiteResult:
-        """The gradients of the leaves at a site, and what it learns."""
-        learned = self.learned[site.name]
+        self,
+        sites: Sequence[JointSite],
+        values: Mapping[int, Any],
+        unexplained: jax.Array,
+    ) -> dict[str, SiteResult]:
+        """The gradients of the leaves at some sites, and what these learn."""
 
-        def sums(index: Any) -> Sums:
-            def directions(k: jax.Array) -> jax.Array:
-                return self._u(site, self._keys(k)[site.name], index)
-
-            part = self._part(site, values, unexplained, index)
-            return part.sums(directions, self.asked, self.correction)
+        def sums(index: Any) -> dict[str, Sums]:
+            parts = self._parts(sites, values, unexplained, index)
+            return {
+                name: part.sums(
+                    lambda k, site=part.site: self._u(
+                        site, self._keys(k)[site.name], index
+                    ),
+                    self.asked,
+                    self.correction,
+                )
+                for name, part in parts.items()
+            }
 
         found = sums(0) if self.split is None else _summed(sums, self.split.count)
-        return self._result(found, learned, jnp.size(values[site.activation]))
+        sizes = {s.name: jnp.size(values[s.activation]) for s in sites}
+        return {
+            name: self._result(of_site, self.learned[name], sizes[name])
+            for name, of_site in found.items()
+        }
 
-    def _part(
+    def _parts(
         self,
-        site: JointSite,
+        sites: Sequence[JointSite],
         values: Mapping[int, Any],
         unexplained: jax.Array,
         index: Any,
-    ) -> Part:
-        """A part of the examples at a site, or all."""
+    ) -> dict[str, Part]:
+        """A part of the examples at some sites, or all, by the names of the sites."""
+        names = [site.name for site in sites]
+        program, everywhere = self.losses.program, self.sites
         clean, signal = self.losses.values, self.signal
-        program, sites = self.losses.program, self.sites
         even = 1 - jnp.arange(self.losses.examples, dtype=jnp.int32) % 2
         if self.split is not None:
-            site = next(s for s in self.split.sites if s.name == site.name)
-            values = self.split.part(site, self.logits, values, index)
-            clean = self.split.part(site, self.logits, clean, index)
+            program, everywhere = self.split.losses.program, self.split.sites
+            here = [site for site in everywhere if site.name in names]
+            values = self.split.part(here, self.logits, values, index)
+            clean = self.split.part(here, self.logits, clean, index)
             signal = self.split.block(signal, index, 0)
             unexplained = self.split.block(unexplained, index, 1)
             even = self.split.block(even, index, 0)
-            program, sites = self.split.losses.program, self.split.sites
-        return Part(
-            program=program,
-            sites=sites,
-            site=site,
-            logits=self.logits,
-            values=values,
-            clean=clean,
-            signal=signal,
-            unexplained=unexplained,
-            jacobian=self.learned[site.name].jacobian,
-            even=even,
-            examples=self.losses.examples,
-        )
+        shared: dict[int, dict[int, jax.Array]] = {}
+        return {
+            site.name: Part(
+                program=program,
+                sites=everywhere,
+                site=site,
+                logits=self.logits,
+                values=values,
+                clean=clean,
+                signal=signal,
+                unexplained=unexplained,
+                jacobian=self.learned[site.name].jacobian,
+                even=even,
+                examples=self.losses.examples,
+                shared=shared,
+            )
+            for site in everywhere
+            if site.name in names
+        }
 
     def _result(self, sums: Sums, learned: Learned, size: int) -> SiteResult:
         """The gradients and what is learned, from sums over the examples."""
@@ -323,15 +346,17 @@ class JointStep:
         return SiteResult(gradients, Learned(jacobian, errors))
 
 
-def _summed(function: Callable[[jax.Array], Sums], count: int) -> Sums:
+def _summed(
+    function: Callable[[jax.Array], dict[str, Sums]], count: int
+) -> dict[str, Sums]:
     """The sum of what a function of 0 to count - 1 gives, one after the other."""
     first = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-    def add(total: Sums, index: jax.Array) -> tuple[Sums, None]:
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(index)), None
 
-    total: Sums
+    total: dict[str, Sums]
     total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
     return total
 
@@ -370,24 +395,28 @@ class Split:
 
     def part(
         self,
-        site: JointSite,
+        sites: Sequence[JointSite],
         logits: int,
         values: Mapping[int, Any],
         index: Any,
     ) -> dict[int, Any]:
-        """The values that the gradient at a site reads, of a part of the examples.
+        """The values that the gradients at sites read, of a part of the examples.
 
         What acts on each value by itself, such as the addition of a bias, is computed
         again, so that the whole of it need not be there.
 
         Args:
-          site: in the trace of a part.
+          sites: some of those in the trace of a part.
           logits: number of the head's output.
           values: those known of all examples.
           index: of the part.
         """
         program = self.losses.program
-        nodes = joint_parts.nodes_of(program, site, self.sites, logits)
+        nodes = [
+            node
+            for site in sites
+            for node in joint_parts.nodes_of(program, site, self.sites, logits)
+        ]
         makers = {value: node for node in nodes for value in node.outputs}
         found: dict[int, Any] = {}
 
@@ -409,8 +438,9 @@ class Split:
         for node in nodes:
             for number in (*node.values, *node.outputs):
                 find(number)
-        find(site.output)
-        find(site.activation)
+        for site in sites:
+            find(site.output)
+            find(site.activation)
         return found
 
     def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
@@ -451,9 +481,10 @@ def _energies(
     return jnp.stack([4 * agreed, total]).astype(jnp.float32)
 
 
-def _after(value: jax.Array, result: SiteResult) -> jax.Array:
-    """A value, not before the gradients at a site have been computed."""
-    for done in (*result.gradients.values(), *result.learned):
-        if done.size and value.size:
-            value = execution_order.delayed(value, done)
+def _after(value: jax.Array, results: Mapping[str, SiteResult]) -> jax.Array:
+    """A value, not before the gradients at some sites have been computed."""
+    for result in results.values():
+        for done in (*result.gradients.values(), *result.learned):
+            if done.size and value.size:
+                value = execution_order.delayed(value, done)
     return value

@@ -526,6 +526,7 @@ def residual_problem():
         "embedding": normal(1, 4, 5) / 2,
         "key": normal(2, 5, 5) / 3,
         "value": normal(3, 5, 5) / 3,
+        "out": normal(7, 5, 5) / 3,
         "up": normal(4, 5, 7) / 2,
         "down": normal(5, 7, 5) / 3,
         "scale": jnp.ones(5),
@@ -538,7 +539,7 @@ def residual_problem():
         h = x @ params["embedding"]
         u = hold(h)
         weights = jax.nn.softmax((u @ params["key"]) @ jnp.swapaxes(u, 1, 2))
-        h = h + weights @ (u @ params["value"])
+        h = h + weights @ (u @ params["value"]) @ params["out"]
         h = h + jax.nn.silu(hold(h) @ params["up"]) @ params["down"]
         h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-3) * params["scale"]
         logits = h.mean(1) @ params["head"]

@@ -112,7 +112,7 @@ def test_transposed_products_are_those_of_vjp(name):
     (start,), (end,) = program.inputs, program.outputs
     values = graph.evaluate(program.nodes, {**program.constants, start: x})
     dy = jax.random.normal(jax.random.key(1), values[end].shape)
-    found = derivatives.transposed(program, start, end, values, dy)
+    (found,) = derivatives.transposed(program, [start], end, values, dy)
     (expected,) = jax.vjp(function, x)[1](dy)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -121,4 +121,4 @@ def test_what_is_not_in_the_table_is_told():
     program = graph.trace(lambda x: jnp.sort(x), X)
     values = {program.inputs[0]: X, program.outputs[0]: jnp.sort(X)}
     with pytest.raises(ValueError, match=r"'sort'.*not in the table"):
-        derivatives.transposed(program, program.inputs[0], program.outputs[0], values, X)
+        derivatives.transposed(program, program.inputs, program.outputs[0], values, X)
