@@ -190,7 +190,9 @@ def passes_with_products(method: ConfigDict) -> float:
     activations need the second as well. That of an exact head alone, which is a small
     part of a network, counts for nothing.
     """
-    random = [site for site in method.get("sites", {}).values() if not site.get("exact")]
+    random = [
+        site for site in method.get("sites", {}).values() if not site.get("exact")
+    ]
     local = method.gradient == "joint" or (method.gradient == "activity" and random)
     return forward_passes(method) + bool(local)
 

@@ -104,8 +104,8 @@ class Part:
         nothing = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lessons)
         )
-        found = jax.lax.cond(asked, lessons, lambda: nothing)
-        return found._replace(gradients=gradients)
+        found: Sums = jax.lax.cond(asked, lessons, lambda: nothing)
+        return Sums(gradients, *found[1:])
 
     def told(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the prediction says of a direction, and the squares of the activation.
@@ -166,7 +166,7 @@ class Part:
         }
 
     def _residual(self, directions: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """s r, the mean over the directions."""
+        """S r, the mean over the directions."""
         value = self.values[self.site.activation]
         is_open = self._slope() != 0
         count = len(self.unexplained)
@@ -183,7 +183,7 @@ class Part:
         return total / count
 
     def _split(self, residual: jax.Array, correction: Correction) -> list[jax.Array]:
-        """r as a correction needs it: not at all, whole, or by examples of two kinds."""
+        """What a correction needs of r: nothing, all, or two kinds of examples."""
         if correction == 0:
             return []
         if correction != "auto":

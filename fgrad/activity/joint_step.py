@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
-from fgrad.activity import joint_parts, mean_jacobians
+from fgrad.activity import mean_jacobians
 from fgrad.activity.example_losses import ExampleLosses
 from fgrad.activity.joint_parts import Correction, Part, Sums
 from fgrad.activity.joint_sites import JointSite
+from fgrad.activity.joint_split import Split
 from fgrad.activity.mean_jacobians import Teaching
 from fgrad.activity.site_gradients import root_mean, wide
 from fgrad.tracing import execution_order, graph
@@ -184,7 +185,7 @@ class JointStep:
         return inputs
 
     def _unexplained(self) -> tuple[jax.Array, jax.Array]:
-        """x [K, examples] of one pair for each direction, and the pairs left out."""
+        """X [K, examples] of one pair for each direction, and the pairs left out."""
 
         def of_sign(sign: jax.Array) -> Any:
             evaluate = functools.partial(self._perturbed, sign)
@@ -240,6 +241,10 @@ class JointStep:
         told, squares = jax.lax.map(of_part, jnp.arange(self.split.count))
         return told.reshape(-1), jnp.sum(squares)
 
+    def _direction(self, site: JointSite, index: Any, k: jax.Array) -> jax.Array:
+        """Direction k at an activation, in a part of the examples."""
+        return self._u(site, self._keys(k)[site.name], index)
+
     def _u(self, site: JointSite, key: jax.Array, index: Any) -> jax.Array:
         """A direction at an activation, in a part of the examples."""
         count = 1 if self.split is None else self.split.count
@@ -262,9 +267,7 @@ class JointStep:
             parts = self._parts(sites, values, unexplained, index)
             return {
                 name: part.sums(
-                    lambda k, site=part.site: self._u(
-                        site, self._keys(k)[site.name], index
-                    ),
+                    functools.partial(self._direction, part.site, index),
                     self.asked,
                     self.correction,
                 )
@@ -361,94 +364,6 @@ def _summed(
     return total
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """The losses of a part of the examples, whose trace has the values of the whole.
-
-    Attributes:
-      losses: traced for one part.
-      sites: in this trace.
-      count: how many parts there are.
-      whole: the trace of all examples.
-    """
-
-    losses: ExampleLosses
-    sites: Sequence[JointSite]
-    count: int
-    whole: graph.Graph
-
-    @property
-    def fits(self) -> bool:
-        """Whether each value is a part of the whole one, or the same in both."""
-        own, whole = self.losses.program, self.whole
-        names = [[node.name for node in p.nodes] for p in (own, whole)]
-        same = names[0] == names[1] and len(own.avals) == len(whole.avals)
-        return same and all(
-            a.shape == b.shape or self._is_part(a.shape, b.shape)
-            for a, b in zip(own.avals, whole.avals, strict=True)
-        )
-
-    def _is_part(self, part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-        return len(part) == len(whole) and (
-            (self.count * part[0], *part[1:]) == whole
-        )
-
-    def part(
-        self,
-        sites: Sequence[JointSite],
-        logits: int,
-        values: Mapping[int, Any],
-        index: Any,
-    ) -> dict[int, Any]:
-        """The values that the gradients at sites read, of a part of the examples.
-
-        What acts on each value by itself, such as the addition of a bias, is computed
-        again, so that the whole of it need not be there.
-
-        Args:
-          sites: some of those in the trace of a part.
-          logits: number of the head's output.
-          values: those known of all examples.
-          index: of the part.
-        """
-        program = self.losses.program
-        nodes = [
-            node
-            for site in sites
-            for node in joint_parts.nodes_of(program, site, self.sites, logits)
-        ]
-        makers = {value: node for node in nodes for value in node.outputs}
-        found: dict[int, Any] = {}
-
-        def find(number: int) -> None:
-            if number in found or number not in values:
-                return
-            node = makers.get(number)
-            if node is not None and (node.facts.elementwise or node.facts.view):
-                for operand in node.values:
-                    find(operand)
-                if all(operand in found for operand in node.values):
-                    results = node.evaluate(graph.operands(node, found))
-                    found.update(zip(node.outputs, results, strict=True))
-                    return
-            whole = values[number]
-            same = jnp.shape(whole) == program.avals[number].shape
-            found[number] = whole if same else self.block(whole, index, 0)
-
-        for node in nodes:
-            for number in (*node.values, *node.outputs):
-                find(number)
-        for site in sites:
-            find(site.output)
-            find(site.activation)
-        return found
-
-    def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
-        """One of the parts of an array along an axis."""
-        size = array.shape[axis] // self.count
-        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
-
-
 def correction_of(errors: jax.Array) -> jax.Array:
     """The weight of r that makes the expected error of the gradient least.
 
@@ -472,10 +387,12 @@ def _energies(
 ) -> jax.Array:
     """Energy of the prediction's error, and that with the noise of u, as float32 [2].
 
-    Both halves of a batch estimate half of the same error of the weights' gradient, each
-    with noise of its own. The mean of their product holds no noise.
+    Both halves of a batch estimate half of the same error of the weights' gradient,
+    each with noise of its own. The mean of their product holds no noise.
     """
-    agreed = sum((jnp.vdot(a, second[path]) for path, a in first.items()), jnp.zeros(()))
+    agreed = sum(
+        (jnp.vdot(a, second[path]) for path, a in first.items()), jnp.zeros(())
+    )
     both = [a + second[path] for path, a in first.items()]
     total = sum((jnp.vdot(a, a) for a in both), jnp.zeros(()))
     return jnp.stack([4 * agreed, total]).astype(jnp.float32)

@@ -68,9 +68,7 @@ def predicted(
     return jnp.broadcast_to(gradient, shape)
 
 
-def evidence(
-    jacobian: jax.Array, signal: jax.Array, residual: jax.Array
-) -> jax.Array:
+def evidence(jacobian: jax.Array, signal: jax.Array, residual: jax.Array) -> jax.Array:
     """Σ δᵀ r over some examples, in the shape of the mean Jacobian.
 
     Args:

@@ -241,7 +241,9 @@ def _update(
     losses = ExampleLosses(loss_fn, params, options.sites, kwargs)
     found = _site_gradients(options, losses, state)
     gradients = {k: v for one in found for k, v in one.gradients.items()}
-    return layer_gradients.with_gradients(params, gradient, gradients), ActivityForwardGradState(
+    return layer_gradients.with_gradients(
+        params, gradient, gradients
+    ), ActivityForwardGradState(
         key=state.key,
         count=optax.safe_increment(state.count),
         loss=sum({f.loss_name: f.loss for f in found}.values(), jnp.float32(0)),

@@ -275,7 +275,9 @@ def cost(depth, **options):
 
     jaxpr = jax.make_jaxpr(update)(params, state, x).jaxpr
     once = primitives.multiply_adds(jax.make_jaxpr(losses)(params, x).jaxpr.eqns)
-    return [primitives.multiply_adds(jaxpr.eqns, branch) / once for branch in (max, min)]
+    return [
+        primitives.multiply_adds(jaxpr.eqns, branch) / once for branch in (max, min)
+    ]
 
 
 def test_the_cost_does_not_grow_with_the_number_of_sites():
@@ -292,6 +294,7 @@ def test_the_cost_does_not_grow_with_the_number_of_sites():
 
 def test_no_derivative_of_a_program_is_taken(monkeypatch):
     """Neither jvp nor vjp: that is what devices without them have to do without."""
+
     def refuse(*args, **kwargs):
         raise AssertionError("the training path took a derivative")
 
@@ -304,7 +307,11 @@ def test_no_derivative_of_a_program_is_taken(monkeypatch):
         )
         state = tx.init(params)
         jax.eval_shape(
-            functools.partial(tx.update, value_fn=losses), params, state, params, **kwargs
+            functools.partial(tx.update, value_fn=losses),
+            params,
+            state,
+            params,
+            **kwargs,
         )
 
 
@@ -389,17 +396,16 @@ def test_pairs_that_are_not_finite_are_left_out():
 
 
 BAD = {
-    "no layer but the head": (dict(head=["stem", "residual", "inner", "head"]), {}),
-    "names no parameter": (dict(sites=["stern"]), {}),
-    "belongs to two sites": (dict(sites=["head/bias"]), {}),
+    "no layer but the head": {"head": ["stem", "residual", "inner", "head"]},
+    "names no parameter": {"sites": ["stern"]},
+    "belongs to two sites": {"sites": ["head/bias"]},
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_names_are_told_in_init(message):
     _, params, _ = problem()
-    options, _ = BAD[message]
-    tx = activity.joint_forward_grad(KEY, **{"head": "head", **options})
+    tx = activity.joint_forward_grad(KEY, **{"head": "head", **BAD[message]})
     with pytest.raises(ValueError, match=message):
         tx.init(params)
 
@@ -425,7 +431,9 @@ def test_what_cannot_be_followed_is_told_by_name():
     params = {"shared": jnp.eye(3), "head": jnp.ones((3, 2))}
 
     def twice(params, x):
-        return (jnp.tanh(x @ params["shared"]) @ params["shared"] @ params["head"])[:, 0]
+        return (jnp.tanh(x @ params["shared"]) @ params["shared"] @ params["head"])[
+            :, 0
+        ]
 
     tx = activity.joint_forward_grad(KEY, "head")
     with pytest.raises(ValueError, match="leaf 'shared' has no output to perturb"):
@@ -486,7 +494,7 @@ def test_others_train_what_is_no_site():
 @pytest.mark.optimized
 @pytest.mark.parametrize("bits", [None, (16, 8)])
 def test_on_the_way_the_memory_is_near_that_of_inference(bits):
-    """As the compiler plans it; all activations together would take 14 times as much."""
+    """As the compiler plans it; all activations together take ten times as much."""
     model = cnn.CNN(features=(16,) * 5, strides=(1,) * 5, bits=bits)
     x, y = jnp.ones((64, 16, 16, 1)), jnp.zeros(64, jnp.int32)
     variables = cnn.CNN(features=(16,) * 5, strides=(1,) * 5).init(KEY, x)
@@ -554,9 +562,7 @@ def test_the_stream_carries_the_gradient_as_if_blocks_were_the_identity(
 ):
     """The same as backpropagation through a network whose blocks read a copy."""
     losses, params, kwargs = residual_problem()
-    tx = activity.joint_forward_grad(
-        KEY, "head", residual=True, on_the_way=on_the_way
-    )
+    tx = activity.joint_forward_grad(KEY, "head", residual=True, on_the_way=on_the_way)
     found, state = steps(tx, losses, params, kwargs, 1)
     found = jax.tree.map(lambda x: x[0], found)
     held = functools.partial(losses, held=True)

@@ -95,8 +95,9 @@ def test_it_ends_where_others_read_the_value():
 
 
 TRANSPOSED = {
-    "normalised": lambda x: (x - x.mean(-1, keepdims=True))
-    * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-3),
+    "normalised": lambda x: (
+        (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-3)
+    ),
     "attention": lambda x: jax.nn.softmax(x @ x.T) @ x,
     "maximum": lambda x: x.max(0) - x.min(1).sum(),
     "products": lambda x: (x @ jnp.ones((4, 4)) * x)[1:, ::2],
