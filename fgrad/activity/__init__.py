@@ -1,10 +1,7 @@
 """Gradients from perturbed activations, for layers deep inside a network."""
 
-from fgrad.activity.joint import (
-    JointForwardGradState,
-    explain_joint,
-    joint_forward_grad,
-)
+from fgrad.activity.joint import JointForwardGradState, joint_forward_grad
+from fgrad.activity.joint_structure import explain_joint
 from fgrad.activity.sites import Site, leaves_of, leaves_outside
 from fgrad.activity.synthetic_gradients import SyntheticGradient
 from fgrad.activity.transform import (

@@ -28,16 +28,18 @@ class Sums(NamedTuple):
 
     Attributes:
       gradients: of the leaves by their path, in units of what each leaf stores.
-      errors: the same of r, what the pairs say beyond the prediction. None without a
+      errors: the same of s r, what the pairs say beyond the prediction. None without a
         correction, one for a constant one, two for "auto": of the examples of even and
         of odd number.
-      evidence: Σ δᵀ r, the mean over positions; the shape of the mean Jacobian.
+      evidence: Σ s δᵀ r, the mean over positions; the shape of the mean Jacobian.
+      squares: the sum of the squared activation, of which s is the rms.
       open: how many units have a nonlinearity that is not flat.
     """
 
     gradients: dict[str, jax.Array]
     errors: tuple[dict[str, jax.Array], ...]
     evidence: jax.Array
+    squares: jax.Array
     open: jax.Array
 
 
@@ -57,6 +59,8 @@ class Part:
       jacobian: the mean Jacobian.
       even: [examples], 1 for those of even number in the whole batch, 0 for others.
       examples: how many there are in the whole batch.
+      shared: gradients inside blocks that were found for another site of these
+        examples, by their target and the number of the activation.
     """
 
     program: Graph
@@ -70,11 +74,11 @@ class Part:
     jacobian: jax.Array
     even: jax.Array
     examples: int
+    shared: dict[int, dict[int, jax.Array]]
 
     def sums(
         self,
         directions: Callable[[jax.Array], jax.Array],
-        scale: jax.Array,
         asked: jax.Array,
         correction: Correction,
     ) -> Sums:
@@ -82,29 +86,46 @@ class Part:
 
         Args:
           directions: ``directions(k)`` is u_k at the activation.
-          scale: s, the rms of the whole activation.
           asked: whether this step perturbs.
           correction: the weight of r in the gradient, or "auto".
         """
         gradients = self._of_leaves(self._predicted())
         if self.site.feedback != "learned":
-            return Sums(gradients, (), jnp.zeros(self.jacobian.shape), jnp.zeros(()))
+            nothing = jnp.zeros(self.jacobian.shape), jnp.zeros(()), jnp.zeros(())
+            return Sums(gradients, (), *nothing)
 
         def lessons() -> Sums:
-            residual = self._residual(directions, scale)
+            residual = self._residual(directions)
             errors = tuple(map(self._of_leaves, self._split(residual, correction)))
             evidence = mean_jacobians.evidence(self.jacobian, self.signal, residual)
             open_units = jnp.sum(self._slope() != 0, dtype=jnp.float32)
-            return Sums({}, errors, evidence, open_units)
+            return Sums({}, errors, evidence, self._squares(), open_units)
 
         nothing = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lessons)
         )
-        found = jax.lax.cond(asked, lessons, lambda: nothing)
-        return found._replace(gradients=gradients)
+        found: Sums = jax.lax.cond(asked, lessons, lambda: nothing)
+        return Sums(gradients, *found[1:])
+
+    def told(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the prediction says of a direction, and the squares of the activation.
+
+        Args:
+          u: direction at the activation.
+
+        Returns:
+          The predicted derivative of each example's loss along u where the gate is
+          open, [examples]; and the sum over all squares.
+        """
+        gated = jnp.where(self._slope() != 0, self._predicted(), 0) * u
+        return jnp.sum(gated, tuple(range(1, gated.ndim))), self._squares()
 
     def _slope(self) -> jax.Array:
         return self.site.slope(self.values)
+
+    def _squares(self) -> jax.Array:
+        value = self.values[self.site.activation]
+        return jnp.sum(jnp.square(value.astype(wide(value))))
 
     def _predicted(self) -> jax.Array:
         """The predicted gradient of each example's loss by the activation."""
@@ -117,15 +138,23 @@ class Part:
         at_end = self._from_head(next(s for s in self.sites if s.feedback == "head"))
         if site.feedback == "stream":
             return at_end
-        return _transposed(
-            self.program, site.activation, site.target, self.values, at_end
-        )
+        # Those inside the same block in one go: their ways back have much in common.
+        found = self.shared.get(site.target)
+        if found is None:
+            inside = [s.activation for s in self.sites if s.target == site.target]
+            gradients = _transposed(
+                self.program, inside, site.target, self.values, at_end
+            )
+            found = dict(zip(inside, gradients, strict=True))
+            self.shared[site.target] = found
+        return found[site.activation]
 
     def _from_head(self, site: JointSite) -> jax.Array:
         """The gradient at one of the last activations, which no other block follows."""
-        return _transposed(
-            self.program, site.activation, self.logits, self.clean, self.signal
+        (found,) = _transposed(
+            self.program, [site.activation], self.logits, self.clean, self.signal
         )
+        return found
 
     def _of_leaves(self, gradient: jax.Array) -> dict[str, jax.Array]:
         """The leaves' gradients by the mean loss, from each example's own gradient."""
@@ -136,10 +165,8 @@ class Part:
             for path, layer in self.site.layers.items()
         }
 
-    def _residual(
-        self, directions: Callable[[jax.Array], jax.Array], scale: jax.Array
-    ) -> jax.Array:
-        """r, the mean over the directions."""
+    def _residual(self, directions: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """S r, the mean over the directions."""
         value = self.values[self.site.activation]
         is_open = self._slope() != 0
         count = len(self.unexplained)
@@ -153,10 +180,10 @@ class Part:
             total, _ = add(total, jnp.int32(0))
         else:
             total, _ = jax.lax.scan(add, total, jnp.arange(count))
-        return total / (count * scale)
+        return total / count
 
     def _split(self, residual: jax.Array, correction: Correction) -> list[jax.Array]:
-        """r as a correction needs it: not at all, whole, or by examples of two kinds."""
+        """What a correction needs of r: nothing, all, or two kinds of examples."""
         if correction == 0:
             return []
         if correction != "auto":
@@ -179,27 +206,27 @@ def nodes_of(
     nodes = [node for layer in site.layers.values() for node in layer.nodes]
     nodes += [] if site.nonlinearity is None else site.nonlinearity.nodes
     if site.feedback == "branch":
-        nodes += derivatives.between(program, site.activation, site.target)
+        nodes += derivatives.between(program, [site.activation], site.target)
     if site.feedback in ("stream", "branch"):
         site = next(s for s in sites if s.feedback == "head")
     if site.feedback == "head":
-        nodes += derivatives.between(program, site.activation, logits)
+        nodes += derivatives.between(program, [site.activation], logits)
     return nodes
 
 
 def _transposed(
     program: Graph,
-    start: int,
+    starts: Sequence[int],
     end: int,
     values: Mapping[int, Any],
     gradient: jax.Array,
-) -> jax.Array:
+) -> list[jax.Array]:
     """See `derivatives.transposed`; what has no closed form is told with a way out."""
     try:
-        return derivatives.transposed(program, start, end, values, gradient)
+        return derivatives.transposed(program, starts, end, values, gradient)
     except ValueError as error:
         raise ValueError(
             f"the way back from an activation of shape {program.avals[end].shape} to "
-            f"one of {program.avals[start].shape} is not known: {error}. Leave out "
-            "transposed_head and residual."
+            f"those of {[program.avals[x].shape for x in starts]} is not known: "
+            f"{error}. Leave out transposed_head and residual."
         ) from None

@@ -101,7 +101,7 @@ def joint_sites(
     if not (transposed_head or residual) or not found:
         return found
     *before, last = found
-    between = derivatives.between(program, last.activation, logits_of(losses, head))
+    between = derivatives.between(program, [last.activation], logits_of(losses, head))
     if not between:
         raise ValueError(
             f"the head {head.names} does not read the last activation, that of "
@@ -112,34 +112,54 @@ def joint_sites(
     return [*before, dataclasses.replace(last, feedback="head")]
 
 
+def end_of_stream(program: Graph, sites: Sequence[JointSite]) -> int | None:
+    """The place of the site where the residual stream ends.
+
+    It is the last one whose activation skip connections lead to from that of another.
+
+    Args:
+      program: the traced losses.
+      sites: in the order of their computation.
+
+    Returns:
+      Its place among the sites, or None if there is no such stream.
+    """
+    for place in reversed(range(len(sites))):
+        end = sites[place].activation
+        if any(_on_stream(program, site.activation, end) for site in sites[:place]):
+            return place
+    return None
+
+
 def _with_stream(program: Graph, sites: Sequence[JointSite]) -> list[JointSite]:
     """Sites with feedback along the residual stream.
 
-    It ends at the last activation that skip connections lead to from another one; what
-    follows, such as the scale of a normalisation, gets its gradient from the head.
+    What follows the end of the stream, such as the scale of a normalisation, gets its
+    gradient from the head.
     """
-    place = len(sites) - 1
-    while not any(
-        _on_stream(program, site.activation, sites[place].activation)
-        for site in sites[:place]
-    ):
-        if not place:
-            raise ValueError(
-                "residual=True, but no skip connection leads from the activation of "
-                "one layer to that of another; leave residual out."
-            )
-        place -= 1
-    last = sites[place]
-    ends = [last.activation]  # of branches, the next one first
+    place = end_of_stream(program, sites)
+    if place is None:
+        raise ValueError(
+            "residual=True, but no skip connection leads from the activation of one "
+            "layer to that of another; leave residual out."
+        )
+    end = sites[place].activation
+    joins = [end]  # the activations on the stream, the next one first
     found = [dataclasses.replace(site, feedback="head") for site in sites[place:]]
-    for site in reversed(sites[:place]):
-        if _on_stream(program, site.activation, last.activation):
-            ends.insert(0, site.activation)
+    begins = min(
+        i for i, s in enumerate(sites) if _on_stream(program, s.activation, end)
+    )
+    for index in reversed(range(place)):
+        site = sites[index]
+        if _on_stream(program, site.activation, end):
+            joins.insert(0, site.activation)
             site = dataclasses.replace(site, feedback="stream")
         else:
             after = program.depending([site.activation])
-            target = next((end for end in ends if end in after), -1)
-            if target >= 0:
+            target = next((join for join in joins if join in after), -1)
+            # Before the stream begins there are no blocks to be inside of.
+            others = {s.activation for s in sites[index + 1 : begins]}
+            if target >= 0 and (index > begins or after.isdisjoint(others)):
                 site = dataclasses.replace(site, feedback="branch", target=target)
         found.insert(0, site)
     return found

@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
-from fgrad.activity import joint_parts, mean_jacobians
+from fgrad.activity import mean_jacobians
 from fgrad.activity.example_losses import ExampleLosses
 from fgrad.activity.joint_parts import Correction, Part, Sums
 from fgrad.activity.joint_sites import JointSite
+from fgrad.activity.joint_split import Split
 from fgrad.activity.mean_jacobians import Teaching
-from fgrad.activity.site_gradients import rms, wide
+from fgrad.activity.site_gradients import root_mean, wide
 from fgrad.tracing import execution_order, graph
 
 # edit(number, values so far) -> what an activation becomes, or None if it stays.
@@ -110,26 +111,30 @@ class JointStep:
         found: dict[str, SiteResult] = {}
         if not self.on_the_way:
             step: JointStep = self
-            for site in self.sites:
-                found[site.name] = step._at(site, self.losses.values, unexplained)
+            for group in self._groups.values():
+                found |= (here := step._at(group, self.losses.values, unexplained))
                 # One after the other, or the gradients of all would be there at once.
-                step = dataclasses.replace(
-                    step, signal=_after(step.signal, found[site.name])
-                )
+                step = dataclasses.replace(step, signal=_after(step.signal, here))
             return found, nonfinite
 
         def edit(number: int, values: dict[int, Any]) -> Any:
-            value = None
-            for site in self.sites:
-                if site.ready == number:
-                    value = values[number] if value is None else value
-                    found[site.name] = self._at(site, values, unexplained)
-                    # What follows waits until nothing needs the layer's input any more.
-                    value = _after(value, found[site.name])
-            return value
+            if number not in self._groups:
+                return None
+            here = self._at(self._groups[number], values, unexplained)
+            found.update(here)
+            # What follows waits until nothing needs the layer's input any more.
+            return _after(values[number], here)
 
-        self._evaluate([site.ready for site in self.sites], edit, after=unexplained)
+        self._evaluate(list(self._groups), edit, after=unexplained)
         return found, nonfinite
+
+    @functools.cached_property
+    def _groups(self) -> dict[int, list[JointSite]]:
+        """The sites by the number of the value with which all is known of them."""
+        groups: dict[int, list[JointSite]] = {}
+        for site in self.sites:
+            groups.setdefault(site.ready, []).append(site)
+        return groups
 
     @functools.cached_property
     def _taught(self) -> dict[int, JointSite]:
@@ -180,7 +185,7 @@ class JointStep:
         return inputs
 
     def _unexplained(self) -> tuple[jax.Array, jax.Array]:
-        """x [K, examples] of one pair for each direction, and the pairs left out."""
+        """X [K, examples] of one pair for each direction, and the pairs left out."""
 
         def of_sign(sign: jax.Array) -> Any:
             evaluate = functools.partial(self._perturbed, sign)
@@ -205,12 +210,14 @@ class JointStep:
             if activation not in self._taught:
                 return None
             site, value = self._taught[activation], values[activation]
-            moved = rms(value) * self._gated(site, values, keys)
-            jacobian = self.learned[site.name].jacobian
-            predicted = mean_jacobians.predicted(jacobian, self.signal, value.shape)
-            told = jnp.sum(predicted * moved, tuple(range(1, value.ndim)))
-            explained += told.astype(explained.dtype)
-            return value + (sign * self.epsilon * moved).astype(value.dtype)
+            key = keys.delayed(site.name, value) if value.size else keys[site.name]
+            told, squares = self._told(site, values, key)
+            scale = root_mean(squares, value.size)
+            explained += (scale * told).astype(explained.dtype)
+            u = self.perturbation.sample(key, value.shape).astype(wide(value))
+            moved = jnp.where(site.slope(values) != 0, u, 0)
+            amount = sign * self.epsilon * self.perturbation.step * scale
+            return value + (amount * moved).astype(value.dtype)
 
         output = self.losses.output(self.loss_name)
         return self._evaluate([output], edit, after=sign)[output], explained
@@ -219,170 +226,142 @@ class JointStep:
         names = [site.name for site in self.sites]
         return perturbations.leaf_keys(self.step_key(index), names)
 
-    def _gated(
-        self,
-        site: JointSite,
-        values: Mapping[int, Any],
-        keys: perturbations.LeafKeys,
-    ) -> jax.Array:
-        """u where the nonlinearity of a site is not flat, and 0 elsewhere."""
-        value = values[site.activation]
-        key = keys.delayed(site.name, value) if value.size else keys[site.name]
-        u = self.perturbation.step * self.perturbation.sample(key, value.shape)
-        return jnp.where(site.slope(values) != 0, u.astype(wide(value)), 0)
+    def _told(
+        self, site: JointSite, values: Mapping[int, Any], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Part.told`, of all examples."""
+        unexplained = jnp.zeros((1, self.losses.examples), self.signal.dtype)
+
+        def of_part(index: Any) -> tuple[jax.Array, jax.Array]:
+            part = self._parts([site], values, unexplained, index)[site.name]
+            return part.told(self._u(site, key, index))
+
+        if self.split is None:
+            return of_part(0)
+        told, squares = jax.lax.map(of_part, jnp.arange(self.split.count))
+        return told.reshape(-1), jnp.sum(squares)
+
+    def _direction(self, site: JointSite, index: Any, k: jax.Array) -> jax.Array:
+        """Direction k at an activation, in a part of the examples."""
+        return self._u(site, self._keys(k)[site.name], index)
+
+    def _u(self, site: JointSite, key: jax.Array, index: Any) -> jax.Array:
+        """A direction at an activation, in a part of the examples."""
+        count = 1 if self.split is None else self.split.count
+        shape = self.losses.program.avals[site.activation].shape
+        block = None if self.split is None else index
+        u = self.perturbation.sample(key, (shape[0] // count, *shape[1:]), block)
+        return self.perturbation.step * u
 
     # --------------------------------------------------------------------- gradients
 
     def _at(
-        self, site: JointSite, values: Mapping[int, Any], unexplained: jax.Array
-    ) -> SiteResult:
-        """The gradients of the leaves at a site, and what it learns."""
-        learned = self.learned[site.name]
-        count = 1 if self.split is None else self.split.count
-        activation = values[site.activation]
-        scale = rms(activation)
-        shape = (self.losses.examples // count, *activation.shape[1:])
-
-        def sums(index: Any) -> Sums:
-            def directions(k: jax.Array) -> jax.Array:
-                key = self._keys(k)[site.name]
-                block = None if count == 1 else index
-                u = self.perturbation.sample(key, shape, block)
-                return self.perturbation.step * u
-
-            part = self._part(site, values, unexplained, index)
-            return part.sums(directions, scale, self.asked, self.correction)
-
-        if count == 1:
-            found = sums(0)
-        else:
-            found = _summed(sums, count)
-        return self._result(found, learned, activation.size)
-
-    def _part(
         self,
-        site: JointSite,
+        sites: Sequence[JointSite],
+        values: Mapping[int, Any],
+        unexplained: jax.Array,
+    ) -> dict[str, SiteResult]:
+        """The gradients of the leaves at some sites, and what these learn."""
+
+        def sums(index: Any) -> dict[str, Sums]:
+            parts = self._parts(sites, values, unexplained, index)
+            return {
+                name: part.sums(
+                    functools.partial(self._direction, part.site, index),
+                    self.asked,
+                    self.correction,
+                )
+                for name, part in parts.items()
+            }
+
+        found = sums(0) if self.split is None else _summed(sums, self.split.count)
+        sizes = {s.name: jnp.size(values[s.activation]) for s in sites}
+        return {
+            name: self._result(of_site, self.learned[name], sizes[name])
+            for name, of_site in found.items()
+        }
+
+    def _parts(
+        self,
+        sites: Sequence[JointSite],
         values: Mapping[int, Any],
         unexplained: jax.Array,
         index: Any,
-    ) -> Part:
-        """A part of the examples at a site, or all."""
+    ) -> dict[str, Part]:
+        """A part of the examples at some sites, or all, by the names of the sites."""
+        names = [site.name for site in sites]
+        program, everywhere = self.losses.program, self.sites
         clean, signal = self.losses.values, self.signal
-        program, sites = self.losses.program, self.sites
         even = 1 - jnp.arange(self.losses.examples, dtype=jnp.int32) % 2
         if self.split is not None:
-            numbers = self.split.read(site, self.logits)
-            values = self.split.values(values, numbers, index)
-            clean = self.split.values(clean, numbers, index)
+            program, everywhere = self.split.losses.program, self.split.sites
+            here = [site for site in everywhere if site.name in names]
+            values = self.split.part(here, self.logits, values, index)
+            clean = self.split.part(here, self.logits, clean, index)
             signal = self.split.block(signal, index, 0)
             unexplained = self.split.block(unexplained, index, 1)
             even = self.split.block(even, index, 0)
-            program, sites = self.split.losses.program, self.split.sites
-            site = next(s for s in sites if s.name == site.name)
-        return Part(
-            program=program,
-            sites=sites,
-            site=site,
-            logits=self.logits,
-            values=values,
-            clean=clean,
-            signal=signal,
-            unexplained=unexplained,
-            jacobian=self.learned[site.name].jacobian,
-            even=even,
-            examples=self.losses.examples,
-        )
+        shared: dict[int, dict[int, jax.Array]] = {}
+        return {
+            site.name: Part(
+                program=program,
+                sites=everywhere,
+                site=site,
+                logits=self.logits,
+                values=values,
+                clean=clean,
+                signal=signal,
+                unexplained=unexplained,
+                jacobian=self.learned[site.name].jacobian,
+                even=even,
+                examples=self.losses.examples,
+                shared=shared,
+            )
+            for site in everywhere
+            if site.name in names
+        }
 
     def _result(self, sums: Sums, learned: Learned, size: int) -> SiteResult:
         """The gradients and what is learned, from sums over the examples."""
         gradients = dict(sums.gradients)
         jacobian, errors = learned
+        scale = root_mean(sums.squares, size)
         if sums.errors:
+            halves = [
+                {path: x / scale.astype(x.dtype) for path, x in half.items()}
+                for half in sums.errors
+            ]
             weight: Any = self.correction
             if self.correction == "auto":
                 weight = correction_of(errors)
                 rate = jnp.where(self.asked, self.teaching.rate(0, 1), 0)
-                errors = errors + rate * (_energies(*sums.errors) - errors)
+                errors = errors + rate * (_energies(*halves) - errors)
             for path, own in gradients.items():
-                added = sum((half[path] for half in sums.errors), jnp.zeros_like(own))
+                added = sum((half[path] for half in halves), jnp.zeros_like(own))
                 gradients[path] = own + jnp.asarray(weight, own.dtype) * added
         jacobian = mean_jacobians.learned(
             jacobian,
             self.signal,
-            sums.evidence,
+            sums.evidence / scale,
             sums.open / max(size, 1),
             self.teaching,
         )
         return SiteResult(gradients, Learned(jacobian, errors))
 
 
-def _summed(function: Callable[[jax.Array], Sums], count: int) -> Sums:
+def _summed(
+    function: Callable[[jax.Array], dict[str, Sums]], count: int
+) -> dict[str, Sums]:
     """The sum of what a function of 0 to count - 1 gives, one after the other."""
     first = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-    def add(total: Sums, index: jax.Array) -> tuple[Sums, None]:
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(index)), None
 
-    total: Sums
+    total: dict[str, Sums]
     total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
     return total
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """The losses of a part of the examples, whose trace has the values of the whole.
-
-    Attributes:
-      losses: traced for one part.
-      sites: in this trace.
-      count: how many parts there are.
-      whole: the trace of all examples.
-    """
-
-    losses: ExampleLosses
-    sites: Sequence[JointSite]
-    count: int
-    whole: graph.Graph
-
-    @property
-    def fits(self) -> bool:
-        """Whether each value is a part of the whole one, or the same in both."""
-        own, whole = self.losses.program, self.whole
-        names = [[node.name for node in p.nodes] for p in (own, whole)]
-        same = names[0] == names[1] and len(own.avals) == len(whole.avals)
-        return same and all(
-            a.shape == b.shape or self._is_part(a.shape, b.shape)
-            for a, b in zip(own.avals, whole.avals, strict=True)
-        )
-
-    def _is_part(self, part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-        return len(part) == len(whole) and ((self.count * part[0], *part[1:]) == whole)
-
-    def read(self, site: JointSite, logits: int) -> list[int]:
-        """The numbers of the values that the gradient at a site reads."""
-        own = next(s for s in self.sites if s.name == site.name)
-        nodes = joint_parts.nodes_of(self.losses.program, own, self.sites, logits)
-        read = {x for node in nodes for x in (*node.values, *node.outputs)}
-        return sorted(read | {own.output, own.activation})
-
-    def values(
-        self, values: Mapping[int, Any], numbers: Sequence[int], index: Any
-    ) -> dict[int, Any]:
-        """Those values that are known, each that depends on the examples in part."""
-        avals = self.losses.program.avals
-        return {
-            number: values[number]
-            if jnp.shape(values[number]) == avals[number].shape
-            else self.block(values[number], index, 0)
-            for number in numbers
-            if number in values
-        }
-
-    def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
-        """One of the parts of an array along an axis."""
-        size = array.shape[axis] // self.count
-        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
 
 def correction_of(errors: jax.Array) -> jax.Array:
@@ -408,8 +387,8 @@ def _energies(
 ) -> jax.Array:
     """Energy of the prediction's error, and that with the noise of u, as float32 [2].
 
-    Both halves of a batch estimate half of the same error of the weights' gradient, each
-    with noise of its own. The mean of their product holds no noise.
+    Both halves of a batch estimate half of the same error of the weights' gradient,
+    each with noise of its own. The mean of their product holds no noise.
     """
     agreed = sum(
         (jnp.vdot(a, second[path]) for path, a in first.items()), jnp.zeros(())
@@ -419,9 +398,10 @@ def _energies(
     return jnp.stack([4 * agreed, total]).astype(jnp.float32)
 
 
-def _after(value: jax.Array, result: SiteResult) -> jax.Array:
-    """A value, not before the gradients at a site have been computed."""
-    for done in (*result.gradients.values(), *result.learned):
-        if done.size and value.size:
-            value = execution_order.delayed(value, done)
+def _after(value: jax.Array, results: Mapping[str, SiteResult]) -> jax.Array:
+    """A value, not before the gradients at some sites have been computed."""
+    for result in results.values():
+        for done in (*result.gradients.values(), *result.learned):
+            if done.size and value.size:
+                value = execution_order.delayed(value, done)
     return value

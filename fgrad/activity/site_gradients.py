@@ -362,6 +362,11 @@ def rms(x: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sqrt(squares), _LEAST_SCALE)
 
 
+def root_mean(squares: jax.Array, size: int) -> jax.Array:
+    """The root of the mean of ``size`` squares by their sum; see `rms`."""
+    return jnp.maximum(jnp.sqrt(squares / max(size, 1)), _LEAST_SCALE)
+
+
 def wide(x: jax.Array) -> Any:
     """The dtype that sums over an activation are made in: float32 or wider."""
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -168,9 +168,13 @@ def slope(
 
 
 def transposed(
-    program: Graph, start: int, end: int, values: Mapping[int, Any], dy: jax.Array
-) -> jax.Array:
-    """The gradient at one value from the gradient at a later one.
+    program: Graph,
+    starts: Sequence[int],
+    end: int,
+    values: Mapping[int, Any],
+    dy: jax.Array,
+) -> list[jax.Array]:
+    """The gradients at some values from the gradient at a later one.
 
     What lies between the two is made linear, equation by equation, and transposed. The
     rounding of activations to integers counts as the identity, and a product of
@@ -178,13 +182,13 @@ def transposed(
 
     Args:
       program: a traced function.
-      start: number of the earlier value, a float array.
+      starts: numbers of the earlier values, float arrays.
       end: number of the later one.
       values: of an evaluation, by number.
       dy: the gradient at the later value, in its shape.
 
     Returns:
-      The gradient by the earlier value of what it does to the later one.
+      The gradient by each earlier value of what it does to the later one.
 
     Raises:
       ValueError: for an equation between the two that has no closed form here.
@@ -194,32 +198,37 @@ def transposed(
       >>> x, w = program.inputs
       >>> given = {x: jnp.zeros(2), w: jnp.array([[1.0, 2.0], [3.0, 4.0]])}
       >>> values = graph.evaluate(program.nodes, given)
-      >>> transposed(program, x, program.outputs[0], values, jnp.array([1.0, 0.0]))
-      Array([1., 3.], dtype=float32)
+      >>> transposed(program, [x], program.outputs[0], values, jnp.array([1.0, 0.0]))
+      [Array([1., 3.], dtype=float32)]
     """
-    nodes = between(program, start, end)
+    nodes = between(program, starts, end)
 
-    def linear(tangent: jax.Array) -> jax.Array:
-        found: dict[int, Any] = {start: tangent}
+    def linear(*tangents: jax.Array) -> jax.Array:
+        own = dict(zip(starts, tangents, strict=True))
+        found: dict[int, Any] = dict(own)
         for node in nodes:
             moved = _moved(node, values, found)
             if moved is not None:
-                found[node.outputs[0]] = moved
+                number = node.outputs[0]
+                # A start moves by itself, and with the starts before it.
+                found[number] = moved + own[number] if number in own else moved
         if end not in found:
             return jnp.zeros(jnp.shape(values[end]), dy.dtype)
         result: jax.Array = found[end]
         return result.astype(dy.dtype)
 
-    value = values[start]
-    like = jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
-    result: jax.Array
-    (result,) = jax.linear_transpose(linear, like)(dy)
-    return result
+    likes = [
+        jax.ShapeDtypeStruct(jnp.shape(values[x]), jnp.result_type(values[x]))
+        for x in starts
+    ]
+    return list(jax.linear_transpose(linear, *likes)(dy))
 
 
-def between(program: Graph, start: int, end: int) -> list[Node]:
-    """The equations through which one value depends on an earlier one."""
-    after = program.depending([start]) - {start}
+def between(program: Graph, starts: Sequence[int], end: int) -> list[Node]:
+    """The equations through which one value depends on some earlier ones."""
+    after: set[int] = set()
+    for start in starts:
+        after |= program.depending([start]) - {start}
     return [n for n in program.needed([end]) if not after.isdisjoint(n.outputs)]
 
 

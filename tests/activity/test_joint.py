@@ -11,8 +11,10 @@ import pytest
 from lanes import some
 
 import fgrad
+from experiments.models import cnn
 from fgrad import activity, layers
 from fgrad.activity import joint_step
+from fgrad.analysis import Memory
 from fgrad.tracing import primitives
 
 EXAMPLES, CLASSES = 12, 3
@@ -394,17 +396,16 @@ def test_pairs_that_are_not_finite_are_left_out():
 
 
 BAD = {
-    "no layer but the head": (dict(head=["stem", "residual", "inner", "head"]), {}),
-    "names no parameter": (dict(sites=["stern"]), {}),
-    "belongs to two sites": (dict(sites=["head/bias"]), {}),
+    "no layer but the head": {"head": ["stem", "residual", "inner", "head"]},
+    "names no parameter": {"sites": ["stern"]},
+    "belongs to two sites": {"sites": ["head/bias"]},
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_names_are_told_in_init(message):
     _, params, _ = problem()
-    options, _ = BAD[message]
-    tx = activity.joint_forward_grad(KEY, **{"head": "head", **options})
+    tx = activity.joint_forward_grad(KEY, **{"head": "head", **BAD[message]})
     with pytest.raises(ValueError, match=message):
         tx.init(params)
 
@@ -487,3 +488,91 @@ def test_others_train_what_is_no_site():
     found, _ = steps(tx, losses, params, kwargs, 1)
     assert not np.any(found["stem"]["kernel"])
     assert list(tx.init(params).jacobians) == ["inner/bias", "inner/kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("bits", [None, (16, 8)])
+def test_on_the_way_the_memory_is_near_that_of_inference(bits):
+    """As the compiler plans it; all activations together take ten times as much."""
+    model = cnn.CNN(features=(16,) * 5, strides=(1,) * 5, bits=bits)
+    x, y = jnp.ones((64, 16, 16, 1)), jnp.zeros(64, jnp.int32)
+    variables = cnn.CNN(features=(16,) * 5, strides=(1,) * 5).init(KEY, x)
+    if bits:
+        params = fgrad.quantize(variables["params"], bits=bits[0])
+        variables = layers.calibrate(model, {"params": params}, x)
+    params = variables.pop("params")
+
+    def losses(params, variables, x, y):
+        logits = model.apply({"params": params, **variables}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    given = {"variables": variables, "x": x, "y": y}
+
+    def temporaries(on_the_way):
+        tx = activity.joint_forward_grad(
+            KEY, "Dense_0", transposed_head=True, on_the_way=on_the_way
+        )
+        step = jax.jit(
+            lambda params, state, given: tx.update(
+                params, state, params, value_fn=losses, **given
+            )
+        )
+        lowered = step.lower(params, tx.init(params), given)
+        return Memory.planned(lowered.compile()).temporaries
+
+    lowered = jax.jit(losses).lower(params, **given)
+    inference = Memory.planned(lowered.compile()).temporaries
+    assert temporaries(on_the_way=True) <= 1.3 * inference
+    assert temporaries(on_the_way=False) > 3 * inference
+
+
+def residual_problem():
+    """Two blocks on a stream, one branch with a product of two of its values."""
+    x, y = normal(0, EXAMPLES, 3, 4), jnp.arange(EXAMPLES) % CLASSES
+    params = {
+        "embedding": normal(1, 4, 5) / 2,
+        "key": normal(2, 5, 5) / 3,
+        "value": normal(3, 5, 5) / 3,
+        "out": normal(7, 5, 5) / 3,
+        "up": normal(4, 5, 7) / 2,
+        "down": normal(5, 7, 5) / 3,
+        "scale": jnp.ones(5),
+        "head": normal(6, 5, CLASSES),
+    }
+
+    def losses(params, x, y, held=False):
+        """``held``: what blocks add does not change with the stream."""
+        hold = jax.lax.stop_gradient if held else (lambda h: h)
+        h = x @ params["embedding"]
+        u = hold(h)
+        weights = jax.nn.softmax((u @ params["key"]) @ jnp.swapaxes(u, 1, 2))
+        h = h + weights @ (u @ params["value"]) @ params["out"]
+        h = h + jax.nn.silu(hold(h) @ params["up"]) @ params["down"]
+        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-3) * params["scale"]
+        logits = h.mean(1) @ params["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    return losses, params, {"x": x, "y": y}
+
+
+@pytest.mark.parametrize("on_the_way", some([False, True], [True]))
+def test_the_stream_carries_the_gradient_as_if_blocks_were_the_identity(
+    on_the_way, float64
+):
+    """The same as backpropagation through a network whose blocks read a copy."""
+    losses, params, kwargs = residual_problem()
+    tx = activity.joint_forward_grad(KEY, "head", residual=True, on_the_way=on_the_way)
+    found, state = steps(tx, losses, params, kwargs, 1)
+    found = jax.tree.map(lambda x: x[0], found)
+    held = functools.partial(losses, held=True)
+    expected = true_gradient(held, params, kwargs)
+    assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert not any(np.any(x) for x in state.jacobians.values()), "none is perturbed"
+
+
+def test_a_network_without_skip_connections_has_no_stream():
+    losses, params, kwargs = linear_problem()
+    tx = activity.joint_forward_grad(KEY, "head", residual=True)
+    with pytest.raises(ValueError, match="no skip connection"):
+        tx.update(params, tx.init(params), params, value_fn=losses, **kwargs)
