@@ -15,16 +15,18 @@ import jax
 import numpy as np
 import pytest
 from sklearn import datasets
+from test_stranger import PAGES as WALKED
 
 import fgrad
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
-
-# What a page takes beside the library's own dependencies.
-NEEDED = {"quantized_networks": ["qwix"]}
+WITH_CODE = [
+    page
+    for page in PAGES
+    if "```python\n" in page.read_text() and page.stem not in WALKED
+]
 
 
 def name(page):
@@ -45,17 +47,8 @@ def run(page, capsys, **given):
     return names, last
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(p, marks=pytest.mark.slow) if p.stem in NEEDED else p
-        for p in WITH_CODE
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
-    for package in NEEDED.get(page.stem, ()):
-        pytest.importorskip(package, reason=f"{name(page)} needs {package}")
     run(page, capsys)
 
 
@@ -212,11 +205,13 @@ def public(module):
     "name",
     [
         "activity",
+        "adapters",
         "analysis",
         "enhancements",
         "estimators",
         "evaluation",
         "fixed_point",
+        "fixed_point.aqt_products",
         "integer",
         "integer.audit",
         "integer.loss",
