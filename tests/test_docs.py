@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import pathlib
 import pydoc
@@ -126,6 +127,26 @@ def test_equations_are_in_the_page_and_need_no_script(site):
     assert len(equations) == len(re.findall(r"\$\$.+?\$\$|\$.+?\$", source, re.DOTALL))
     assert "<mo>&#x02211;</mo>" in theory  # a sum, not the word
     assert not re.search(r"<script[^>]*src=\"https?:", theory)
+
+
+# What a reader types into the search, as Sphinx stems it, and the page that is meant.
+SEARCHED = {
+    "export": "how_to/save_and_export",
+    "lora": "how_to/adapters",
+    "aqt": "how_to/quantized_networks",
+    "qwix": "how_to/quantized_networks",
+    "recalibr": "how_to/recalibrate",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", SEARCHED)
+def test_the_search_finds_the_page_of_a_word_by_its_title(site, word):
+    text = (site / "searchindex.js").read_text()
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+    found = index["titleterms"].get(word, [])
+    pages = [index["docnames"][i] for i in np.atleast_1d(found).astype(int)]
+    assert SEARCHED[word] in pages
 
 
 def test_an_equation_that_has_no_mathml_is_an_error():
