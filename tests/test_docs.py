@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import pathlib
 import pydoc
@@ -15,16 +16,18 @@ import jax
 import numpy as np
 import pytest
 from sklearn import datasets
+from test_stranger import PAGES as WALKED
 
 import fgrad
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
-
-# What a page takes beside the library's own dependencies.
-NEEDED = {"quantized_networks": ["qwix"]}
+WITH_CODE = [
+    page
+    for page in PAGES
+    if "```python\n" in page.read_text() and page.stem not in WALKED
+]
 
 
 def name(page):
@@ -48,8 +51,6 @@ def run(page, capsys, **given):
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 @pytest.mark.slow
 def test_the_code_of_a_page_runs_and_says_what_it_prints(page, capsys):
-    for package in NEEDED.get(page.stem, ()):
-        pytest.importorskip(package, reason=f"{name(page)} needs {package}")
     run(page, capsys)
 
 
@@ -129,6 +130,26 @@ def test_equations_are_in_the_page_and_need_no_script(site):
     assert not re.search(r"<script[^>]*src=\"https?:", theory)
 
 
+# What a reader types into the search, as Sphinx stems it, and the page that is meant.
+SEARCHED = {
+    "export": "how_to/save_and_export",
+    "lora": "how_to/adapters",
+    "aqt": "how_to/quantized_networks",
+    "qwix": "how_to/quantized_networks",
+    "recalibr": "how_to/recalibrate",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", SEARCHED)
+def test_the_search_finds_the_page_of_a_word_by_its_title(site, word):
+    text = (site / "searchindex.js").read_text()
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+    found = index["titleterms"].get(word, [])
+    pages = [index["docnames"][i] for i in np.atleast_1d(found).astype(int)]
+    assert SEARCHED[word] in pages
+
+
 def test_an_equation_that_has_no_mathml_is_an_error():
     pytest.importorskip("latex2mathml")
     spec = importlib.util.spec_from_file_location("mathml", DOCS / "mathml.py")
@@ -206,11 +227,13 @@ def public(module):
     "name",
     [
         "activity",
+        "adapters",
         "analysis",
         "enhancements",
         "estimators",
         "evaluation",
         "fixed_point",
+        "fixed_point.aqt_products",
         "integer",
         "integer.audit",
         "integer.loss",
