@@ -43,7 +43,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     smoke = variant == "smoke"
     config.driver = "private"
     if not smoke:
-        config.network, config.dataset = "mlp_28", "mnist_5k"
+        config.network, config.dataset = "mlp_small", "mnist_5k"
         config.target = "rotated_45"
         config.pretrain.input_shift = 3
     config.epsilons = (3.0, math.inf) if smoke else (1.0, 3.0, 8.0, math.inf)
