@@ -1,12 +1,13 @@
 r"""Digits and MNIST: does a step ahead help when batches are large?
 
-A network of one hidden layer that is pre-trained on upright digits adapts to rotated
-ones by forward gradients (`normalized_spsa`, m = 16) in float32, with batches of 64, 256 and 1,024 images, at an equal number of forward passes
-whatever their batch: plain SGD, momentum, sharpness-aware perturbation, and
-extrapolation (`fgrad.enhancements.extrapolation`) along the last update, once and four
-times as far, and along this step's own, which halves the number of steps. Learning
-rates are tuned on the validation split by runs of full length, for each batch: three,
-then further ones while the best is the last in order.
+A network of one hidden layer, pre-trained on upright digits, adapts to rotated ones by
+forward gradients (`normalized_spsa`, m = 16, float32) with batches of 64, 256 and 1,024
+images, at an equal number of forward passes whatever their batch: plain SGD, momentum,
+sharpness-aware perturbation, and extrapolation (`fgrad.enhancements.extrapolation`)
+along the last update, once and four times as far, and along this step's own, which
+halves the number of steps. Learning rates are tuned on the validation split by runs of
+full length, for each batch: three, then further ones while the best is the last in
+order.
 
 Expected: see docs/extrapolation.md.
 
