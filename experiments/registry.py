@@ -36,6 +36,7 @@ from experiments.models import (
     crnn,
     efficientnet,
     linear,
+    mlp,
     resnet,
     resnet12,
     vit,
@@ -100,6 +101,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn_28_deep": functools.partial(
         cnn.CNN, features=(8, 16, 32, 32), strides=(2, 2, 2, 2)
     ),
+    # 12,730 parameters for 28x28 images, 1,210 for 8x8: cheap for large batches.
+    "mlp_small": functools.partial(mlp.MLP, width=16, depth=1),
     # 28,682 parameters for 32x32x1 images: 16 patches and the class token.
     "vit_32": functools.partial(
         vit.ViT, patch=8, width=32, depth=3, num_heads=4, mlp_width=64

@@ -19,7 +19,8 @@ Y = jnp.arange(EXAMPLES) % 3
 
 def make(**options):
     model = equilibrium.Equilibrium(
-        **{"num_classes": 3, "width": WIDTH, "tolerance": 1e-6} | options
+        **{"num_classes": 3, "width": WIDTH, "tolerance": 1e-6, "contraction": None}
+        | options
     )
     return model, model.init(jax.random.key(1), X)["params"]
 
@@ -44,6 +45,17 @@ def test_the_solver_finds_the_fixed_point():
         np.testing.assert_allclose(
             found, z.x @ np.asarray(head["kernel"]) + head["bias"], atol=2e-5
         )
+
+
+def test_a_bounded_layer_converges_whatever_its_weights():
+    model, params = make(contraction=0.9, max_steps=200)
+    wild = params | {"state": -6.0 * jnp.eye(WIDTH) + params["state"]}
+    assert np.isfinite(fast_jit(model.apply)({"params": wild}, X)).all()
+    assert int(equilibrium.solver_steps(model, wild, X)) < 200
+    used = np.asarray(model.bounded(wild)["state"], np.float64)
+    assert 0.5 < np.linalg.norm(used, 2) <= 0.9 + 1e-6
+    tame = params | {"state": 0.01 * params["state"]}  # is left as it is
+    np.testing.assert_array_equal(model.bounded(tame)["state"], tame["state"])
 
 
 def test_the_implicit_gradient_is_that_of_many_unrolled_steps():

@@ -257,12 +257,12 @@ def test_early_stopping_takes_the_test_score_of_the_best_validation_score():
 
 
 def test_tuning_goes_on_while_the_best_rate_is_the_last():
-    assert training._beyond({0.02: 0.5, 0.04: 0.9}) == 0.08
-    assert training._beyond({0.02: 0.9, 0.04: 0.5, 0.08: 0.5}) == 0.01
-    assert training._beyond({0.02: 0.5, 0.04: 0.9, 0.08: 0.5}) is None
-    assert training._beyond({0.02: 0.5}) is None
+    assert training.beyond({0.02: 0.5, 0.04: 0.9}) == 0.08
+    assert training.beyond({0.02: 0.9, 0.04: 0.5, 0.08: 0.5}) == 0.01
+    assert training.beyond({0.02: 0.5, 0.04: 0.9, 0.08: 0.5}) is None
+    assert training.beyond({0.02: 0.5}) is None
     # Of equal ones the first that was tried.
-    assert training._best({0.04: 0.9, 0.02: 0.9}) == 0.04
+    assert training.best({0.04: 0.9, 0.02: 0.9}) == 0.04
 
 
 def test_every_ablation_spends_the_same_budget():

@@ -19,7 +19,7 @@ from scipy import stats
 from experiments.data.arrays import Split
 from experiments.drivers import settings
 from experiments.drivers.progress import Progress, show_progress
-from experiments.drivers.training import Task, prepare
+from experiments.drivers.training import Task, best, beyond, prepare
 from experiments.usage import UsageError
 from experiments.workdir import report, runs
 from fgrad import enhancements
@@ -71,13 +71,16 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         progress.say(f"noise multipliers: {noise}")
         for name in config.run:
             train = _Training(config, config.methods[name], task, progress)
-            results[name] = {f"{e:g}": train.at(noise[e]) for e in config.epsilons}
+            rate = train.best_rate(noise[config.tuning_epsilon])
+            results[name] = {
+                f"{e:g}": train.at(rate, noise[e]) for e in config.epsilons
+            }
             report.write_json(results, directory)
-        plain = ConfigDict({"mechanism": "backward", "learning_rates": (0.05,)})
+        plain = ConfigDict({"mechanism": "backward", "learning_rates": (0.1, 0.3)})
         plain.density = None
         clip = ConfigDict({**config, "backward_clip": 1e6})
         train = _Training(clip, plain, task, progress)
-        results[_NOT_PRIVATE] = {"inf": train.at(0.0)}
+        results[_NOT_PRIVATE] = {"inf": train.at(train.best_rate(0.0), 0.0)}
     report.write_json(results, directory)
     _write(config, results, task, directory)
     _draw(config, results, directory)
@@ -122,15 +125,26 @@ class _Training:
         self._kept = _largest(task.start, method.density or 1.0)
         self._run = jax.jit(self._trained)
 
-    def at(self, noise: float) -> dict[str, Any]:
-        """Tunes the learning rate by a run of its own seed, then runs all seeds."""
-        config = self._config
-        tuned = {}
-        for rate in self._method.learning_rates:
-            ended = [self._ended(rate, noise, seed) for seed in config.tuning_seeds]
-            tuned[rate] = np.mean([one.validation for one in ended])
-        rate = max(tuned, key=lambda rate: tuned[rate])
-        ended = [self._ended(rate, noise, seed) for seed in config.seeds]
+    def best_rate(self, noise: float) -> float:
+        """The learning rate that is best on the validation split."""
+        seeds = self._config.tuning_seeds
+
+        def score(rate: float) -> float:
+            ended = [self._ended(rate, noise, seed) for seed in seeds]
+            return float(np.mean([one.validation for one in ended]))
+
+        tuned = {rate: score(rate) for rate in self._method.learning_rates}
+        for _ in range(self._config.wider_tuning):
+            if not (rate := beyond(tuned)):
+                break
+            self._progress.expect(len(seeds) * self._config.steps)
+            tuned[rate] = score(rate)
+        self._progress.say(f"validation accuracy by learning rate: {tuned}")
+        return best(tuned)
+
+    def at(self, rate: float, noise: float) -> dict[str, Any]:
+        """Runs all seeds."""
+        ended = [self._ended(rate, noise, seed) for seed in self._config.seeds]
         return {
             "accuracy": [one.test for one in ended],
             "attack": [one.attack for one in ended],
@@ -277,11 +291,11 @@ def _largest(params: Any, density: float) -> Any:
 
 
 def _total_steps(config: ConfigDict) -> int:
-    seeds = len(config.seeds)
-    total = len(config.tuning_seeds) + seeds  # without privacy
+    seeds, tuned = len(config.seeds), len(config.tuning_seeds)
+    total = 2 * tuned + seeds  # without privacy
     for name in config.run:
-        tuned = len(config.methods[name].learning_rates) * len(config.tuning_seeds)
-        total += len(config.epsilons) * (tuned + seeds)
+        total += len(config.methods[name].learning_rates) * tuned
+        total += len(config.epsilons) * seeds
     return int(total * config.steps)
 
 

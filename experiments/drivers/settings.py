@@ -126,6 +126,11 @@ def check_private(config: ConfigDict) -> None:
         )
     if not all(epsilon > 0 for epsilon in config.epsilons):
         raise UsageError(f"epsilons must be positive, got {config.epsilons}.")
+    if config.tuning_epsilon not in config.epsilons:
+        raise UsageError(
+            f"tuning_epsilon must be one of the epsilons {config.epsilons}, got "
+            f"{config.tuning_epsilon}."
+        )
 
 
 def check_training_time(config: ConfigDict) -> None:

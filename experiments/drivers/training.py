@@ -228,7 +228,7 @@ class _Method:
             return {}
         tuned = {rate: self._tune(rate) for rate in rates}
         for _ in range(self._config.wider_tuning):
-            if not (rate := _beyond(tuned)):
+            if not (rate := beyond(tuned)):
                 break
             seeds = len(self._config.tuning_seeds)
             self._progress.expect(seeds * self._tuning_steps)
@@ -293,7 +293,7 @@ def _adapt(
     method, metric = config.methods[name], config.metrics[0]
     runs_of = _Method(config, method, task, progress, directory / "runs" / name)
     tuned = runs_of.tuned()
-    learning_rate = _best(tuned) if tuned else method.learning_rates[0]
+    learning_rate = best(tuned) if tuned else method.learning_rates[0]
     progress.say(f"{name}: the learning rate is {learning_rate:g}")
     adapted = runs_of.adapted(learning_rate)
     cosines = runs_of.cosines()
@@ -326,7 +326,7 @@ def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
     return runs.RunDirectory(path, config.snapshot_seconds, config.event_files)
 
 
-def _best(tuned: Mapping[float, float]) -> float:
+def best(tuned: Mapping[float, float]) -> float:
     """The best learning rate; of equal ones the first tried."""
     return max(tuned, key=lambda rate: tuned[rate])
 
@@ -336,11 +336,11 @@ def _best_point(curve: Sequence[Sequence[float]]) -> float:
     return max(reversed(curve), key=lambda point: point[1])[0]
 
 
-def _beyond(tuned: Mapping[float, float]) -> float | None:
+def beyond(tuned: Mapping[float, float]) -> float | None:
     """The next learning rate in geometric order if the best is the last, or None."""
     rates = sorted(tuned)
-    if len(rates) > 1 and _best(tuned) in (rates[0], rates[-1]):
-        end, inner = rates[:2] if _best(tuned) == rates[0] else rates[:-3:-1]
+    if len(rates) > 1 and best(tuned) in (rates[0], rates[-1]):
+        end, inner = rates[:2] if best(tuned) == rates[0] else rates[:-3:-1]
         return float(f"{end * end / inner:.2g}")
     return None
 

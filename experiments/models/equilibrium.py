@@ -137,6 +137,9 @@ class Equilibrium(nn.Module):
     Attributes:
       num_classes: number of logits.
       width: of z.
+      contraction: the largest share of a difference that a repetition may keep. W is
+        scaled down to it by a bound of its norm, so that the solver converges whatever
+        training or a perturbation does. None for no bound.
       tolerance: of the solver.
       max_steps: of the solver.
       phantom_steps: steps that backpropagation unrolls at the fixed point; 0 for the
@@ -145,8 +148,9 @@ class Equilibrium(nn.Module):
 
     num_classes: int = 10
     width: int = 64
+    contraction: float | None = 0.9
     tolerance: float = 1e-5
-    max_steps: int = 100
+    max_steps: int = 150
     phantom_steps: int = 0
 
     @nn.compact
@@ -161,19 +165,31 @@ class Equilibrium(nn.Module):
             "input": self.param("input", lecun, (x.shape[-1], self.width)),
             "bias": self.param("bias", nn.initializers.zeros, (self.width,)),
         }
+        params = self.bounded(params)
         start = jnp.zeros((len(x), self.width), x.dtype)
         z = equilibrium(_cell, params, x, start, self.tolerance, self.max_steps)
         if self.phantom_steps:
             z = phantom(_cell, params, x, z, self.phantom_steps, damping=0.5)
         return nn.Dense(self.num_classes, name="head")(z)
 
+    def bounded(self, params: Any) -> dict[str, Any]:
+        """The parameters of the layer, with W as it is used."""
+        if self.contraction is None:
+            return dict(params)
+        size = jnp.abs(params["state"])
+        # The product of these norms bounds the square of the spectral norm.
+        bound = jnp.sqrt(size.sum(axis=0).max() * size.sum(axis=1).max())
+        scale = self.contraction / jnp.maximum(bound, self.contraction)
+        return {**params, "state": scale * params["state"]}
+
 
 def solver_steps(model: Equilibrium, params: Any, images: jax.Array) -> jax.Array:
     """How many repetitions the solver takes for a batch, an int32 scalar."""
     x = images.reshape(len(images), -1)
     start = jnp.zeros((len(x), model.width), x.dtype)
+    bounded = model.bounded(params)
     _, count = solved(
-        lambda z: _cell(params, z, x),
+        lambda z: _cell(bounded, z, x),
         start,
         tolerance=model.tolerance,
         max_steps=model.max_steps,

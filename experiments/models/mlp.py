@@ -27,7 +27,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, rows: jax.Array) -> jax.Array:
-        """Logits [batch, classes] of float rows [batch, features]."""
+        """Logits [batch, classes] of float rows [batch, ...], images for one."""
+        rows = rows.reshape(rows.shape[0], -1)
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
         for _ in range(self.depth):
             he = nn.initializers.he_normal()
