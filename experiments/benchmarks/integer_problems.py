@@ -94,7 +94,7 @@ def voices_crnn(directory: pathlib.Path, smoke: bool) -> Problem:
 
 
 def voices_config(smoke: bool) -> ConfigDict:
-    """That of ``configs/fewshot_audio.py``, with 600 steps of pre-training for 2,000."""
+    """A cell of ``configs/fewshot_audio.py``, pre-trained in 600 steps, not 2,000."""
     cell = "voices,crnn_small,protonet" + (",smoke" if smoke else "")
     config = fewshot_audio.get_config(cell)
     config.pretrain.steps = min(config.pretrain.steps, 600)
