@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 import fgrad
 from experiments import features
 from experiments.benchmarks import integer_problems
-from experiments.benchmarks.integer_problems import applied, halves
+from experiments.benchmarks.integer_problems import applied
 from experiments.configs import quickstart
 from experiments.data.arrays import Split
 from experiments.drivers import training
@@ -99,19 +99,13 @@ def voices(directory: pathlib.Path, smoke: bool) -> Task:
         )
     heard = np.asarray(data["train"].images[:256])
     backbone = integer.convert(applied(network(bits=None)), params, heard, bits=(8, 8))
-    train, rest = halves(data["test"])
-    validation, test = halves(rest)
-    classes = np.unique(np.asarray(train.labels))
-    splits = {"train": train, "validation": validation, "test": test}
     found = {
-        name: Split(
-            jnp.asarray(features_of(backbone, split.images)),
-            jnp.asarray(np.searchsorted(classes, split.labels), jnp.int32),
-        )
-        for name, split in splits.items()
+        name: split._replace(images=jnp.asarray(features_of(backbone, split.images)))
+        for name, split in integer_problems.new_voices(data["test"]).items()
     }
+    classes = int(jnp.max(found["train"].labels)) + 1
     size = found["train"].images.shape[1]
-    head = {"kernel": jnp.zeros((size, len(classes))), "bias": jnp.zeros(len(classes))}
+    head = {"kernel": jnp.zeros((size, classes)), "bias": jnp.zeros(classes)}
     method = quickstart.changed(
         quickstart.get_config("smoke" if smoke else "full").methods.forward_16w8a,
         {
@@ -119,17 +113,17 @@ def voices(directory: pathlib.Path, smoke: bool) -> Task:
             "num_perturbations": 8,
             "batch_size": 32,
             "epsilon": 1e-2,
-            "learning_rates": (0.02, 0.04, 0.08),
+            "learning_rates": (0.08, 0.16, 0.32),
             "zero_bound": _ZERO_BOUND,
         },
     )
     return Task(
         "voices, a head for ten new ones",
-        functools.partial(linear.Linear, num_classes=len(classes)),
+        functools.partial(linear.Linear, num_classes=classes),
         {"Dense_0": head},
         found,
         method,
-        (20 if smoke else 1000, (0.25, 0.5, 1.0)),
+        (20 if smoke else 1000, (1.0, 2.0, 4.0)),
         _seeds(smoke),
     )
 
@@ -161,7 +155,9 @@ def rows(task: Task, directory: pathlib.Path) -> Iterator[str]:
             for rate in rates
         }
         best = max(tuned, key=lambda rate: tuned[rate])
-        scores = [run(f"seed_{seed}", seed, best, steps)[1] for seed in task.seeds]
+        scores = [
+            run(f"rate_{best:g}_{seed}", seed, best, steps)[1] for seed in task.seeds
+        ]
         mean, deviation = 100 * np.mean(scores), 100 * np.std(scores, ddof=1)
         cells = (
             task.name,

@@ -94,7 +94,7 @@ def voices_crnn(directory: pathlib.Path, smoke: bool) -> Problem:
 
 
 def voices_config(smoke: bool) -> ConfigDict:
-    """That of ``configs/fewshot_audio.py``, with 600 steps of pre-training for 2,000."""
+    """A cell of ``configs/fewshot_audio.py``, pre-trained in 600 steps, not 2,000."""
     cell = "voices,crnn_small,protonet" + (",smoke" if smoke else "")
     config = fewshot_audio.get_config(cell)
     config.pretrain.steps = min(config.pretrain.steps, 600)
@@ -209,7 +209,28 @@ def applied(network: Any) -> Callable[..., jax.Array]:
     return function
 
 
-def halves(split: Split) -> tuple[Split, Split]:
+def new_voices(split: Split) -> registry.Splits:
+    """Every other recording of each voice to learn from, the others to be tested on.
+
+    Args:
+      split: recordings of voices, with labels of any numbers.
+
+    Returns:
+      "train", "validation" and "test", whose labels count from 0.
+    """
+    train, rest = _halves(split)
+    validation, test = _halves(rest)
+    classes = np.unique(np.asarray(split.labels))
+
+    def counted(part: Split) -> Split:
+        labels = np.searchsorted(classes, np.asarray(part.labels))
+        return part._replace(labels=jnp.asarray(labels, jnp.int32))
+
+    splits = {"train": train, "validation": validation, "test": test}
+    return {name: counted(part) for name, part in splits.items()}
+
+
+def _halves(split: Split) -> tuple[Split, Split]:
     """Every other example of each class, and the others."""
     labels = np.asarray(split.labels)
     odd = np.zeros(len(labels), bool)

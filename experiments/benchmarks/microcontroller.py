@@ -13,7 +13,7 @@ Prints its tables as Markdown. A try of some seconds: ``--smoke``.
 import ctypes
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,11 @@ class Settings:
     epsilon: float = 3e-2
     emulated_steps: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step."""
+        return 2 * self.num_perturbations * self.batch_size
 
 
 SMOKE = Settings(3, 2, 1, emulated_steps=1, seeds=(0,))
@@ -90,7 +95,7 @@ def adapt(
     written = integer.to_c(step, where, batch_size=settings.batch_size)
     library = emulation.host_library(written)
     weights, state = step.init()
-    c_weights = emulation.filled(written, "weights", jax.tree.leaves(weights))
+    c_weights = emulation.filled(written, "weights", written.held(weights))
     c_state = emulation.filled(written, "state", list(state))
     advance = jax.jit(step)
     for x, y in batches(step.program, data, settings, seed):
@@ -98,7 +103,7 @@ def adapt(
         batch = emulation.filled(written, "batch", [x, y])
         library.fgrad_step(*map(ctypes.byref, (c_weights, c_state, batch)))
     found = emulation.arrays(written, "weights", c_weights)
-    same = all(map(np.array_equal, found, jax.tree.leaves(weights)))
+    same = all(map(np.array_equal, found, written.held(weights)))
     return weights, same
 
 
@@ -125,7 +130,7 @@ def emulate(
     machine = emulation.CortexM3(written)
     weights, state = step.init()
     c_structs = {
-        "weights": emulation.filled(written, "weights", jax.tree.leaves(weights)),
+        "weights": emulation.filled(written, "weights", written.held(weights)),
         "state": emulation.filled(written, "state", list(state)),
         "batch": emulation.structure(written, "batch")(),
         "outputs": emulation.structure(written, "outputs")(),
@@ -142,7 +147,7 @@ def emulate(
     memory = machine.read(at["weights"], ctypes.sizeof(kind))
     found = emulation.arrays(written, "weights", kind.from_buffer_copy(memory))
     figures: dict[str, Any] = {
-        "same": all(map(np.array_equal, found, jax.tree.leaves(weights))),
+        "same": all(map(np.array_equal, found, written.held(weights))),
         "step": machine.instructions,
         "stack": machine.stack_bytes,
         "flash": machine.flash_bytes,
@@ -166,25 +171,51 @@ def run(workdir: str, smoke: bool, settings: Settings, emulated: bool = True) ->
     """Prints the tables."""
     directory = pathlib.Path(workdir)
     program, data, test = prepared(directory, smoke)
+
+    def step_of(seed: int) -> TrainStep:
+        return made(program, settings, seed)
+
+    print_tables(step_of, data, test, settings, directory, emulated)
+
+
+def print_tables(
+    step_of: Callable[[int], TrainStep],
+    data: Any,
+    test: Any,
+    settings: Settings,
+    directory: pathlib.Path,
+    emulated: bool,
+) -> None:
+    """Prints the tables of an example.
+
+    Args:
+      step_of: the step of a seed.
+      data: examples to adapt to.
+      test: those that it is tested on.
+      settings: how long and how finely.
+      directory: for C files.
+      emulated: whether to run the Cortex-M3 as well.
+    """
     print("| seed | before | after | bits of JAX |\n|---|---|---|---|")
     for seed in settings.seeds:
-        step = made(program, settings, seed)
+        step = step_of(seed)
+        program = step.program
         before = accuracy(program, step.init()[0], test)
         weights, same = adapt(step, data, settings, seed, directory / "c")
         after = accuracy(program, weights, test)
-        print(f"| {seed} | {before:.1%} | {after:.1%} | {'yes' if same else 'NO'} |")
+        bits = "yes" if same else "NO"
+        print(f"| {seed} | {before:.1%} | {after:.1%} | {bits} |", flush=True)
     if not emulated:
         return
     if not emulation.has_emulator():
         print("The Cortex-M3 needs unicorn and ziglang: pip install 'fgrad[integer]'.")
         return
-    step = made(program, settings, settings.seeds[0])
+    step = step_of(settings.seeds[0])
     found = emulate(step, data, settings, directory / "m3")
-    plain, flash = inference_only(program, settings, directory / "inference")
-    passes = 2 * settings.num_perturbations * settings.batch_size
+    plain, flash = inference_only(step.program, settings, directory / "inference")
     rows = [
         ("flash (code, tables, initial weights), KiB", found["flash"], flash),
-        ("RAM: weights, KiB", found["weights"], 0),
+        ("RAM: weights that train, KiB", found["weights"], 0),
         ("RAM: arena, KiB", found["arena"], plain.arena_bytes),
     ]
     print("\n| Cortex-M3 | step | inference |\n|---|---|---|")
@@ -194,9 +225,9 @@ def run(workdir: str, smoke: bool, settings: Settings, emulated: bool = True) ->
     print(f"| RAM: stack, bytes | {stacks} |")
     print(
         f"| halfwords of instructions, millions | {found['step'] / 1e6:.1f} a step of "
-        f"{passes} passes | {found['prediction'] / 1e6:.2f} an image |"
+        f"{settings.passes} passes | {found['prediction'] / 1e6:.2f} an image |"
     )
-    ratio = found["step"] / passes / found["prediction"]
+    ratio = found["step"] / settings.passes / found["prediction"]
     print(f"| for a pass, of inference's | {ratio:.2f} | 1 |")
     print(f"\nBits of JAX after {settings.emulated_steps} steps: {found['same']}")
 

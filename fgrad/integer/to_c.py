@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +31,11 @@ class CProgram:
       source: the C file.
       header: its header.
       arena_bytes: temporary memory.
-      weight_bytes: of the weights.
-      table_bytes: constants of the program, without the initial weights.
+      weight_bytes: of the weights that train; of all in a program for inference.
+      table_bytes: constants of the program, weights that do not train among them, but
+        not the initial weights.
       fields: the fields of each struct, by its name: their names and arrays.
+      places: which leaves of the weights ``fgrad_weights`` holds, in its order.
     """
 
     source: pathlib.Path
@@ -42,6 +44,12 @@ class CProgram:
     weight_bytes: int
     table_bytes: int
     fields: dict[str, list[Field]]
+    places: tuple[int, ...]
+
+    def held(self, weights: Any) -> list[jax.Array]:
+        """The leaves of integer weights that ``fgrad_weights`` holds, in its order."""
+        leaves = jax.tree.leaves(weights)
+        return [leaves[i] for i in self.places]
 
 
 def to_c(
@@ -57,7 +65,8 @@ def to_c(
     ``fgrad_predict``; for a step also ``fgrad_step``, which changes weights and state
     in place, and ``fgrad_commit`` and ``fgrad_load``, which keep both in two slots of
     memory that outlives a power cut. Perturbed weights are never stored: a product
-    makes them one output channel at a time.
+    makes them one output channel at a time. Weights that do not train, such as those of
+    a frozen backbone, are constants: they stay in flash.
 
     Args:
       model: a step from `fgrad.integer.train_step`, or a program, for inference only.
@@ -75,16 +84,22 @@ def to_c(
     batch_size = _checks.integer("batch_size", batch_size, 1, 2**20)
     step = model if isinstance(model, TrainStep) else None
     program = model.program if isinstance(model, TrainStep) else model
-    weights = integers(program.params)
+    places = _places(model)
+    weights, whole = _held(program, places)
     inputs = examples_of(program, batch_size)
     writer = c_code.Writer()
+    named = _named_weights(program)
     fields = {
-        "weights": _named_weights(program),
+        "weights": [named[i] for i in places],
         "inputs": _numbered("x", inputs),
     }
-    outputs = jax.eval_shape(program, weights, *inputs)
+
+    def predict(held: Any, *encoded: Any) -> Any:
+        return program(whole(held), *encoded)
+
+    outputs = jax.eval_shape(predict, weights, *inputs)
     fields["outputs"] = _numbered("y", jax.tree.leaves(outputs))
-    block = lowering.lower(program, weights, *inputs)
+    block = lowering.lower(predict, weights, *inputs)
     bodies = {
         "predict": _body(writer, block, fields, ("weights", "inputs"), ("outputs",))
     }
@@ -95,7 +110,8 @@ def to_c(
         state = step.init()[1]
         fields["state"] = [(n, v) for n, v in zip(State._fields, state, strict=True)]
         fields["batch"] = [*fields["inputs"], *_numbered("labels", [labels])]
-        block = lowering.lower(step, weights, state, (tuple(inputs), labels))
+        advance = _advance(step, whole, places)
+        block = lowering.lower(advance, weights, state, (tuple(inputs), labels))
         arguments = "weights", "state", "batch"
         bodies["step"] = _body(writer, block, fields, arguments, arguments[:2])
     for helper, (name, table) in _TABLES.items():
@@ -116,7 +132,44 @@ def to_c(
         sum(_bytes(x) for _, x in fields["weights"]),
         sum(x.nbytes for x in writer.constants.values()),
         fields,
+        places,
     )
+
+
+def _places(model: TrainStep | Program) -> tuple[int, ...]:
+    """Which leaves are in the struct of weights: those that may change."""
+    if isinstance(model, Program):
+        return tuple(range(len(jax.tree.leaves(integers(model.params)))))
+    exact = [] if model.head is None else [leaf.index for leaf in model.head.leaves]
+    return tuple(sorted([*model.rules, *exact]))
+
+
+def _held(
+    program: Program, places: Sequence[int]
+) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves in the struct, and what makes whole weights of such leaves."""
+    leaves, structure = jax.tree.flatten(integers(program.params))
+
+    def whole(held: Sequence[Any]) -> Any:
+        every = [np.asarray(x) for x in leaves]
+        for place, x in zip(places, held, strict=True):
+            every[place] = x
+        return jax.tree.unflatten(structure, every)
+
+    return [leaves[i] for i in places], whole
+
+
+def _advance(
+    step: TrainStep, whole: Callable[[Sequence[Any]], Any], places: Sequence[int]
+) -> Callable[..., tuple[list[Any], State]]:
+    """The step on the leaves in the struct."""
+
+    def advance(held: Any, state: State, batch: Any) -> tuple[list[Any], State]:
+        weights, state = step(whole(held), state, batch)
+        leaves = jax.tree.leaves(weights)
+        return [leaves[i] for i in places], state
+
+    return advance
 
 
 def _body(
@@ -191,7 +244,7 @@ def _header(
     weight_scales = {
         name: leaf.scale
         for (name, _), leaf in zip(
-            fields["weights"],
+            _named_weights(program),
             jax.tree.leaves(program.params, is_leaf=is_qtensor),
             strict=True,
         )
