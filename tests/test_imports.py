@@ -28,6 +28,7 @@ ALLOWED["_arguments"] = ALLOWED["evaluation"]
 ALLOWED["estimators"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["transform"] = ALLOWED["estimators"] | {"estimators", "_arguments"}
 ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
+ALLOWED["run_log"] = ALLOWED["transform"] | {"transform", "serialization"}
 # Beside the links: gradients from activations know the estimators' coefficients, and
 # nothing of how losses are evaluated at perturbed weights.
 ALLOWED["activity"] = ALLOWED["evaluation"] | {"estimators", "_arguments"}

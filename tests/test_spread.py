@@ -24,14 +24,15 @@ KINDS = ["float", "int16", "int8", "low rank", "activity"]
 LINKS = ["guided", "normalized", "feedback", "sharpness", "sparse", "integer"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str, fast: bool = False) -> subprocess.Popen:
     root = str(PROGRAM.parent.parent)
+    unoptimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if fast else {}
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **unoptimized},
     )
 
 
@@ -47,7 +48,8 @@ def check_same(found: dict[tuple[str, str], dict[str, Any]], kinds: list[str]) -
     for kind in kinds:
         of_kind = {k: v for k, v in found.items() if k[0] == kind}
         digests = {(v["params"], v["state"]) for v in of_kind.values()}
-        assert len(of_kind) > 1 and len(digests) == 1, of_kind
+        assert len(of_kind) > 1
+        assert len(digests) == 1, of_kind
 
 
 def test_the_bits_of_a_run_do_not_depend_on_its_devices():
@@ -77,7 +79,7 @@ def test_no_mesh_and_no_process_changes_a_bit_of_any_kind_of_training():
 
 @pytest.mark.slow
 def test_no_mesh_changes_a_bit_of_what_enhancements_and_integer_steps_make():
-    check_same(results(start(",".join(LINKS), "1x1,4x2")), LINKS)
+    check_same(results(start(",".join(LINKS), "1x1,4x2", fast=True)), LINKS)
 
 
 # --------------------------------------------------------------------- one device
@@ -104,16 +106,15 @@ def test_the_loss_of_a_pair_is_the_mean_over_the_shards():
     plan = Plan(params, policy)
     key = jax.random.key(2)
     mesh = a_mesh("seeds", "data")
-    estimate = estimators.forward_gradient(
-        loss_fn,
-        params,
+    tx = fgrad.fixed_point_forward_grad(
         key,
         epsilon=0.1,
         num_perturbations=4,
-        kwargs={"x": x},
         spread=fgrad.Spread(mesh, pairs="seeds", batch="data", shards=4),
     )
-    for i, found in enumerate(estimate.loss_differences):
+    update = jax.jit(lambda p, s: tx.update(p, s, p, value_fn=loss_fn, x=x))
+    _, state = update(params, tx.init(params))
+    for i, found in enumerate(state.loss_differences):
         z_key = perturbations.sample_key(key, 0, i)
         sides = [
             np.mean(
@@ -166,7 +167,7 @@ def test_errors_say_what_devices_can_share():
         ValueError, match=r"shards=3 .* 2 devices .*; use shards=2 or a"
     ):
         fgrad.Spread(mesh, batch="data", shards=3)
-    with pytest.raises(TypeError, match="mesh must be a jax.sharding.Mesh, got 8"):
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got 8"):
         fgrad.Spread(8, pairs="seeds")
     over = fgrad.Spread(mesh, pairs="seeds")
     key = jax.random.key(0)
@@ -175,14 +176,14 @@ def test_errors_say_what_devices_can_share():
         lambda *a, **k: fgrad.qzo_ff(1, *a, **k),
     ):
         with pytest.raises(
-            ValueError, match=r"=6 pairs .* multiple of 4, or 1 or 2 dev"
+            ValueError, match=r"=6 pairs .* multiple of 4, or 1 or 2 or 3 dev"
         ):
             link(key, num_perturbations=6, spread=over)
     with pytest.raises(ValueError, match="vectorize=4 does not divide the 2 pairs of"):
         fgrad.fixed_point_forward_grad(
             key, num_perturbations=8, vectorize=4, spread=over
         )
-    with pytest.raises(TypeError, match="spread must be fgrad.Spread"):
+    with pytest.raises(TypeError, match=r"spread must be fgrad\.Spread"):
         fgrad.fixed_point_forward_grad(key, spread=mesh)
     with pytest.raises(ValueError, match="activity_forward_grad cannot spread a batch"):
         fgrad.activity_forward_grad(
