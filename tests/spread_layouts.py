@@ -210,6 +210,36 @@ def resumed(layout):
     return {"params": digest(params), "state": digest(state)}
 
 
+def elsewhere(layout):
+    """A chain's beginning, and `fgrad.save`, for columns that other processes have."""
+    mesh = mesh_of(layout)
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    weights = fgrad.quantize(problem()[0]["a"], bits=16, channel_axis=-1)
+    params = {
+        "a": jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                x.shape, columns, np.asarray(x).__getitem__
+            ),
+            weights,
+        )
+    }
+    here = jax.tree.map(np.asarray, weights)
+    state = chain(None, guide=enhancements.momentum_guided_sampling()).init(params)
+    (guide,) = jax.tree.leaves(state[0].guide)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "params"
+        try:
+            fgrad.save(path, params)
+            same = np.array_equal(fgrad.load(path)["a"].qvalue, here.qvalue)
+            saved = "the same" if same else "others"
+        except ValueError as error:
+            saved = str(error)
+    return {
+        "guide": guide.sharding.shard_shape(guide.shape),
+        "saved": saved,
+    }
+
+
 def trained_in_integers(layout):
     """As `trained`, of a step without floats."""
     spread = fgrad.Spread(mesh_of(layout), pairs="seeds", batch="data", shards=SHARDS)
@@ -267,6 +297,7 @@ def main():
         jax.distributed.initialize(ADDRESS, int(PROCESSES), int(PROCESS))
     others = {
         "counted": evaluations,
+        "elsewhere": elsewhere,
         "integer": trained_in_integers,
         "resumed": resumed,
     }

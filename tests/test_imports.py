@@ -17,7 +17,7 @@ ALLOWED = {
     "tracing": {"_trees"},
     "fixed_point": {"_trees", "tracing"},
     "_interchange": {"fixed_point"},
-    "serialization": {"fixed_point"},
+    "serialization": {"_trees", "fixed_point"},
     "layers": {"_trees", "fixed_point"},
     "spread": {"_trees", "tracing"},
     "perturbations": {"_trees", "fixed_point", "tracing"},
