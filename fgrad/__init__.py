@@ -22,6 +22,7 @@ from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, adopt, dequantize, products, quantize
 from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
+from fgrad.run_log import RunLog
 from fgrad.serialization import load, save
 from fgrad.spread import Spread
 from fgrad.transform import (
@@ -37,6 +38,7 @@ _interchange.register()
 
 __all__ = [
     "QTensor",
+    "RunLog",
     "Spread",
     "activity",
     "activity_forward_grad",

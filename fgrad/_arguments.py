@@ -141,6 +141,22 @@ def loss(
     return loss_fn
 
 
+def has_losses(value_fn: Any, obj_fn: Any, extra_args: dict[str, Any]) -> bool:
+    """Whether ``update`` was given losses in the place of a function."""
+    return value_fn is None and obj_fn is None and "losses" in extra_args
+
+
+def losses(value: Any, count: int) -> tuple[jax.Array, jax.Array]:
+    """The losses [m] on both sides, of an array [2, m]."""
+    if jnp.shape(value) != (2, count):
+        raise ValueError(
+            f"losses must be an array [2, m] of the losses of m={count} pairs, those "
+            f"at w + εz first, got shape {jnp.shape(value)}."
+        )
+    plus, minus = jnp.asarray(value)
+    return plus, minus
+
+
 def visible(params: Any) -> None:
     """Raises if a wrapper of optax hides leaves from the loss."""
 

@@ -20,6 +20,7 @@ from fgrad.evaluation import evaluate_pairs
 from fgrad.leaves import Mask, Plan, Policy
 from fgrad.perturbations import LeafKeys
 from fgrad.spread import Spread
+from fgrad.tracing import execution_order
 from fgrad.tracing.promotion import usual_rules
 
 # estimator(loss_plus, loss_minus, epsilon) -> coefficient of z, int32 or float32
@@ -162,6 +163,7 @@ class Estimate(NamedTuple):
       loss: float32 scalar, mean of the finite pairs' losses.
       loss_differences: float32 [m], ``L₊ - L₋`` of each pair.
       nonfinite_pairs: int32 scalar, pairs left out for a NaN or infinite loss.
+      losses: float32 [2, m], L₊ and L₋ of each pair.
       aux: what the loss came with in the last evaluation, ``w - εz`` of the last pair,
         or in the last of those with a finite loss; ``()`` without ``has_aux``.
     """
@@ -170,6 +172,7 @@ class Estimate(NamedTuple):
     loss: jax.Array
     loss_differences: jax.Array
     nonfinite_pairs: jax.Array
+    losses: jax.Array
     aux: Any = ()
 
 
@@ -359,6 +362,10 @@ def estimate_from_losses(
     estimator: Estimator,
 ) -> Estimate:
     """The estimate of a step whose losses are known; see `gradient_from_losses`."""
+    # Sums over the losses are compiled by themselves, so that they are rounded alike
+    # wherever the losses come from: this step, other devices, the log of a run.
+    both = execution_order.stored(jnp.concatenate([plus, minus]))
+    plus, minus = both.reshape(2, -1)
     coefficients = estimator(plus, minus, plan.epsilon)
     _check_coefficients(estimator, coefficients, plus)
     finite = jnp.isfinite(plus) & jnp.isfinite(minus) & jnp.isfinite(coefficients)
@@ -370,6 +377,7 @@ def estimate_from_losses(
         loss=_mean_loss(plus, minus, finite),
         loss_differences=jnp.where(finite, _saturated(differences), differences),
         nonfinite_pairs=jnp.sum(~finite, dtype=jnp.int32),
+        losses=jnp.stack([plus, minus]).astype(jnp.float32),
     )
 
 

@@ -45,7 +45,8 @@ class Perturbation:
       name: as it was constructed, for messages.
       step: Δ_z, the value of one unit of z_q; ``z = step * z_q``.
       values_per_word: how many values a random word makes.
-      decode: ``decode(words) -> z_q``: uint32 [n] to int8 [n * values_per_word].
+      decode: ``decode(words) -> z_q``: uint32 [..., n] to int8
+        [..., n * values_per_word].
       generator: makes the random words; `counter_hash` or `threefry_words`.
       largest: the largest value of z.
     """
@@ -272,7 +273,14 @@ def _sample(
     perturbation: Perturbation, shape: tuple[int, ...], key: jax.Array, block: Any
 ) -> jax.Array:
     """`Perturbation.sample`, traced once for leaves of the same shape."""
-    size, per_word = math.prod(shape), perturbation.values_per_word
+    per_word = perturbation.values_per_word
+    axes = _axes_of_words(shape, per_word)
+    if axes is not None:
+        words = row_major(axes)
+        if block is not None:
+            words = words + _uint32(block) * np.uint32(math.prod(axes))
+        return perturbation.decode(perturbation.generator(key, words)).reshape(shape)
+    size = math.prod(shape)
     # One word more than needed where a block may start inside a word.
     aligned = block is None or size % per_word == 0
     count = -(-size // per_word) + (not aligned)
@@ -312,6 +320,38 @@ def word_of_block(
     left = part * np.uint32(rest)
     first = index * words + whole * np.uint32(rest) + left // np.uint32(per_word)
     return first, left % np.uint32(per_word)
+
+
+def _axes_of_words(shape: tuple[int, ...], per_word: int) -> tuple[int, ...] | None:
+    """Axes of whole words that lie in memory as the values of a leaf do, or None.
+
+    Words with the axes of their leaf are sharded as it is. The words of the last axis
+    are a part of it. Where they do not fill it, they span some entries of the axis
+    before, or some of that before the last two, and so on.
+    """
+    for left in reversed(range(len(shape))):
+        inner = math.prod(shape[left:])
+        entries = per_word // math.gcd(per_word, inner)
+        if entries == 1:
+            return (*shape[:left], inner // per_word)
+        if left and shape[left - 1] % entries == 0:
+            groups = shape[left - 1] // entries
+            return (*shape[: left - 1], groups, entries * inner // per_word)
+    return None
+
+
+def row_major(axes: tuple[int, ...]) -> jax.Array:
+    """uint32 indices of the entries of an array in memory.
+
+    A sum over axes, where a flat index that is reshaped would be made as a whole on
+    every device of a mesh.
+    """
+    index, stride = jnp.zeros(axes, jnp.uint32), 1
+    for axis in reversed(range(len(axes))):
+        along = jax.lax.broadcasted_iota(jnp.uint32, axes, axis)
+        index = index + along * np.uint32(stride % 2**32)
+        stride *= axes[axis]
+    return index
 
 
 def accumulate(
@@ -381,9 +421,10 @@ def threefry_words(key: jax.Array, indices: jax.Array) -> jax.Array:
     """
     words = jax.random.key_data(key).reshape(-1, 2)
     pair = jnp.bitwise_xor.reduce(words, axis=0)
-    counts = jnp.concatenate([indices, jnp.zeros_like(indices)])
+    flat = indices.reshape(-1)
+    counts = jnp.concatenate([flat, jnp.zeros_like(flat)])
     random: jax.Array = threefry.threefry_2x32(pair, counts)
-    return random[: indices.size]
+    return random[: flat.size].reshape(indices.shape)
 
 
 def normal(
@@ -446,7 +487,7 @@ def _normal(bits: int, z_max: float | None, generator: Generator) -> Perturbatio
     table = _normal_table(step, limit)
 
     def decode(words: jax.Array) -> jax.Array:
-        return jnp.asarray(table)[_bytes(words).reshape(-1)]
+        return _joined(jnp.asarray(table)[_bytes(words)])
 
     arguments = "" if bits == 8 and z_max is None else f"bits={bits}, z_max={z_max}"
     largest = step * float(np.abs(table).max())
@@ -535,7 +576,7 @@ def _binomial(generator: Generator) -> Perturbation:
 
     def decode(words: jax.Array) -> jax.Array:
         ones = jax.lax.population_count(_bytes(words)).astype(jnp.int8)
-        return (ones[:, ::2] + ones[:, 1::2] - 8).reshape(-1)
+        return _joined(ones[..., ::2] + ones[..., 1::2] - 8)
 
     return Perturbation("binomial()", 0.5, 2, decode, generator, 4.0)
 
@@ -623,7 +664,13 @@ def _bytes(words: jax.Array) -> jax.Array:
 
 def _signs(words: jax.Array) -> jax.Array:
     bits = (_bytes(words)[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
-    return (2 * bits.astype(jnp.int8) - 1).reshape(-1)
+    return _joined(_joined(2 * bits.astype(jnp.int8) - 1))
+
+
+def _joined(values: jax.Array) -> jax.Array:
+    """Without the last axis, whose entries follow each other in the axis before."""
+    *axes, first, second = values.shape
+    return values.reshape(*axes, first * second)
 
 
 def _uint32(x: Any) -> jax.Array:

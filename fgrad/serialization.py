@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from fgrad._trees import is_here
 from fgrad.fixed_point import is_qtensor, restored
 
 # Version 2 differs by an entry of names; a file that needs none stays one of version 1.
@@ -77,7 +78,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
       TypeError: if something in ``params`` is no dictionary, array or `QTensor`, or has
         a dtype that safetensors does not know, such as int4 or complex128.
       ValueError: for a key that is neither a string nor an integer, an empty
-        dictionary, which the file could not tell from none, or one that holds itself.
+        dictionary, which the file could not tell from none, or one that holds itself;
+        and for an array of which other processes have a part.
 
     Example:
       >>> import tempfile, fgrad
@@ -219,6 +221,12 @@ def _parts(leaf: _Leaf) -> dict[str, np.ndarray]:
 
 def _writable(array: Any, name: str) -> np.ndarray:
     """A contiguous array of the machine's byte order."""
+    if not is_here(array):
+        raise ValueError(
+            f"{name} is sharded over several processes, and save writes what one has: "
+            "save such parameters by orbax, or give each process all of them first, by "
+            "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
+        )
     found = np.asarray(array, order="C")
     native = found.dtype.newbyteorder("=")
     if native not in _DTYPES.values():

@@ -282,17 +282,19 @@ class _Cells:
         groups = 2 * pairs // (sides_at_once * self.vectorize)
         shape = jax.eval_shape(functools.partial(self._group, groups, shards), 0)
         start = jnp.zeros((shards * groups, *shape.shape), shape.dtype)
-        first = jax.tree.leaves(self.pairs)[0]
+        first: Any = jax.tree.leaves(self.pairs)[0]
         if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
             first = jax.random.key_data(first)
         count = execution_order.hidden(shards * groups, first).astype(jnp.int32)
 
         def fill(index: Any, table: jax.Array) -> jax.Array:
             found = self._group(groups, shards, index)
-            return lax.dynamic_update_index_in_dim(table, found, index, 0)
+            filled: jax.Array = lax.dynamic_update_index_in_dim(table, found, index, 0)
+            return filled
 
-        table = lax.fori_loop(0, count, fill, start)
-        return jnp.moveaxis(table.reshape(shards, pairs, 2, *shape.shape[1:]), 2, 1)
+        table: jax.Array = lax.fori_loop(0, count, fill, start)
+        table = table.reshape(shards, pairs, 2, *shape.shape[1:])
+        return jnp.moveaxis(table, 2, 1)
 
     def _group(self, groups: int, shards: int, index: Any) -> jax.Array:
         """The entries [pairs at once * sides at once, ...] of a group, pairs first."""

@@ -49,6 +49,8 @@ class ForwardGradState(NamedTuple):
       guide: state of the ``guide``, or empty.
       aux: with ``has_aux`` what the loss of the last step came with, before it
         ``initial_aux``; or empty.
+      losses: float32 [2, m], L₊ and L₋ of the last step's pairs. With the key and the
+        count they are all that is needed to make the step again; see `fgrad.RunLog`.
     """
 
     key: jax.Array
@@ -59,6 +61,7 @@ class ForwardGradState(NamedTuple):
     frozen_fraction: jax.Array
     guide: Any = ()
     aux: Any = ()
+    losses: Any = ()
 
 
 class QuantizedUpdateState(NamedTuple):
@@ -131,8 +134,10 @@ def fixed_point_forward_grad(
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
-      ``value_fn(params, **those of the extra arguments that it names)``. Jit the
-      step that calls it: outside ``jax.jit`` every call compiles its loops anew.
+      ``value_fn(params, **those of the extra arguments that it names)``; or instead
+      ``losses``, an array [2, m] of the losses ``L₊`` and ``L₋`` that were evaluated
+      elsewhere. Jit the step that calls it: outside ``jax.jit`` every call compiles
+      its loops anew.
 
     Raises:
       TypeError, ValueError: here for bad options; in ``init`` for an integer leaf
@@ -197,8 +202,10 @@ def fixed_point_forward_grad(
         **extra_args: Any,
     ) -> tuple[Any, ForwardGradState]:
         del updates
-        loss_fn = _arguments.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
         _arguments.visible(params)
+        if _arguments.has_losses(value_fn, obj_fn, extra_args):
+            return link.step_from(extra_args["losses"], params, state)
+        loss_fn = _arguments.loss("fixed_point_forward_grad", params, value_fn, obj_fn)
         kwargs = _arguments.named_arguments(loss_fn, extra_args)
         return link.step(loss_fn, kwargs, params, state)
 
@@ -227,15 +234,17 @@ class _ForwardGrad(NamedTuple):
         plan.check_values()
         plan.check_epsilon()
         guide = self.guide
+        pairs = self.policy.num_perturbations
         return ForwardGradState(
             key=jnp.array(self.key, copy=True),
             count=jnp.zeros([], jnp.int32),
             loss=jnp.array(jnp.inf, jnp.float32),
-            loss_differences=jnp.zeros([self.policy.num_perturbations], jnp.float32),
+            loss_differences=jnp.zeros([pairs], jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
             frozen_fraction=jnp.zeros([], jnp.float32),
             guide=guide.init(params, plan.guided_mask) if guide else (),
             aux=self.aux.at_first(),
+            losses=jnp.zeros([2, pairs], jnp.float32),
         )
 
     def step(
@@ -246,31 +255,54 @@ class _ForwardGrad(NamedTuple):
         state: ForwardGradState,
     ) -> tuple[Any, ForwardGradState]:
         """The gradient of a loss at params, and the state after the step."""
+
+        def estimate(plan: Plan, key: jax.Array) -> estimators.Estimate:
+            return estimators.estimate(
+                loss_fn, plan, key, estimator=self.estimator, kwargs=kwargs, **self.how
+            )
+
+        return self._stepped(estimate, params, state)
+
+    def step_from(
+        self, losses: Any, params: Any, state: ForwardGradState
+    ) -> tuple[Any, ForwardGradState]:
+        """The same of losses [2, m] that were evaluated elsewhere."""
+        _arguments.given("fixed_point_forward_grad", params)
+        plus, minus = _arguments.losses(losses, self.policy.num_perturbations)
+
+        def estimate(plan: Plan, key: jax.Array) -> estimators.Estimate:
+            return estimators.estimate_from_losses(
+                plan, plan.keys(key), plus, minus, self.estimator
+            )
+
+        return self._stepped(estimate, params, state)
+
+    def _stepped(
+        self,
+        estimate: Callable[[Plan, jax.Array], estimators.Estimate],
+        params: Any,
+        state: ForwardGradState,
+    ) -> tuple[Any, ForwardGradState]:
+        """The gradient that ``estimate(plan, key)`` makes, and the next state."""
         plan = Plan(params, self.policy, mask=self.mask, step=state.count)
         frozen = plan.frozen_fraction()
         guide, names = self.guide, plan.guidable
         if guide:
             plan = plan.guided(guide.at(state.guide, state.count, names))
-        estimate = estimators.estimate(
-            loss_fn,
-            plan,
-            # The weights are counted before anything else reads them. A count after
-            # the update would make a donated buffer be copied.
-            execution_order.delayed_key(state.key, frozen),
-            estimator=self.estimator,
-            kwargs=kwargs,
-            **self.how,
-        )
-        gradient = estimate.gradient
+        # The weights are counted before anything else reads them. A count after the
+        # update would make a donated buffer be copied.
+        found = estimate(plan, execution_order.delayed_key(state.key, frozen))
+        gradient = found.gradient
         return gradient, ForwardGradState(
             key=state.key,
             count=optax.safe_increment(state.count),
-            loss=estimate.loss,
-            loss_differences=estimate.loss_differences,
-            nonfinite_pairs=estimate.nonfinite_pairs,
+            loss=found.loss,
+            loss_differences=found.loss_differences,
+            nonfinite_pairs=found.nonfinite_pairs,
             frozen_fraction=frozen,
             guide=guide.advance(state.guide, gradient, names) if guide else (),
-            aux=self.aux.checked(estimate.aux),
+            aux=self.aux.checked(found.aux),
+            losses=found.losses,
         )
 
 
@@ -448,8 +480,7 @@ def _rounded_up_or_down(exact: jax.Array) -> jax.Array:
     nearest, floor = jnp.round(exact), jnp.floor(exact)
     bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.uint32)
     salt = jnp.sum(bits, dtype=jnp.uint32).reshape(1)
-    places = jax.lax.iota(jnp.uint32, exact.size).reshape(exact.shape)
-    words = perturbations.hashed(salt, places)
+    words = perturbations.hashed(salt, perturbations.row_major(exact.shape))
     # 24 bits, all of which a float32 can tell apart.
     uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
     drawn = floor + (uniform < exact - floor)

@@ -11,8 +11,10 @@ import collections
 import hashlib
 import json
 import os
+import pathlib
 import re
 import sys
+import tempfile
 
 PROCESS, PROCESSES, ADDRESS = ([*sys.argv[3:], "0", "1", ""])[:3]
 DEVICES = 8 // int(PROCESSES)
@@ -25,6 +27,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import orbax.checkpoint as orbax  # noqa: E402
 
 import fgrad  # noqa: E402
 import fgrad.integer  # noqa: E402
@@ -160,12 +163,12 @@ def mesh_of(layout):
     return jax.make_mesh(shape, ("seeds", "data"), devices=devices)
 
 
-def trained(name, layout):
-    """What a run of some steps on a mesh leaves."""
+def step_on(name, layout):
+    """A compiled step on a mesh, its data, and what it begins with."""
     spread = fgrad.Spread(mesh_of(layout), pairs="seeds", batch="data", shards=SHARDS)
     kind = kind_of(name, spread)
-    state = kind.tx.init(kind.params)
-    params, state, extra = spread.replicate((kind.params, state, kind.extra))
+    start = kind.params, kind.tx.init(kind.params)
+    start, extra = spread.replicate((start, kind.extra))
     batch = spread.split(problem()[1])
 
     def step(params, state, batch, extra):
@@ -174,13 +177,66 @@ def trained(name, layout):
         )
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step).lower(params, state, batch, extra).compile()
+    compiled = jax.jit(step).lower(*start, batch, extra).compile()
+    return compiled, (batch, extra), start
+
+
+def trained(name, layout):
+    """What a run of some steps on a mesh leaves."""
+    step, data, start = step_on(name, layout)
+    params, state = start
     for _ in range(STEPS):
-        params, state = compiled(params, state, batch, extra)
+        params, state = step(params, state, *data)
     return {
         "params": digest(params),
         "state": digest(state),
-        "bytes": bytes_received(compiled.as_text()),
+        "bytes": bytes_received(step.as_text()),
+    }
+
+
+def resumed(layout):
+    """As `trained`, of a run that stops on 8 devices and goes on with others."""
+    step, data, run = step_on("float", "8x1")
+    for _ in range(STEPS - 1):
+        run = step(*run, *data)
+    step, data, start = step_on("float", layout)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpointer = orbax.StandardCheckpointer()
+        checkpointer.save(pathlib.Path(folder) / "run", run)
+        checkpointer.wait_until_finished()
+        shapes = jax.tree.map(orbax.utils.to_shape_dtype_struct, start)
+        run = checkpointer.restore(pathlib.Path(folder) / "run", shapes)
+    params, state = step(*run, *data)
+    return {"params": digest(params), "state": digest(state)}
+
+
+def elsewhere(layout):
+    """A chain's beginning, and `fgrad.save`, for columns that other processes have."""
+    mesh = mesh_of(layout)
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    weights = fgrad.quantize(problem()[0]["a"], bits=16, channel_axis=-1)
+    params = {
+        "a": jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                x.shape, columns, np.asarray(x).__getitem__
+            ),
+            weights,
+        )
+    }
+    here = jax.tree.map(np.asarray, weights)
+    state = chain(None, guide=enhancements.momentum_guided_sampling()).init(params)
+    (guide,) = jax.tree.leaves(state[0].guide)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "params"
+        try:
+            fgrad.save(path, params)
+            same = np.array_equal(fgrad.load(path)["a"].qvalue, here.qvalue)
+            saved = "the same" if same else "others"
+        except ValueError as error:
+            saved = str(error)
+    return {
+        "guide": guide.sharding.shard_shape(guide.shape),
+        "saved": saved,
     }
 
 
@@ -239,9 +295,15 @@ def main():
     if ADDRESS:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(ADDRESS, int(PROCESSES), int(PROCESS))
+    others = {
+        "counted": evaluations,
+        "elsewhere": elsewhere,
+        "integer": trained_in_integers,
+        "resumed": resumed,
+    }
     for name in sys.argv[1].split(","):
         for layout in sys.argv[2].split(","):
-            run = {"counted": evaluations, "integer": trained_in_integers}.get(name)
+            run = others.get(name)
             found = run(layout) if run else trained(name, layout)
             print(json.dumps({"kind": name, "layout": layout, **found}), flush=True)
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "tracing": {"_trees"},
     "fixed_point": {"_checks", "_trees", "tracing"},
     "_interchange": {"fixed_point"},
-    "serialization": {"fixed_point"},
+    "serialization": {"_trees", "fixed_point"},
     "layers": {"_checks", "_trees", "fixed_point"},
     "spread": {"_trees", "tracing"},
 }
@@ -32,6 +32,7 @@ ALLOWED["transform"] = ALLOWED["estimators"] | {"estimators", "_arguments"}
 ALLOWED["enhancements"] = ALLOWED["transform"] | {"transform"}
 # New weights for a model, by the same products as perturbations of low rank.
 ALLOWED["adapters"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["run_log"] = ALLOWED["transform"] | {"transform", "serialization"}
 # Beside the links: gradients from activations know the estimators' coefficients, and
 # nothing of how losses are evaluated at perturbed weights.
 ALLOWED["activity"] = ALLOWED["evaluation"] | {"estimators", "_arguments"}

@@ -592,6 +592,33 @@ def test_a_leaf_beyond_the_random_words_is_refused(z, fits, too_large):
         plan_of(ABSTRACT(too_large), z)
 
 
+@pytest.mark.parametrize(
+    ("shape", "per_word", "axes"),
+    [
+        ((16, 8), 4, (16, 2)),
+        ((16, 10), 4, (8, 5)),  # words span two rows
+        ((3, 4, 10), 4, (3, 2, 5)),
+        ((3, 3, 4), 32, None),
+        ((4, 2, 3, 4), 8, (4, 1, 3)),
+        ((7, 3), 4, None),
+        ((), 4, None),
+        ((64,), 32, (2,)),
+    ],
+)
+def test_words_have_the_axes_of_their_leaf_where_they_can(shape, per_word, axes):
+    assert perturbations._axes_of_words(shape, per_word) == axes
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [(16, 8), (16, 10), (7, 3)])
+def test_the_words_of_a_leaf_are_counted_in_the_order_of_memory(name, shape):
+    z, key = DISTRIBUTIONS[name], jax.random.key(7)
+    count = -(-math.prod(shape) // z.values_per_word)
+    flat = z.decode(z.generator(key, jnp.arange(count, dtype=jnp.uint32)))
+    expected = flat[: math.prod(shape)].reshape(shape)
+    np.testing.assert_array_equal(z.sample(key, shape), expected)
+
+
 @pytest.mark.parametrize("name", WITH_LOW_RANK)
 def test_leaves_sampled_together_get_the_z_that_they_get_alone(name):
     z = WITH_LOW_RANK[name]

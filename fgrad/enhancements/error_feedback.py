@@ -74,7 +74,7 @@ def error_feedback(
     def init_fn(params: Any) -> ErrorFeedbackState:
         def leaf_fn(leaf: Any, trained: bool) -> Any:
             kept = trained and is_qtensor(leaf) and leaf.bits < below
-            return jnp.zeros(jnp.shape(leaf), jnp.int8) if kept else None
+            return jnp.zeros_like(leaf.qvalue, jnp.int8) if kept else None
 
         return ErrorFeedbackState(map_leaves(leaf_fn, mask, params))
 

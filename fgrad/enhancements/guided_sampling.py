@@ -33,7 +33,7 @@ class MomentumGuide:
         """Directions of zeros: int8, one for each guided leaf, None for the others."""
         return map_leaves(
             lambda leaf, guided: (
-                jnp.zeros(jnp.shape(leaf), jnp.int8) if guided else None
+                jnp.zeros_like(stored(leaf), jnp.int8) if guided else None
             ),
             mask,
             params,

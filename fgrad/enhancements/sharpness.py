@@ -130,6 +130,17 @@ def sharpness_aware(
         obj_fn: Callable[..., jax.Array] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, SharpnessAwareState]:
+        if _arguments.has_losses(value_fn, obj_fn, extra_args):
+            # Those of the neighbour, which tell nothing of the ascent.
+            updates, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            return updates, state._replace(
+                count=optax.safe_increment(state.count),
+                ascent=jnp.zeros([], jnp.int32),
+                forward_passes=jnp.zeros([], jnp.int32),
+                inner_state=inner_state,
+            )
         loss_fn = _arguments.loss("sharpness_aware", params, value_fn, obj_fn)
         named = _arguments.named_arguments(loss_fn, extra_args)
         plan_of = functools.partial(Plan, policy=policy, mask=mask, step=state.count)

@@ -177,7 +177,10 @@ def sparse_update(
         **extra_args: Any,
     ) -> tuple[Any, SparseUpdateState]:
         del updates
-        loss_fn = _arguments.loss("sparse_update", params, value_fn, obj_fn)
+        loss_fn = None
+        given = _arguments.has_losses(value_fn, obj_fn, extra_args)
+        if not given or options.criterion == "importance":  # which evaluates the loss
+            loss_fn = _arguments.loss("sparse_update", params, value_fn, obj_fn)
         return _update(options, state, params, loss_fn, extra_args)
 
     return _arguments.link(init_fn, update_fn, spread)
@@ -273,16 +276,18 @@ def _update(
     options: _Options,
     state: SparseUpdateState,
     params: Any,
-    loss_fn: _LossFn,
+    loss_fn: _LossFn | None,
     extra_args: dict[str, Any],
 ) -> tuple[Any, SparseUpdateState]:
-    named = _arguments.named_arguments(loss_fn, extra_args)
+    loss = None
+    if loss_fn is not None:
+        loss = loss_fn, _arguments.named_arguments(loss_fn, extra_args)
     indices, inner_state = state.indices, state.inner_state
     due = options.due(state.count)
     if due is not None:
         indices, inner_state = lax.cond(
             due,
-            lambda: _chosen_anew(options, state, params, (loss_fn, named)),
+            lambda: _chosen_anew(options, state, params, loss),
             lambda: (state.indices, state.inner_state),
         )
     chosen = _compress(params, indices)
@@ -290,7 +295,7 @@ def _update(
         jax.tree.map(jnp.zeros_like, chosen),
         inner_state,
         chosen,
-        value_fn=_loss_of_chosen(loss_fn, params, indices),
+        value_fn=None if loss_fn is None else _loss_of_chosen(loss_fn, params, indices),
         **extra_args,
     )
     passes = jnp.zeros([], jnp.int32)
@@ -348,7 +353,7 @@ def _chosen_anew(
     options: _Options,
     state: SparseUpdateState,
     params: Any,
-    loss: tuple[_LossFn, dict[str, Any]],
+    loss: tuple[_LossFn, dict[str, Any]] | None,
 ) -> tuple[Any, Any]:
     """Other indices, and the state of ``inner`` for the values there."""
     scores = _scores(options, params, state.key, state.count, loss)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fgrad import _checks, perturbations
-from fgrad._trees import is_concrete, path_str
+from fgrad._trees import is_concrete, numbers, path_str
 from fgrad.fixed_point import (
     as_gradient,
     check_values,
@@ -304,7 +304,7 @@ class Plan:
         )
         arrays = [*steps.values(), *scales.values(), *frozen.values()]
         if all(map(is_concrete, arrays)):
-            check(steps, scales, frozen)
+            check(*jax.tree.map(numbers, (steps, scales, frozen)))
         else:
             jax.debug.callback(check, steps, scales, frozen)
 

@@ -82,9 +82,7 @@ def stored(vector: jax.Array) -> jax.Array:
     of which no compiler knows that it runs once.
     """
     once = hidden(1, vector).astype(jnp.int32)
-    found: jax.Array = lax.fori_loop(
-        0, once, lambda _, last: vector, jnp.zeros_like(vector)
-    )
+    found: jax.Array = lax.fori_loop(0, once, lambda _, last: vector, -vector)
     return found
 
 
