@@ -3,7 +3,8 @@
 python -m experiments.main --config=experiments/configs/quickstart.py \
         --workdir=workdir/quickstart --config.seeds=0,1,2,3,4
 
-The same command goes on with an experiment that was killed or interrupted.
+The same command goes on with an experiment that was killed or interrupted. What was
+compiled for it is kept in the user's cache folder; --nocompilation_cache keeps nothing.
 """
 
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import compiled_programs
 from experiments.drivers import few_shot, landscape_figures, memory_table, training
 from experiments.usage import UsageError, check_names
 from experiments.workdir.runs import InUseError
@@ -22,6 +24,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.")
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
+)
+_CACHE = flags.DEFINE_bool(
+    "compilation_cache",
+    True,
+    "Keep compiled programs in the user's cache folder for the next start.",
 )
 _DRIVERS = {
     "few_shot": few_shot.run,
@@ -42,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     driver = config.get("driver", "train")
     try:
         check_names("driver", [driver], _DRIVERS)
+        if _CACHE.value:
+            compiled_programs.keep()
         _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
     except (UsageError, InUseError) as error:
         sys.exit(f"error: {error}")
