@@ -106,8 +106,9 @@ def fixed_point_forward_grad(
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
-      ``value_fn(params, **those of the extra arguments that it names)``. Jit the
-      step that calls it: outside ``jax.jit`` every call compiles its loops anew.
+      ``value_fn(params, **those of the extra arguments that it names)``. Outside
+      ``jax.jit`` it traces the loss at every call, and compiles what it did not
+      compute before; inside, both are done once.
 
     Raises:
       TypeError, ValueError: here for bad options; in ``init`` for an integer leaf
