@@ -324,14 +324,16 @@ def _updates_on_the_grid(
     treedef: Any
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
     given = treedef.flatten_up_to(updates)
-    found: list[jax.Array] = [
-        jnp.zeros_like(stored(update), jnp.int32 if is_qtensor(leaf) else None)
-        for leaf, update in zip(leaves, given, strict=True)
-    ]
+    found: list[jax.Array] = []
     moved, at = [], [i for i, on in enumerate(trained) if on]
-    for i in at:
-        found[i], moves = _on_the_grid(leaves[i], given[i], stochastic_below)
-        moved.append(moves)
+    for leaf, update, on in zip(leaves, given, trained, strict=True):
+        if on:
+            steps, moves = _on_the_grid(leaf, update, stochastic_below)
+            moved.append(moves)
+        else:
+            kind = jnp.int32 if is_qtensor(leaf) else None
+            steps = jnp.zeros_like(stored(update), kind)
+        found.append(steps)
     counts = _counts(moved)
     # An update waits for its count. If the count compared with the new weights instead,
     # a donated buffer would be copied to keep the old ones.
