@@ -3,7 +3,8 @@
 python -m experiments.main --config=experiments/configs/quickstart.py \
         --workdir=workdir/quickstart --config.seeds=0,1,2,3,4
 
-The same command goes on with an experiment that was killed or interrupted.
+The same command goes on with an experiment that was killed or interrupted. What was
+compiled for it is kept in the user's cache folder; --nocompilation_cache keeps nothing.
 ``--list`` prints the names of configurations, networks, datasets and the like.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import listing
+from experiments import compiled_programs, listing
 from experiments.drivers import (
     equilibrium_table,
     few_shot,
@@ -35,6 +36,11 @@ _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
 flags.DEFINE_bool("list", False, "Print the names that there are, and do nothing else.")
+_CACHE = flags.DEFINE_bool(
+    "compilation_cache",
+    True,
+    "Keep compiled programs in the user's cache folder for the next start.",
+)
 _DRIVERS = {
     "equilibrium": equilibrium_table.run,
     "few_shot": few_shot.run,
@@ -58,6 +64,8 @@ def main(argv: Sequence[str]) -> None:
     driver = config.get("driver", "train")
     try:
         check_names("driver", [driver], _DRIVERS)
+        if _CACHE.value:
+            compiled_programs.keep()
         _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
     except (UsageError, InUseError) as error:
         sys.exit(f"error: {error}")

@@ -136,8 +136,8 @@ def fixed_point_forward_grad(
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
       ``value_fn(params, **those of the extra arguments that it names)``; or instead
       ``losses``, an array [2, m] of the losses ``L₊`` and ``L₋`` that were evaluated
-      elsewhere. Jit the step that calls it: outside ``jax.jit`` every call compiles
-      its loops anew.
+      elsewhere. Outside ``jax.jit`` it traces the loss at every call, and compiles what
+      it did not compute before; inside, both are done once.
 
     Raises:
       TypeError, ValueError: here for bad options; in ``init`` for an integer leaf
@@ -403,35 +403,29 @@ def _updates_on_the_grid(
     params: Any, updates: Any, *, trained: tuple[bool, ...], stochastic_below: int
 ) -> tuple[Any, jax.Array]:
     """The updates that leaves can take, and the share of the weights that move."""
-    leaves: Any
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
-    found = [
-        _on_the_grid(leaf, update, stochastic_below) if on else _no_update(leaf, update)
-        for leaf, update, on in zip(
-            leaves, treedef.flatten_up_to(updates), trained, strict=True
-        )
-    ]
-    at = [i for i, on in enumerate(trained) if on]
-    counts = _counts([found[i][1] for i in at])
+    given = treedef.flatten_up_to(updates)
+    found: list[jax.Array] = []
+    moved, at = [], [i for i, on in enumerate(trained) if on]
+    for leaf, update, on in zip(leaves, given, trained, strict=True):
+        if on:
+            steps, moves = _on_the_grid(leaf, update, stochastic_below)
+            moved.append(moves)
+        else:
+            kind = jnp.int32 if is_qtensor(leaf) else None
+            steps = jnp.zeros_like(stored(update), kind)
+        found.append(steps)
+    counts = _counts(moved)
     # An update waits for its count. If the count compared with the new weights instead,
     # a donated buffer would be copied to keep the old ones.
-    waiting = {
-        i: execution_order.delayed(found[i][0], count)
-        for i, count in zip(at, counts, strict=True)
-    }
+    for i, count in zip(at, counts, strict=True):
+        found[i] = execution_order.delayed(found[i], count)
     # Small leaves share a count.
-    moved = sum({id(count): count for count in counts}.values(), jnp.float32(0))
+    number = sum({id(count): count for count in counts}.values(), jnp.float32(0))
     size = sum(float(jnp.size(leaves[i])) for i in at)  # it may be beyond int32
-    on_grid = [
-        as_update(leaf, waiting.get(i, found[i][0])) for i, leaf in enumerate(leaves)
-    ]
-    return treedef.unflatten(on_grid), moved / max(size, 1)
-
-
-def _no_update(leaf: Any, update: Any) -> tuple[jax.Array, None]:
-    """The update of a leaf that is not trained."""
-    zeros = jnp.zeros_like(stored(update))
-    return zeros.astype(jnp.int32) if is_qtensor(leaf) else zeros, None
+    on_grid = list(map(as_update, leaves, found))
+    return treedef.unflatten(on_grid), number / max(size, 1)
 
 
 def _counts(moved: Sequence[jax.Array]) -> list[jax.Array]:

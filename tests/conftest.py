@@ -1,10 +1,14 @@
 """Settings of all tests."""
 
+import os
 import pathlib
 
-import jax
 import pytest
 from lanes import SLOW_FILES
+
+# Experiments that tests start leave nothing in the user's cache folder.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+import jax
 
 # Most programs here run for microseconds and compile for seconds.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -326,6 +326,9 @@ def _base(x: Any) -> jax.Array:
     return x.base if isinstance(x, Factored) else x
 
 
+# Products that are always taken apart.
+DOTS = frozenset({"dot_general", products.integer_dot_general_p.name})
+
 PRODUCTS: dict[str, Callable[..., jax.Array | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,

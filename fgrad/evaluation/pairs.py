@@ -224,7 +224,7 @@ def _of_all_sides(
 
     def evaluate(address: tuple[jax.Array, LeafKeys]) -> list[jax.Array]:
         sign, keys_of_z = address
-        return _run(program, arithmetic, keys_of_z, sign)
+        return _run(program, arithmetic, keys_of_z, sign, together=vectorize > 1)
 
     found: list[jax.Array]
     if vectorize >= pairs > 1:
@@ -328,15 +328,22 @@ def _run(
     keys: LeafKeys,
     sign: jax.Array,
     events: list[point_of_use.Event] | None = None,
+    *,
+    together: bool = False,
 ) -> list[jax.Array]:
-    """What a traced loss returns at ``w + sign * εz``; see `TracedLoss`."""
+    """What a traced loss returns at ``w + sign * εz``.
+
+    See `TracedLoss` and `point_of_use.run`.
+    """
     values, scales = _arrays(arithmetic)
     with integer_reads.library_arithmetic():
         pending = [
             x if isinstance(x, jax.Array) else point_of_use.Pending(x, array)
             for x, array in zip(sides(arithmetic, keys, sign), values, strict=True)
         ]
-        return point_of_use.run(program, [*pending, *scales], sign, events)
+        return point_of_use.run(
+            program, [*pending, *scales], sign, events, together=together
+        )
 
 
 def _policy(epsilon: Any, perturbation: perturbations.Perturbation | None) -> Policy:

@@ -79,6 +79,8 @@ def run(
     values: Sequence[Pending | jax.Array],
     seed: jax.Array,
     events: list[Event] | None = None,
+    *,
+    together: bool = False,
 ) -> list[jax.Array]:
     """The function's outputs with its pending arguments perturbed.
 
@@ -89,11 +91,13 @@ def run(
         is an activation, keys depend on it, so that a loop over evaluations cannot
         make the first z before it starts.
       events: if given, receives an `Event` for each use.
+      together: whether this is traced for several z at once, which share the products
+        with a weight that they perturb in a subspace of low rank.
 
     Returns:
       What the traced function returns, in flat order.
     """
-    interpreter = _Interpreter(seed, [] if events is None else events)
+    interpreter = _Interpreter(seed, [] if events is None else events, together)
     inputs: list[_Value] = [
         x if isinstance(x, Pending) else _constant(x) for x in values
     ]
@@ -160,9 +164,10 @@ def _constant(array: Any) -> _Known:
 class _Interpreter:
     """One evaluation. ``latest`` is the activation that the next z waits for."""
 
-    def __init__(self, seed: jax.Array, events: list[Event]) -> None:
+    def __init__(self, seed: jax.Array, events: list[Event], together: bool) -> None:
         self.latest: jax.Array = seed
         self.events = events
+        self.together = together
 
     def run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[_Value]
@@ -318,6 +323,25 @@ class _Interpreter:
             return value
         return self.force(value, primitive, way="before")
 
+    def enter_loop(
+        self, values: Sequence[_Value], jaxpr: core.Jaxpr, primitive: str
+    ) -> list[_Value]:
+        """The first inputs of the jaxpr of a loop, those that it does not change.
+
+        Evaluations that run together would multiply by a perturbed weight each. Their
+        products with the unperturbed weight are one.
+        """
+        entered = []
+        for i, (value, work) in enumerate(zip(values, _work(jaxpr), strict=False)):
+            inside = work >= LOOP_WORK or (
+                self.together
+                and isinstance(value, Pending)
+                and _only_in_dots(jaxpr, i)
+                and self.factored(value) is not None
+            )
+            entered.append(self.enter(value, inside, primitive))
+        return entered
+
     def body(
         self, closed: core.ClosedJaxpr, values: Sequence[_Value], primitive: str
     ) -> list[jax.Array]:
@@ -335,11 +359,7 @@ class _Interpreter:
         closed, length = params["jaxpr"], params["length"]
         carry_at, num_carry = primitives.scan_sizes(params)
         xs_at = carry_at + num_carry
-        work = _work(closed.jaxpr)
-        shared = [
-            self.enter(x, w >= LOOP_WORK, "scan")
-            for x, w in zip(inputs[:carry_at], work[:carry_at], strict=True)
-        ]
+        shared = self.enter_loop(inputs[:carry_at], closed.jaxpr, "scan")
         carry = [self.force(x, "scan", "before").array for x in inputs[carry_at:xs_at]]
         # A block of a vector is a scalar, too little to have an axis of its own.
         sliced = [
@@ -378,11 +398,7 @@ class _Interpreter:
         carry_at = body_at + params["body_nconsts"]
         test, body = params["cond_jaxpr"], params["body_jaxpr"]
         tested = [self.force(x, "while", "before") for x in inputs[:body_at]]
-        work = _work(body.jaxpr)[: carry_at - body_at]
-        shared = [
-            self.enter(x, w >= LOOP_WORK, "while")
-            for x, w in zip(inputs[body_at:carry_at], work, strict=True)
-        ]
+        shared = self.enter_loop(inputs[body_at:carry_at], body.jaxpr, "while")
         carry = [self.force(x, "while", "before").array for x in inputs[carry_at:]]
 
         def run(closed: Any, consts: Sequence[_Value], carry: Any) -> list[jax.Array]:
@@ -469,6 +485,37 @@ def _add_up(
             if variable in totals:
                 totals[variable] += count(equation, variable)
     return [totals[v] for v in jaxpr.invars]
+
+
+def _only_in_dots(jaxpr: core.Jaxpr, position: int) -> bool:
+    """Whether an input of a jaxpr does nothing but multiply, in matrix products."""
+    followed = {jaxpr.invars[position]}
+    for equation in jaxpr.eqns:
+        uses = [
+            i
+            for i, x in enumerate(equation.invars)
+            if not isinstance(x, core.Literal) and x in followed
+        ]
+        if not uses:
+            continue
+        called = primitives.called_jaxpr(equation)
+        if called is not None:
+            if not all(_only_in_dots(called[0], i) for i in uses):
+                return False
+        elif _is_view(equation) and len(uses) == 1:
+            followed.update(equation.outvars)
+        elif equation.primitive.name not in factored_products.DOTS or len(uses) > 1:
+            return False
+    return followed.isdisjoint(
+        x for x in jaxpr.outvars if not isinstance(x, core.Literal)
+    )
+
+
+def _is_view(equation: core.JaxprEqn) -> bool:
+    """Whether a weight that is factored may stay it through an equation."""
+    sizes = [x.aval.size for x in equation.invars]  # type: ignore[attr-defined]
+    scalar = len(sizes) == 1 or min(sizes) == 1
+    return equation.primitive.name in factored_products.VIEWS and scalar
 
 
 def _uses(jaxpr: core.Jaxpr) -> list[float]:

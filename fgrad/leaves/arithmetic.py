@@ -459,7 +459,7 @@ def arithmetic_of(
     if is_qtensor(leaf) and sparsity and leaf.bits < sparsity.below:
         return GridArithmetic(leaf, low_bit.WORDS, sparsity)
     one = jnp.float32(1) if unit is None else unit(leaf)
-    scaled = jnp.asarray(epsilon, jnp.float32) if unit is None else epsilon * one
+    scaled = jnp.asarray(epsilon if unit is None else epsilon * one, jnp.float32)
     if isinstance(perturbation, perturbations.LowRank):
         low_rank = (
             FixedPointLowRankArithmetic if is_qtensor(leaf) else LowRankArithmetic

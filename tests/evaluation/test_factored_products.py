@@ -222,6 +222,70 @@ def test_scan_over_stacked_weights_is_factored_in_every_layer():
     assert_equals_dense(value_fn, params, rank=2)
 
 
+def shapes_within(jaxpr):
+    """The shapes of all values of a jaxpr, those inside of loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from shapes_within(inner)
+
+
+def in_scan(step, x):
+    return lax.scan(lambda h, _: (step(h), None), x, length=3)[0]
+
+
+def in_while(step, x):
+    return lax.fori_loop(0, jnp.int32(3), lambda _, h: step(h), x)
+
+
+@pytest.mark.parametrize("loop", [in_scan, in_while])
+@pytest.mark.parametrize("bits", every(2, [None, 16]))
+def test_evaluations_that_run_together_share_the_products_inside_a_loop(loop, bits):
+    x, params = normal(1, (4, 7)), {"w": 0.3 * normal(2, (7, 7))}
+    if bits:
+        params = fgrad.quantize(params, bits=bits)
+
+    def value_fn(p):
+        return weighed(loop(lambda h: jnp.tanh(h @ fgrad.dequantize(p)["w"]), x))
+
+    def losses(vectorize):
+        policy = Policy(0.1, num_perturbations=3, perturbation=perturbations.low_rank())
+        plan = Plan(params, policy)
+        return evaluation.evaluate_pairs(
+            value_fn, plan, plan.keys(KEY), vectorize=vectorize
+        )
+
+    # One after the other, each has a weight that is perturbed before the loop.
+    np.testing.assert_allclose(losses(3), losses(1), rtol=2e-5)
+    shapes = set(shapes_within(jax.make_jaxpr(lambda: losses(3))().jaxpr))
+    assert (6, 4, 7) in shapes
+    assert (6, 7, 7) not in shapes
+
+
+def test_a_weight_that_a_loop_uses_otherwise_is_perturbed_before_it():
+    x, params = normal(1, (4, 7)), {"w": 0.3 * normal(2, (7, 7))}
+
+    def value_fn(p):
+        return weighed(in_scan(lambda h: jnp.tanh(h @ jnp.abs(p["w"])), x))
+
+    def losses(vectorize):
+        policy = Policy(0.1, num_perturbations=3, perturbation=perturbations.low_rank())
+        plan = Plan(params, policy)
+        return evaluation.evaluate_pairs(
+            value_fn, plan, plan.keys(KEY), vectorize=vectorize
+        )
+
+    np.testing.assert_allclose(losses(3), losses(1), rtol=2e-5)
+    closed = jax.make_jaxpr(lambda: losses(3))()
+    scans = [e for e in closed.jaxpr.eqns if e.primitive.name == "scan"]
+    (scan,) = [e for e in scans if e.params["length"] == 3]
+    assert (6, 7, 7) in {v.aval.shape for v in scan.invars}
+
+
 def test_weights_at_the_end_of_the_grid_leave_room_for_z():
     x = QTensor(jnp.array([[3, -2]], jnp.int8), jnp.float32(1))
     params = fgrad.quantize(
