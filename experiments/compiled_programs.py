@@ -8,6 +8,7 @@ import hashlib
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 
@@ -23,7 +24,8 @@ def keep() -> pathlib.Path | None:
     Returns:
       The folder; None if JAX was told of another one, by ``JAX_COMPILATION_CACHE_DIR``.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is not None:
         return None
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,8 @@ def link(
                 "itself. Give the argument of value_fn another name, such as "
                 f"{'model_' + twice[0]!r}."
             )
-        return usual(*args, **kwargs)
+        result: tuple[Any, Any] = usual(*args, **kwargs)
+        return result
 
     return optax.GradientTransformationExtraArgs(promotion.usual_rules(init_fn), update)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -121,12 +122,15 @@ def extrapolation(
         _arguments.given("extrapolation", params)
 
         def asked(at: Any) -> tuple[Any, Any]:
-            return inner.update(updates, state.inner_state, at, **extra_args)
+            result: tuple[Any, Any] = inner.update(
+                updates, state.inner_state, at, **extra_args
+            )
+            return result
 
         last = state.last
         if two_pass:
             last = _map_updates(_kept, params, asked(params)[0])
-        ahead = _map_updates(lambda *pair: _moved(*pair, scale), params, last)
+        ahead = _map_updates(functools.partial(_moved, scale=scale), params, last)
         new, inner_state = asked(ahead)
         new = _map_updates(_on_the_grid, params, new)
         return new, ExtrapolationState(

@@ -426,8 +426,9 @@ def _check_batch(
 
 def _check_secret(key: jax.Array, noise_key: jax.Array) -> None:
     """Raises if the noise is drawn from the key that everybody may know."""
-    words = [jax.random.key_data(k) for k in (key, noise_key)]
-    if all(map(is_concrete, words)) and jnp.array_equal(*words):
+    known, secret = (jax.random.key_data(k) for k in (key, noise_key))
+    concrete = is_concrete(known) and is_concrete(secret)
+    if concrete and jnp.array_equal(known, secret):
         raise ValueError(
             "key and noise_key are the same: whoever knows the directions would know "
             "the noise. Draw the noise from a key of its own that stays secret."

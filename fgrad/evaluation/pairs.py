@@ -246,7 +246,8 @@ def _evaluate_spread(
     """`evaluate_pairs` shared by devices; each loss is the mean over the shards."""
 
     def evaluate(sign: jax.Array, keys: LeafKeys, kwargs: Any) -> jax.Array:
-        return TracedLoss(functools.partial(value_fn, **kwargs), plan)(keys, sign)
+        loss = TracedLoss(functools.partial(value_fn, **kwargs), plan)
+        return loss(keys, sign, together=vectorize > 1)
 
     table = spread.table(evaluate, keys, kwargs, vectorize=vectorize)
     plus, minus = spreads.mean_over_shards(table)
@@ -298,18 +299,20 @@ class TracedLoss:
         keys: LeafKeys,
         sign: jax.Array,
         events: list[point_of_use.Event] | None = None,
+        *,
+        together: bool = False,
     ) -> jax.Array:
         """The loss at ``w + sign * εz``, for the keys [leaves] of z."""
-        return self.with_aux(keys, sign, events)[0]
+        arithmetic = self.arithmetic
+        return _run(self.program, arithmetic, keys, sign, events, together=together)[0]
 
     def with_aux(
         self,
         keys: LeafKeys,
         sign: jax.Array,
-        events: list[point_of_use.Event] | None = None,
     ) -> tuple[jax.Array, Any]:
         """The loss at ``w + sign * εz`` and what it came with, ``()`` if nothing."""
-        loss, *leaves = _run(self.program, self.arithmetic, keys, sign, events)
+        loss, *leaves = _run(self.program, self.arithmetic, keys, sign)
         return loss, jax.tree.unflatten(self.aux, leaves)
 
 
