@@ -320,7 +320,7 @@ def test_16w8a_logits_are_close_to_the_float_ones(way):
 
 
 def method(name, way, *, cache=False):
-    config = quickstart.get_config("smoke")
+    config = quickstart.base("smoke")
     changes = {
         "adaptation": {way: WAYS[way]},
         "cache_frozen": cache,

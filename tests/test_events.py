@@ -49,7 +49,7 @@ class Setting:
     steps, num_evals = 35, 3
 
     def __init__(self, method):
-        config = quickstart.get_config("smoke")
+        config = quickstart.base("smoke")
         random = np.random.default_rng(0)
         split = arrays.Split(
             random.uniform(size=(24, 8)).astype(np.float32),
@@ -129,4 +129,4 @@ def test_a_run_that_goes_on_has_every_point_once(setting, tmp_path, die_after):
 def test_no_file_is_written_unless_asked_for(setting, tmp_path):
     setting.run(tmp_path, event_files=False)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert not quickstart.get_config().event_files
+    assert not quickstart.base().event_files

@@ -35,7 +35,7 @@ def pretrained():
 
 
 def method(**changes):
-    base = quickstart.get_config().methods.forward_fp32
+    base = quickstart.base().methods.forward_fp32
     changes = {"gradient": "activity", "optimizer": "sgd", **changes}
     return quickstart.changed(base, changes)
 
@@ -84,7 +84,7 @@ def test_an_exact_head_is_trained_like_by_backpropagation():
     changes = {"adaptation": {"linear_probe": {}}, "cache_frozen": True}
     _, exact, _, _ = run(method(**changes, sites=EXACT), 3, 0.5)
     backward = quickstart.changed(
-        quickstart.get_config().methods.backprop,
+        quickstart.base().methods.backprop,
         {**changes, "optimizer": "sgd", "batch_size": 64},
     )
     start, expected, _, _ = run(backward, 3, 0.5)

@@ -94,14 +94,14 @@ def cell(**changes):
 
 
 def quick(**changes):
-    config = quickstart.get_config("smoke")
+    config = quickstart.base("smoke")
     with config.ignore_type():
         config.update(changes)
     return config
 
 
 def with_method(**changes):
-    config = quickstart.get_config("smoke")
+    config = quickstart.base("smoke")
     changed = quickstart.changed(config.methods.forward_16w8a, changes)
     config.methods.forward_16w8a = changed
     return config

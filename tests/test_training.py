@@ -113,7 +113,7 @@ def test_the_network_has_the_documented_size():
 
 @pytest.mark.slow
 def test_the_learning_rate_decays_to_zero_within_the_run(data_dir):
-    config = quickstart.get_config("smoke")
+    config = quickstart.base("smoke")
     method = config.methods.backprop
     learner = make_learner(method, cnn.CNN, Classification(method))
     splits = load("upright", data_dir)
@@ -135,7 +135,7 @@ def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
     config = quickstart.get_config("smoke")
     config.data_dir = data_dir
     results = training.run(config, str(tmp_path))
-    names = ["zero_shot", "backprop", "forward_fp32", "forward_16w8a", "forward_8w8a"]
+    names = ["zero_shot", *config.run]
     assert list(results) == names
     assert json.loads((tmp_path / "results.json").read_text()) == results
     for name in names:
@@ -145,9 +145,9 @@ def test_the_quickstart_writes_what_it_promises(tmp_path, data_dir):
         np.testing.assert_allclose(result["accuracy"], np.mean(accuracies))
         np.testing.assert_allclose(result["accuracy_std"], np.std(accuracies, ddof=1))
         assert all(0 <= accuracy <= 1 for accuracy in accuracies)
-    forward = config.methods.forward_fp32
-    passes = 2 * forward.num_perturbations * forward.steps
-    assert results["forward_16w8a"]["forward_passes"] == passes
+    # A pair in every eighth step.
+    passes = int(1.25 * config.methods.joint_16w8a.steps)
+    assert results["joint_16w8a"]["forward_passes"] == passes
     assert results["backprop"]["forward_passes"] == 3 * config.methods.backprop.steps
     for name in names[1:]:
         assert results[name]["learning_rate"] in config.methods[name].learning_rates
@@ -175,9 +175,11 @@ def test_translation_moves_whole_pixels(offset):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match='variant must be "full" or "smoke"'):
+    with pytest.raises(ValueError, match="variant must be one of .* got 'fast'"):
         quickstart.get_config("fast")
-    method = quickstart.get_config().methods.backprop
+    with pytest.raises(ValueError, match='variant must be "full" or "smoke"'):
+        quickstart.base("fast")
+    method = quickstart.base().methods.backprop
     method.gradient = "sideways"
     with pytest.raises(ValueError, match='gradient must be "backward", "forward" or'):
         make_learner(method, cnn.CNN, Classification(method))
@@ -202,7 +204,7 @@ def test_rescaled_layers_make_the_same_function():
 
 
 def test_unknown_enhancements_are_refused():
-    method = quickstart.get_config().methods.forward_fp32
+    method = quickstart.base().methods.forward_fp32
     method.enhancements = ConfigDict({"warp_drive": {}})
     with pytest.raises(ValueError, match="no enhancement 'warp_drive'"):
         optimizers.make_optimizer(method, 0.1, 10, jax.random.key(0))
@@ -229,7 +231,7 @@ def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
             )
 
     monkeypatch.setattr(training, "Trainer", Scripted)
-    config = quickstart.get_config("smoke")
+    config = quickstart.base("smoke")
     config.tuning_seeds, config.tuning_fraction = (7, 8), 0.5
     method = quickstart.changed(
         config.methods.backprop, {"learning_rates": (0.1, 0.2), "steps": 4}

@@ -74,7 +74,7 @@ class Task:
 
 def digits(directory: pathlib.Path, smoke: bool) -> Task:
     """The quickstart: all weights, 700 steps of 16 pairs with batches of 64."""
-    config = quickstart.get_config("smoke" if smoke else "full")
+    config = quickstart.base("smoke" if smoke else "full")
     with show_progress() as progress:
         progress.expect(config.pretrain.steps)
         task = training.prepare(config, directory, progress)
@@ -107,7 +107,7 @@ def voices(directory: pathlib.Path, smoke: bool) -> Task:
     size = found["train"].images.shape[1]
     head = {"kernel": jnp.zeros((size, classes)), "bias": jnp.zeros(classes)}
     method = quickstart.changed(
-        quickstart.get_config("smoke" if smoke else "full").methods.forward_16w8a,
+        quickstart.base("smoke" if smoke else "full").methods.forward_16w8a,
         {
             "steps": 20 if smoke else 1000,
             "num_perturbations": 8,

@@ -97,7 +97,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 
 def _part(variant: str, budget: int) -> ConfigDict:
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     smoke = variant == "smoke"
     config.figure = "dots"
     if not smoke:

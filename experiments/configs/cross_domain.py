@@ -32,7 +32,7 @@ from experiments.configs import quickstart
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     smoke = variant == "smoke"
     config.network = "linear"
     config.dataset = "solar_cells"

@@ -91,7 +91,7 @@ def common(
       variant: "full", or "smoke" for a run of some seconds that shows no result.
       changes: fields of the configuration with other values.
     """
-    quick = quickstart.get_config(variant)
+    quick = quickstart.base(variant)
     smoke = variant == "smoke"
     config = ConfigDict()
     config.driver = "few_shot"  # which loop runs

@@ -50,7 +50,7 @@ _ADAPTED: dict[str, Any] = {
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     smoke = variant == "smoke"
     config.network = "efficientnet_lite0"
     config.weights = "imagenet"

@@ -24,20 +24,13 @@ All of one task: leave the last line out. A smoke run of some seconds that shows
 result has "_smoke" behind the name of the task.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
 
-EVALUATIONS = 900
-EVERY = 8
-BITS = {"fp32": None, "16w8a": (16, 8), "8w8a": (8, 8)}
-# The middle of the learning rates to choose from, Adam's unless said.
+# The middle of the learning rates to choose from.
 RATES = {
-    # Of SGD with momentum on digits, as in the quickstart.
-    "digits": {"backprop": 3e-2, "exact_head": 1e-2, "joint": 6e-3},
-    "mnist": {"backprop": 1e-2, "exact_head": 1e-2, "joint": 6e-3},
+    **quickstart.RATES,
     "vit": {"backprop": 3e-3, "exact_head": 1e-2, "joint": 3e-3},
 }
 
@@ -56,74 +49,25 @@ def get_config(variant: str = "digits") -> ConfigDict:
             f"{variant!r}."
         )
     smoke = length == "smoke"
-    config = quickstart.get_config(length or "full")
+    config = quickstart.base(length or "full")
     config.count_products = True
     if not smoke:
         config.seeds = (0, 1, 2, 3, 4)
         config.tuning_fraction = 1.0
         config.tuning_seeds = (100,)
     if task != "digits":
-        config.network = "cnn_28_deep" if task == "mnist" else "vit_28"
-        config.dataset = "mnist_5k"
-        config.target = "rotated_45"
-        config.pretrain.input_shift = 3
+        quickstart.to_mnist(config)
     if task == "vit":
+        config.network = "vit_28"
         config.pretrain.steps = 30 if smoke else 2000
-    config.methods = _methods(config, task, smoke)
-    config.run = tuple(config.methods)
-    return config
-
-
-def _methods(config: ConfigDict, task: str, smoke: bool) -> ConfigDict:
-    """The methods by name, in the order of the table."""
-    rates = {name: quickstart.rates_around(rate) for name, rate in RATES[task].items()}
-    backprop = quickstart.changed(
-        config.methods.backprop,
-        {"learning_rates": rates["backprop"], "steps": _steps(3, smoke)}
-        | ({} if task == "digits" else {"optimizer": "adam", "batch_size": 64}),
-    )
-    head = {"adaptation": {"linear_probe": {"num_layers": 1}}}
-    methods = ConfigDict()
-    methods.backprop = backprop
-    methods.backprop_checkpoints = quickstart.changed(backprop, {"checkpoint": True})
-    methods.backprop_head = quickstart.changed(
-        backprop,
-        {**head, "optimizer": "adam", "learning_rates": rates["exact_head"]},
-    )
-    forward = quickstart.changed(
-        config.methods.forward_fp32, {"optimizer": "adam", "batch_size": 64}
-    )
-    exact = {
-        **head,
-        "gradient": "activity",
-        "sites": {"Dense_0": {"exact": True}},
-        "steps": _steps(1, smoke),
-        "learning_rates": rates["exact_head"],
-    }
-    joint: dict[str, Any] = {
-        "gradient": "joint",
-        "joint": {
-            "head": "Dense_0",
-            "every": EVERY,
-            "transposed_head": True,
-            "on_the_way": False,
-        },
-        "steps": _steps(1 + 2 / EVERY, smoke),
-        "learning_rates": rates["joint"],
-    }
-    ways = {"exact_head": exact, "joint": joint}
+    methods = quickstart.at_equal_evaluations(config, task, RATES[task], smoke)
     if task == "vit":
-        stream = {"head": "Dense_0", "residual": True}
-        steps = _steps(2, smoke)
-        ways["joint_residual"] = {**joint, "joint": stream, "steps": steps}
-    for name, changes in ways.items():
-        for arithmetic, bits in BITS.items():
-            methods[f"{name}_{arithmetic}"] = quickstart.changed(
-                forward, {**changes, "bits": bits}
-            )
-    return methods
-
-
-def _steps(evaluations: float, smoke: bool) -> int:
-    """Steps of so many evaluations each."""
-    return 10 if smoke else int(EVALUATIONS / evaluations)
+        stream = {
+            **methods["joint_fp32"].to_dict(),
+            "joint": {"head": "Dense_0", "residual": True},
+            "steps": quickstart.steps_of(2, smoke),
+        }
+        methods |= quickstart.in_all_arithmetics(config, "joint_residual", stream)
+    config.methods = ConfigDict(methods)
+    config.run = tuple(methods)
+    return config

@@ -29,7 +29,7 @@ LEARNING_RATES = {
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     smoke = variant == "smoke"
     config.driver = "landscape"
     config.seeds = (0,)

@@ -65,7 +65,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 def _part(variant: str, task: str, batch: int) -> ConfigDict:
     smoke = variant == "smoke"
-    config = quickstart.get_config("smoke" if smoke else "full")
+    config = quickstart.base("smoke" if smoke else "full")
     config.figure = "dots"
     if not smoke:
         config.tuning_fraction, config.wider_tuning = 1.0, 3

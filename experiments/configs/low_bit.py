@@ -31,7 +31,7 @@ ROUNDED = (8, 6)  # at 4 bits epsilon rounds to zero, which is an error
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     forward = config.methods.forward_16w8a
     forward.estimator = "sign_m_spsa"
     forward.per_channel = True

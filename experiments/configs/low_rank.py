@@ -22,7 +22,7 @@ RANKS = (1, 2, 4, 8)
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     forward = config.methods.forward_fp32
     forward.estimator = "sign_m_spsa"
     config.methods = ConfigDict()

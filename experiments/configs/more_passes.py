@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     if variant == "full":
         config.seeds = (0, 1, 2, 3, 4)
         config.tuning_fraction, config.wider_tuning = 1.0, 3

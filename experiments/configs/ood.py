@@ -78,7 +78,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 
 def _part(variant: str, severity: int) -> ConfigDict:
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     smoke = variant == "smoke"
     config.network = "vit_32"
     config.dataset = "mnist_5k_c"

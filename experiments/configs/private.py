@@ -39,7 +39,7 @@ METHODS = {
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     smoke = variant == "smoke"
     config.driver = "private"
     if not smoke:

@@ -39,7 +39,7 @@ STEPS = {"sgd": 1e-2, "kernel_normalized": 8e-2}
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.get_config(variant)
+    config = quickstart.base(variant)
     config.layer_scales = (10.0, 1.0, 0.1, 1.0)
     config.figure = "dots"
     if variant == "full":

@@ -44,7 +44,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.learning_rates = ConfigDict({"backprop": 0.03, "forward": 0.003})
     config.tasks = ConfigDict()
     for name, (network, dataset, target) in TASKS.items():
-        task = quickstart.get_config(variant)
+        task = quickstart.base(variant)
         task.network, task.dataset, task.target = network, dataset, target
         config.tasks[name] = task
         if smoke:
