@@ -45,6 +45,7 @@ def linen():
     return losses, params, batch
 
 
+@pytest.mark.slow
 def test_head_and_layers_are_found():
     losses, params, batch = linen()
     head, sites = joint_structure.find_head(losses, params, batch)
@@ -83,6 +84,7 @@ def test_a_transformer_of_flax_learns(on_the_way):
     assert losses(found, **batch).mean() < 0.2
 
 
+@pytest.mark.slow
 def test_an_unmodified_model_of_nnx_learns_in_fixed_point():
     class Network(nnx.Module):
         def __init__(self, rngs):
