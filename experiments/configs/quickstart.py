@@ -250,8 +250,12 @@ def at_equal_evaluations(
         "joint": {
             "head": "Dense_0",
             "every": EVERY,
+            "num_perturbations": 1,
+            "epsilon": 0.1,  # in units of each activation's rms
+            "correction": 0.0,  # pairs only teach
+            "memory": 200.0,  # steps that the mean Jacobians go back
             "transposed_head": True,
-            "on_the_way": False,
+            "on_the_way": False,  # whether to keep one activation at a time
         },
         "steps": steps_of(1 + 2 / EVERY, smoke),
         "learning_rates": around["joint"],
