@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +33,7 @@ from fgrad.activity.sites import Site, check_values, site_leaves
 from fgrad.activity.transform import PerturbedActivation
 from fgrad.tracing import execution_order
 
-# Parts of the batch in which an update on the way goes through an activation.
+# In at most so many parts of the batch an update on the way goes through an activation.
 _PARTS = 16
 
 
@@ -447,7 +446,10 @@ def _split(
       params: the parameters.
       kwargs: the data of all examples.
     """
-    count = math.gcd(losses.examples, _PARTS)
+    # Of one example alone the trace would often be another one.
+    count = next(
+        n for n in range(_PARTS, 0, -1) if losses.examples % (2 * n) == 0 or n == 1
+    )
     examples = losses.examples // count
     found: list[Split] = []
 

@@ -55,7 +55,8 @@ class Split:
         """The values that the gradients at sites read, of a part of the examples.
 
         What acts on each value by itself, such as the addition of a bias, is computed
-        again, so that the whole of it need not be there.
+        again, so that the whole of it need not be there; inside a block of a residual
+        stream everything is.
 
         Args:
           sites: some of those in the trace of a part.
@@ -70,13 +71,16 @@ class Split:
             for node in joint_parts.nodes_of(program, site, self.sites, logits)
         ]
         makers = {value: node for node in nodes for value in node.outputs}
+        inside = any(site.feedback == "branch" for site in sites)
         found: dict[int, Any] = {}
 
         def find(number: int) -> None:
             if number in found or number not in values:
                 return
             node = makers.get(number)
-            if node is not None and (node.facts.elementwise or node.facts.view):
+            if node is not None and (
+                inside or node.facts.elementwise or node.facts.view
+            ):
                 for operand in node.values:
                     find(operand)
                 if all(operand in found for operand in node.values):

@@ -306,12 +306,15 @@ def _converted(node: Node, tangent: Any) -> Any:
 
 
 def _integer_product(node: Node, operands: Sequence[Any], tangents: Any) -> Any:
-    """How a product of integers moves with its activation, in floats."""
-    tangent = tangents[0]
-    if tangent is None or tangents[1] is not None:
-        raise ValueError(f"the weight of {node.name!r} depends on the data")
+    """How a product of integers moves with its operands, in floats."""
     parameters = {k: v for k, v in node.equation.params.items() if k != "bits"}
-    weight = operands[1].astype(tangent.dtype)
-    if node.name == "integer_dot_general":
-        return lax.dot_general(tangent, weight, **parameters)
-    return lax.conv_general_dilated(tangent, weight, **parameters)
+    is_dot = node.name == "integer_dot_general"
+    product: Any = lax.dot_general if is_dot else lax.conv_general_dilated
+    parts = []
+    for place, tangent in enumerate(tangents):
+        if tangent is None:
+            continue
+        both = [x.astype(tangent.dtype) for x in operands]
+        both[place] = tangent
+        parts.append(product(*both, **parameters))
+    return sum(parts[1:], parts[0])
