@@ -22,6 +22,7 @@ from experiments.drivers import (
     landscape_figures,
     memory_table,
     private_table,
+    sampled_table,
     training,
     training_time,
 )
@@ -48,6 +49,7 @@ _DRIVERS = {
     "landscape": landscape_figures.run,
     "memory": memory_table.run,
     "private": private_table.run,
+    "sampled": sampled_table.run,
     "train": training.run,
     "training_time": training_time.run,
 }

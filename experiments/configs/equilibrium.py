@@ -44,10 +44,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     # length of a run; rates of momentum SGD, or of SGD for forward gradients.
     config.methods = ConfigDict()
     for name, kind, steps, rates in (
-        ("implicit", 0, 300, (0.01, 0.03, 0.1)),
-        ("phantom_1", 1, 300, (0.01, 0.03, 0.1)),
-        ("phantom_5", 5, 300, (0.01, 0.03, 0.1)),
-        ("forward", "forward", 700, (0.01, 0.02, 0.04)),
+        ("implicit", 0, 300, (0.1, 0.3, 1.0)),
+        ("phantom_1", 1, 300, (0.1, 0.3, 1.0)),
+        ("phantom_5", 5, 300, (0.1, 0.3, 1.0)),
+        ("forward", "forward", 700, (0.04, 0.08, 0.16)),
     ):
         config.methods[name] = ConfigDict(
             {

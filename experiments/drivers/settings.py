@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments import registry
 from experiments.learners import adapt, learner, metrics, nearest_centroid
+from experiments.models import sampled
 from experiments.usage import UsageError, check_names
 from experiments.workdir import report
 
@@ -182,6 +183,27 @@ def check_equilibrium(config: ConfigDict) -> None:
             )
     if config.estimates < 2:
         raise UsageError(f"estimates must be at least 2, got {config.estimates}.")
+
+
+def check_sampled(config: ConfigDict) -> None:
+    """Checks a configuration of backpropagation with sampled activations.
+
+    Args:
+      config: see ``configs/sampled.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, [config.source, config.target])
+    check_names("sampler", config.samplers, sampled.SAMPLERS)
+    _check_seeds("seeds", config.seeds)
+    _check_some("learning_rates", config.learning_rates)
+    if not all(1 <= rows <= config.batch_size for rows in config.rows):
+        raise UsageError(
+            f"rows must be 1 to {config.batch_size}, the size of a batch, got "
+            f"{config.rows}."
+        )
 
 
 def _parts(config: ConfigDict) -> list[ConfigDict]:
