@@ -196,7 +196,8 @@ def print_tables(
       directory: for C files.
       emulated: whether to run the Cortex-M3 as well.
     """
-    print("| seed | before | after | bits of JAX |\n|---|---|---|---|")
+    if settings.seeds:
+        print("| seed | before | after | bits of JAX |\n|---|---|---|---|")
     for seed in settings.seeds:
         step = step_of(seed)
         program = step.program
@@ -210,7 +211,7 @@ def print_tables(
     if not emulation.has_emulator():
         print("The Cortex-M3 needs unicorn and ziglang: pip install 'fgrad[integer]'.")
         return
-    step = step_of(settings.seeds[0])
+    step = step_of(0)
     found = emulate(step, data, settings, directory / "m3")
     plain, flash = inference_only(step.program, settings, directory / "inference")
     rows = [
@@ -238,6 +239,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     given = flags.FLAGS
     settings = SMOKE if given.smoke else Settings(batch_size=given.batch_size)
+    if not given.adapt:
+        settings = dataclasses.replace(settings, seeds=())
     run(given.out, given.smoke, settings, given.emulate)
 
 
@@ -246,5 +249,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory for data and C files.", required=True)
     flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
     flags.DEFINE_integer("batch_size", 16, "Examples in a step.")
+    flags.DEFINE_bool("adapt", True, "Whether to take whole adaptations.")
     flags.DEFINE_bool("emulate", True, "Whether to run the Cortex-M3.")
     app.run(main)

@@ -42,7 +42,8 @@ class OneByOne(Settings):
         return self.batch_size
 
 
-FULL = OneByOne(steps=1500, batch_size=1, learning_rate=0.1, emulated_steps=3)
+# The rate is the best of 0.1, 0.3 and 1 on the validation recordings.
+FULL = OneByOne(steps=3000, batch_size=1, learning_rate=1.0, emulated_steps=3)
 SMOKE = OneByOne(steps=3, batch_size=1, learning_rate=0.1, seeds=(0,))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import emulation
+from fgrad.fixed_point import is_qtensor
 
 microcontroller = pytest.importorskip(
     "experiments.benchmarks.microcontroller", reason="needs the extra [experiments]"
@@ -53,7 +54,8 @@ def test_a_head_on_a_frozen_backbone(tmp_path, capsys, monkeypatch):
     assert sorted(np.unique(train.labels)) == [0, 1]
     assert len(train.labels) == 20
     assert len(test.labels) == 10
-    widths = {leaf.bits for leaf in jax.tree.leaves(program.params["recurrent"])}
+    backbone = jax.tree.leaves(program.params["recurrent"], is_leaf=is_qtensor)
+    widths = {leaf.bits for leaf in backbone}
     assert widths == {8}
     head.run(str(tmp_path), True, head.SMOKE)
     check(capsys.readouterr().out)

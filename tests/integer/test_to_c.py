@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import emulation
+from experiments.models import cnn
 from fgrad.integer import (
     ConversionError,
     Fixed,
@@ -245,6 +246,26 @@ def test_a_perturbed_kernel_is_never_stored(training):
     )
     only_inference = to_c(program, written.source.parent / "p", batch_size=BATCH)
     assert written.arena_bytes - only_inference.arena_bytes < largest / 2
+
+
+def test_a_step_of_the_quickstart_needs_little_more_memory_than_inference(tmp_path):
+    network = cnn.CNN()  # 25,866 parameters
+    x = jax.random.uniform(jax.random.key(0), (16, 8, 8, 1))
+    params = jax.jit(network.init)(jax.random.key(1), x)["params"]
+    program = convert(lambda p, x: network.apply({"params": p}, x), params, x)
+    _, step = train_step(
+        program,
+        jax.random.key(0),
+        learning_rate=2e-2,
+        epsilon=3e-2,
+        num_perturbations=16,
+        decay_steps=700,
+        estimator="normalized",
+    )
+    arenas = [
+        to_c(model, tmp_path, batch_size=16).arena_bytes for model in (program, step)
+    ]
+    assert arenas[1] <= 1.1 * arenas[0], arenas
 
 
 def test_an_arena_keeps_what_lives_at_one_time_apart():
