@@ -175,7 +175,7 @@ def test_translation_moves_whole_pixels(offset):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="variant must be one of .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"variant must be one of .* got 'fast'"):
         quickstart.get_config("fast")
     with pytest.raises(ValueError, match='variant must be "full" or "smoke"'):
         quickstart.base("fast")
