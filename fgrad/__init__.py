@@ -20,7 +20,7 @@ from fgrad.adaptation import adapt
 from fgrad.adapters import adapter, lora, prompts
 from fgrad.estimators import gradient_from_losses
 from fgrad.evaluation import dual_forward
-from fgrad.fixed_point import QTensor, adopt, dequantize, products, quantize
+from fgrad.fixed_point import QTensor, dequantize, from_served, products, quantize
 from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
 from fgrad.run_log import RunLog
 from fgrad.serialization import load, save
@@ -45,7 +45,6 @@ __all__ = [
     "adapt",
     "adapter",
     "adapters",
-    "adopt",
     "analysis",
     "dequantize",
     "dual_forward",
@@ -54,6 +53,7 @@ __all__ = [
     "evaluation",
     "fixed_point",
     "fixed_point_forward_grad",
+    "from_served",
     "gradient_from_losses",
     "layers",
     "leaves",

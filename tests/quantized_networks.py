@@ -97,11 +97,11 @@ def aqt_net(
 
 
 def aqt_serving(bits, variables, x, **options):
-    """The serving network, its adopted weights, and ``apply(params, x)``."""
+    """The serving network, its weights as leaves, and ``apply(params, x)``."""
     convert = aqt_net(bits, QuantMode.CONVERT, **options)
     serve = aqt_net(bits, QuantMode.SERVE, **options)
     _, frozen = convert.apply(variables, x, mutable=["aqt"])
-    params, restore = fgrad.adopt(frozen["aqt"])
+    params, restore = fgrad.from_served(frozen["aqt"])
 
     def apply(params, x):
         return serve.apply({**variables, "aqt": restore(params)}, x)
@@ -130,12 +130,12 @@ def qwix_training(**options):
 
 
 def qwix_serving(params, x, **options):
-    """Qwix's quantized parameters, adopted ones, and ``apply(params, x)``."""
+    """Qwix's quantized parameters, leaves made of them, and ``apply(params, x)``."""
     qwix, rules = qwix_rules()
     net = qwix.quantize_model(Net(**options), qwix.PtqProvider(rules))
     shapes = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
     quantized = qwix.quantize_params(jax.tree.map(jnp.asarray, params), shapes)
-    adopted, restore = fgrad.adopt(quantized)
+    adopted, restore = fgrad.from_served(quantized)
     return quantized, adopted, lambda p, x: net.apply({"params": restore(p)}, x)
 
 

@@ -2,7 +2,6 @@
 
 from fgrad._trees import is_concrete, path_str
 from fgrad.fixed_point import aqt_products, integer_reads, products
-from fgrad.fixed_point.adoption import adopt
 from fgrad.fixed_point.calibration import (
     Calibration,
     abs_max,
@@ -38,6 +37,7 @@ from fgrad.fixed_point.qtensor import (
     stored,
     with_stored,
 )
+from fgrad.fixed_point.served import from_served
 
 __all__ = [
     "MAX_BITS",
@@ -46,7 +46,6 @@ __all__ = [
     "QGradient",
     "QTensor",
     "abs_max",
-    "adopt",
     "aqt_products",
     "as_gradient",
     "as_update",
@@ -55,6 +54,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fixed_point_ratio",
+    "from_served",
     "integer_reads",
     "integers_of",
     "is_concrete",

@@ -65,7 +65,7 @@ def test_restored_tensors_are_what_was_adopted():
         "nothing": None,
         "ours": fgrad.quantize(jnp.ones(3)),
     }
-    params, restore = fgrad.adopt(tree)
+    params, restore = fgrad.from_served(tree)
     assert [params[name].bits for name in ("new", "int4", "old", "ours")] == [
         8,
         4,
@@ -81,7 +81,7 @@ def test_restored_tensors_are_what_was_adopted():
 
 def test_the_scale_of_an_activation_stays_a_float():
     tree = {"qlhs": aqt_leaf([0]).replace(qvalue=None)}
-    params, restore = fgrad.adopt(tree)
+    params, restore = fgrad.from_served(tree)
     assert type(params["qlhs"]) is aqt_tensor.QTensor
     np.testing.assert_array_equal(params["qlhs"].scale[0], tree["qlhs"].scale[0])
     assert restore(params)["qlhs"].qvalue is None
@@ -105,19 +105,19 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_grid_stands_for_is_refused_by_name(name):
     with pytest.raises(ValueError, match=r"leaf '.*kernel'|float8"):
-        fgrad.adopt({"kernel": REFUSED[name]})
+        fgrad.from_served({"kernel": REFUSED[name]})
 
 
 def test_bits_of_the_configuration():
     tree = {"w": aqt_leaf(np.int8([[15, -15]]))}
-    params, _ = fgrad.adopt(tree, bits=5)
+    params, _ = fgrad.from_served(tree, bits=5)
     assert params["w"].max_qvalue == 15
     with pytest.raises(ValueError, match="not integers of 4 bits"):
-        fgrad.adopt(tree, bits=4)
+        fgrad.from_served(tree, bits=4)
 
 
 def test_another_tree_cannot_be_restored():
-    params, restore = fgrad.adopt({"w": aqt_leaf(np.int8([[1, 2]]))})
+    params, restore = fgrad.from_served({"w": aqt_leaf(np.int8([[1, 2]]))})
     with pytest.raises(ValueError, match="structure"):
         restore({"v": params["w"]})
     with pytest.raises(TypeError, match="QTensor leaves"):
@@ -145,7 +145,7 @@ def test_the_most_negative_integer_of_qwix_moves_to_the_grid(qtype):
     # Qwix divides by half a step more than the largest integer: that is a scale of 1.
     w = jnp.array([[0.5 - 2.0 ** (bits - 1), 0.5], [0.25, 0.75]])
     array = qwix.quantize(w, qtype, channelwise_axes=(1,))
-    adopted, restore = fgrad.adopt({"w": array})
+    adopted, restore = fgrad.from_served({"w": array})
     assert adopted["w"].bits == bits
     assert int(array.qvalue[0, 0]) == -(2 ** (bits - 1))  # half a step beyond w
     expected = np.maximum(np.asarray(array.qvalue, np.int32), 1 - 2 ** (bits - 1))
@@ -162,12 +162,12 @@ def test_what_qwix_keeps_elsewhere_is_refused():
     w = jnp.linspace(-1, 2, 8).reshape(4, 2)
     shifted = qwix.quantize(w, jnp.int8, calibration_method="minmax")
     with pytest.raises(ValueError, match="zero point"):
-        fgrad.adopt({"w": shifted})
+        fgrad.from_served({"w": shifted})
     tiled = qwix.quantize(w, jnp.int8, tiled_axes={0: 2})
     with pytest.raises(ValueError, match="one for each tile"):
-        fgrad.adopt({"w": tiled})
+        fgrad.from_served({"w": tiled})
     with pytest.raises(ValueError, match="no grid of signed integers"):
-        fgrad.adopt({"w": qwix.quantize(w, jnp.float8_e4m3fn)})
+        fgrad.from_served({"w": qwix.quantize(w, jnp.float8_e4m3fn)})
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_the_state_of_a_qwix_model_in_nnx():
         nnx.Linear(3, 2, rngs=nnx.Rngs(0)), qwix.PtqProvider(rules), x
     )
     graph, state, rest = nnx.split(model, nnx.Param, ...)
-    params, restore = fgrad.adopt(state)
+    params, restore = fgrad.from_served(state)
     leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
     assert [is_qtensor(leaf) for leaf in leaves] == [False, True]
     again = nnx.merge(graph, restore(params), rest)

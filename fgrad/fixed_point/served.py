@@ -1,7 +1,7 @@
 """Quantized tensors of AQT and Qwix as leaves that train.
 
 A network that one of these libraries has quantized keeps its weights as integers in a
-type of that library, which the network asks for again when it is applied. `adopt` puts
+type of that library, which the network asks for again when it is applied. `from_served` puts
 a `QTensor` in the place of each and returns the way back, for use inside the loss.
 """
 
@@ -21,7 +21,7 @@ from fgrad._trees import is_concrete, path_str
 from fgrad.fixed_point.integers import max_qvalue, storage_dtype
 from fgrad.fixed_point.qtensor import QTensor, integers_of, is_qtensor, scale_of
 
-# What a leaf of the adopted tree becomes inside the loss.
+# What a leaf of the served tree becomes inside the loss.
 _Back = Callable[[QTensor], Any]
 
 # The entries of a mapping that stands for one tensor: those of AQT's older freezer,
@@ -30,7 +30,9 @@ _AQT_FREEZER = frozenset({"value", "scale"})
 _NNX_STATE = frozenset({"qvalue", "scale"})
 
 
-def adopt(tree: Any, *, bits: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
+def from_served(
+    tree: Any, *, bits: int | None = None
+) -> tuple[Any, Callable[[Any], Any]]:
     r"""Takes over the quantized tensors of AQT and Qwix as `QTensor` leaves.
 
     .. math:: w = \text{scale} \cdot \text{qvalue}
@@ -70,7 +72,7 @@ def adopt(tree: Any, *, bits: int | None = None) -> tuple[Any, Callable[[Any], A
       ...         dequant_dtype=jnp.float32,
       ...     )
       ... }
-      >>> params, restore = adopt(frozen)
+      >>> params, restore = from_served(frozen)
       >>> params["kernel"].dequantize()
       Array([[ 1.5 , -1.75]], dtype=float32)
       >>> type(restore(params)["kernel"]) is aqt_tensor.QTensor
@@ -96,7 +98,7 @@ def adopt(tree: Any, *, bits: int | None = None) -> tuple[Any, Callable[[Any], A
         found, structure = jax.tree.flatten(params, is_leaf=is_qtensor)
         if structure != treedef:
             raise ValueError(
-                "restore takes a tree of the structure that adopt returned, got "
+                "restore takes a tree of the structure that from_served returned, got "
                 f"{structure} in the place of {treedef}."
             )
         return treedef.unflatten(
@@ -145,7 +147,7 @@ def _from_aqt(node: Any, name: str, bits: int | None) -> tuple[QTensor, _Back]:
     if len(scales) != 1:
         raise ValueError(
             f"leaf {name!r} has {len(scales)} scales in AQT's tensor, and one can be "
-            "adopted. Convert with the general freezer, use_legacy_freezer=False, and "
+            "taken over. Convert with the general freezer, use_legacy_freezer=False, and "
             "without mid-quantization."
         )
     dtype = node.qvalue.dtype
@@ -246,7 +248,7 @@ def _grid(qvalue: Any, scale: Any, bits: int, name: str) -> QTensor:
         if not (-limit - 1 <= low and high <= limit) or np.any(wide % 1):
             raise ValueError(
                 f"leaf {name!r} holds values from {low:g} to {high:g}, which are not "
-                f"integers of {bits} bits; give adopt the bits= of the configuration."
+                f"integers of {bits} bits; give from_served the bits= of the configuration."
             )
     integers = jnp.asarray(qvalue).astype(jnp.int32)
     stored = jnp.clip(integers, -limit, limit).astype(storage_dtype(bits))
@@ -260,7 +262,7 @@ def _bits_of(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32:
         return 16
     raise ValueError(
-        f"a tensor of {dtype} cannot be adopted: it is no grid of signed integers. "
+        f"a tensor of {dtype} cannot be taken over: it is no grid of signed integers. "
         "Quantize it with int4 or int8."
     )
 
@@ -269,7 +271,7 @@ def _integers(q: QTensor, dtype: Any) -> jax.Array:
     """The integers of a leaf in the dtype in which its library keeps them."""
     if not is_qtensor(q):
         raise TypeError(
-            f"restore takes the QTensor leaves of adopt, got a {type(q).__name__} in "
+            f"restore takes the QTensor leaves of from_served, got a {type(q).__name__} in "
             "the place of one."
         )
     return integers_of(q).astype(dtype)
