@@ -1617,8 +1617,8 @@ def qwix_training_and_serving(bits):
     x = quantized_networks.images()
     params = quantized_networks.weights(x)
     if bits == 8:
-        _, adopted, apply = quantized_networks.qwix_serving(params, x)
-        params = jax.tree.map(np.asarray, fgrad.dequantize(adopted))
+        _, leaves, apply = quantized_networks.qwix_serving(params, x)
+        params = jax.tree.map(np.asarray, fgrad.dequantize(leaves))
     else:
         train = quantized_networks.qwix_training()
 

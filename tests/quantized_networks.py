@@ -135,8 +135,8 @@ def qwix_serving(params, x, **options):
     net = qwix.quantize_model(Net(**options), qwix.PtqProvider(rules))
     shapes = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
     quantized = qwix.quantize_params(jax.tree.map(jnp.asarray, params), shapes)
-    adopted, restore = fgrad.from_served(quantized)
-    return quantized, adopted, lambda p, x: net.apply({"params": restore(p)}, x)
+    leaves, restore = fgrad.from_served(quantized)
+    return quantized, leaves, lambda p, x: net.apply({"params": restore(p)}, x)
 
 
 def images(seed: int = 1) -> np.ndarray:

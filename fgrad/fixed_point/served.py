@@ -1,8 +1,9 @@
 """Quantized tensors of AQT and Qwix as leaves that train.
 
 A network that one of these libraries has quantized keeps its weights as integers in a
-type of that library, which the network asks for again when it is applied. `from_served` puts
-a `QTensor` in the place of each and returns the way back, for use inside the loss.
+type of that library, which the network asks for again when it is applied.
+`from_served` puts a `QTensor` in the place of each and returns the way back, for use
+inside the loss.
 """
 
 from __future__ import annotations
@@ -147,8 +148,8 @@ def _from_aqt(node: Any, name: str, bits: int | None) -> tuple[QTensor, _Back]:
     if len(scales) != 1:
         raise ValueError(
             f"leaf {name!r} has {len(scales)} scales in AQT's tensor, and one can be "
-            "taken over. Convert with the general freezer, use_legacy_freezer=False, and "
-            "without mid-quantization."
+            "taken over. Convert with the general freezer, use_legacy_freezer=False, "
+            "and without mid-quantization."
         )
     dtype = node.qvalue.dtype
     q = _grid(node.qvalue, scales[0], bits or _bits_of(dtype), name)
@@ -248,7 +249,8 @@ def _grid(qvalue: Any, scale: Any, bits: int, name: str) -> QTensor:
         if not (-limit - 1 <= low and high <= limit) or np.any(wide % 1):
             raise ValueError(
                 f"leaf {name!r} holds values from {low:g} to {high:g}, which are not "
-                f"integers of {bits} bits; give from_served the bits= of the configuration."
+                f"integers of {bits} bits; give from_served the bits= of the "
+                "configuration."
             )
     integers = jnp.asarray(qvalue).astype(jnp.int32)
     stored = jnp.clip(integers, -limit, limit).astype(storage_dtype(bits))
@@ -271,8 +273,8 @@ def _integers(q: QTensor, dtype: Any) -> jax.Array:
     """The integers of a leaf in the dtype in which its library keeps them."""
     if not is_qtensor(q):
         raise TypeError(
-            f"restore takes the QTensor leaves of from_served, got a {type(q).__name__} in "
-            "the place of one."
+            "restore takes the QTensor leaves of from_served, got a "
+            f"{type(q).__name__} in the place of one."
         )
     return integers_of(q).astype(dtype)
 

@@ -33,7 +33,7 @@ def aqt_leaf(qvalue, **fields):
 @pytest.mark.parametrize(
     ("bits", "legacy"), every_row(4, [(8, False), (4, False), (4, True), (16, False)])
 )
-def test_an_aqt_network_serves_what_was_adopted(bits, legacy):
+def test_an_aqt_network_serves_what_was_taken_over(bits, legacy):
     variables = {"params": quantized_networks.weights(X, span=30)}
     frozen, params, apply = quantized_networks.aqt_serving(
         bits, variables, X, legacy=legacy
@@ -127,12 +127,12 @@ def test_another_tree_cannot_be_restored():
 # ------------------------------------------------------------------------------- Qwix
 
 
-def test_a_qwix_network_serves_what_was_adopted():
+def test_a_qwix_network_serves_what_was_taken_over():
     params = jax.tree.map(jnp.asarray, quantized_networks.weights(X))
-    quantized, adopted, apply = quantized_networks.qwix_serving(params, X)
+    quantized, leaves, apply = quantized_networks.qwix_serving(params, X)
     train = quantized_networks.qwix_training()
-    np.testing.assert_array_equal(apply(adopted, X), train(params, X))
-    kernel = adopted["Dense_0"]["kernel"].array
+    np.testing.assert_array_equal(apply(leaves, X), train(params, X))
+    kernel = leaves["Dense_0"]["kernel"].array
     assert isinstance(kernel, QTensor)
     given = quantized["Dense_0"]["kernel"].array
     np.testing.assert_array_equal(kernel.qvalue, given.qvalue)
@@ -145,14 +145,14 @@ def test_the_most_negative_integer_of_qwix_moves_to_the_grid(qtype):
     # Qwix divides by half a step more than the largest integer: that is a scale of 1.
     w = jnp.array([[0.5 - 2.0 ** (bits - 1), 0.5], [0.25, 0.75]])
     array = qwix.quantize(w, qtype, channelwise_axes=(1,))
-    adopted, restore = fgrad.from_served({"w": array})
-    assert adopted["w"].bits == bits
+    leaves, restore = fgrad.from_served({"w": array})
+    assert leaves["w"].bits == bits
     assert int(array.qvalue[0, 0]) == -(2 ** (bits - 1))  # half a step beyond w
     expected = np.maximum(np.asarray(array.qvalue, np.int32), 1 - 2 ** (bits - 1))
-    np.testing.assert_array_equal(adopted["w"].qvalue, expected)
+    np.testing.assert_array_equal(leaves["w"].qvalue, expected)
     # As near to the weight as before.
     before = np.abs(np.asarray(qwix.dequantize(array) - w))
-    after = np.abs(np.asarray(qwix.dequantize(restore(adopted)["w"]) - w))
+    after = np.abs(np.asarray(qwix.dequantize(restore(leaves)["w"]) - w))
     np.testing.assert_allclose(after, before, rtol=1e-5)
 
 
