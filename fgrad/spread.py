@@ -285,7 +285,9 @@ class _Cells:
         first: Any = jax.tree.leaves(self.pairs)[0]
         if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
             first = jax.random.key_data(first)
-        count = execution_order.hidden(shards * groups, first).astype(jnp.int32)
+        count = execution_order.hidden(
+            shards * groups, execution_order.dependent_zero(first)
+        ).astype(jnp.int32)
 
         def fill(index: Any, table: jax.Array) -> jax.Array:
             found = self._group(groups, shards, index)

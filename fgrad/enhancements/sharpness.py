@@ -131,31 +131,12 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[Any, SharpnessAwareState]:
         if _arguments.has_losses(value_fn, obj_fn, extra_args):
-            # Those of the neighbour, which tell nothing of the ascent.
-            updates, inner_state = inner.update(
-                updates, state.inner_state, params, **extra_args
-            )
-            return updates, state._replace(
-                count=optax.safe_increment(state.count),
-                ascent=jnp.zeros([], jnp.int32),
-                forward_passes=jnp.zeros([], jnp.int32),
-                inner_state=inner_state,
-            )
+            return _from_losses(inner, updates, state, params, extra_args)
         loss_fn = _arguments.loss("sharpness_aware", params, value_fn, obj_fn)
         named = _arguments.named_arguments(loss_fn, extra_args)
         plan_of = functools.partial(Plan, policy=policy, mask=mask, step=state.count)
-        plan = plan_of(params)
         z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
-        keys = jax.vmap(plan.leaf_keys)(z_key[None])
-        plus, minus, _ = evaluate_pairs(
-            lambda p, **kw: _loss_and_aux.loss_alone(loss_fn(p, **kw)),
-            plan,
-            keys,
-            kwargs=named,
-            spread=ascents,
-        )
-        finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
-        ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
+        ascent = _worse_side(loss_fn, named, plan_of(params), z_key, ascents)
         neighbour_fn = _shifted(loss_fn, z_key, ascent, plan_of)
         updates, inner_state = inner.update(
             updates, state.inner_state, params, value_fn=neighbour_fn, **extra_args
@@ -169,6 +150,44 @@ def sharpness_aware(
         )
 
     return _arguments.link(init_fn, update_fn, spread)
+
+
+def _from_losses(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: SharpnessAwareState,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, SharpnessAwareState]:
+    """A step of losses at the neighbour, which tell nothing of the ascent."""
+    updates, inner_state = inner.update(
+        updates, state.inner_state, params, **extra_args
+    )
+    return updates, state._replace(
+        count=optax.safe_increment(state.count),
+        ascent=jnp.zeros([], jnp.int32),
+        forward_passes=jnp.zeros([], jnp.int32),
+        inner_state=inner_state,
+    )
+
+
+def _worse_side(
+    loss_fn: Callable[..., Any],
+    kwargs: dict[str, Any],
+    plan: Plan,
+    z_key: jax.Array,
+    spread: Spread | None,
+) -> jax.Array:
+    """int32 scalar, the sign of z where the loss is larger; 0 if none is known."""
+    plus, minus, _ = evaluate_pairs(
+        lambda p, **kw: _loss_and_aux.loss_alone(loss_fn(p, **kw)),
+        plan,
+        jax.vmap(plan.leaf_keys)(z_key[None]),
+        kwargs=kwargs,
+        spread=spread,
+    )
+    finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
+    return jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
 
 
 def _shifted(

@@ -35,8 +35,9 @@ from fgrad.fixed_point.integers import max_qvalue, storage_dtype
 READ_ON_PURPOSE = "fgrad_reads_integers"
 
 
-# What may not stand in the place of a scale. Other placeholders may, such as shardings.
-_NO_SCALES = (bool, bytes, complex, dict, list, str, tuple, type(None))
+# What may not stand in the place of a scale. Placeholders may, such as shardings, and
+# the None of an axis that `jax.vmap` does not map over.
+_NO_SCALES = (bool, bytes, complex, dict, list, str, tuple)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -81,7 +81,7 @@ def stored(vector: jax.Array) -> jax.Array:
     Nothing that reads it is compiled together with what made it: it comes out of a loop
     of which no compiler knows that it runs once.
     """
-    once = hidden(1, vector).astype(jnp.int32)
+    once = hidden(1, dependent_zero(vector)).astype(jnp.int32)
     found: jax.Array = lax.fori_loop(0, once, lambda _, last: vector, -vector)
     return found
 

@@ -465,7 +465,7 @@ def test_what_is_no_calibration_is_refused(calibration, words):
 
 
 @pytest.mark.parametrize("name", ["headroom", "zero_bound"])
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_headroom_and_zero_bound_are_positive_and_finite(name, value):
     with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
         fixed_point.quantize(jnp.ones(3), **{name: value})
