@@ -15,7 +15,7 @@ from fgrad import (
     transform,
 )
 from fgrad.activity import activity_forward_grad
-from fgrad.estimators import gradient_from_losses
+from fgrad.estimators import gradient_from_losses, pair_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, products, quantize
 from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
@@ -53,6 +53,7 @@ __all__ = [
     "load",
     "on_grid",
     "on_values",
+    "pair_losses",
     "perturbations",
     "products",
     "quantize",
