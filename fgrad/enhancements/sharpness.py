@@ -100,11 +100,7 @@ def sharpness_aware(
     """
     inner = _arguments.transformation(inner)
     _arguments.key(key)
-    if isinstance(rho, LeafEpsilon):
-        raise TypeError(
-            f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
-            "would be that of the perturbed leaf."
-        )
+    _check_kind(rho)
     policy = _arguments.policy(rho, 1, perturbation, name="rho")
     _arguments.spread(spread)
     ascents = None if spread is None else spread.without_pairs()
@@ -131,25 +127,15 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[Any, SharpnessAwareState]:
         if _arguments.has_losses(value_fn, obj_fn, extra_args):
-            # Those of the neighbour, which tell nothing of the ascent.
-            updates, inner_state = inner.update(
-                updates, state.inner_state, params, **extra_args
-            )
-            return updates, state._replace(
-                count=optax.safe_increment(state.count),
-                ascent=jnp.zeros([], jnp.int32),
-                forward_passes=jnp.zeros([], jnp.int32),
-                inner_state=inner_state,
-            )
+            return _without_ascent(inner, updates, state, params, extra_args)
         loss_fn = _arguments.loss("sharpness_aware", params, value_fn, obj_fn)
         named = _arguments.named_arguments(loss_fn, extra_args)
         plan_of = functools.partial(Plan, policy=policy, mask=mask, step=state.count)
         plan = plan_of(params)
         z_key = perturbations.sample_key(state.key, state.count, _ASCENT)
         keys = jax.vmap(plan.leaf_keys)(z_key[None])
-        plus, minus = evaluate_pairs(loss_fn, plan, keys, kwargs=named, spread=ascents)
-        finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
-        ascent = jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
+        losses = evaluate_pairs(loss_fn, plan, keys, kwargs=named, spread=ascents)
+        ascent = _worse_side(*losses)
         neighbour_fn = _shifted(loss_fn, z_key, ascent, plan_of)
         updates, inner_state = inner.update(
             updates, state.inner_state, params, value_fn=neighbour_fn, **extra_args
@@ -163,6 +149,40 @@ def sharpness_aware(
         )
 
     return _arguments.link(init_fn, update_fn, spread)
+
+
+def _check_kind(rho: Any) -> None:
+    """Raises for a ρ of each leaf."""
+    if isinstance(rho, LeafEpsilon):
+        raise TypeError(
+            f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
+            "would be that of the perturbed leaf."
+        )
+
+
+def _worse_side(plus: jax.Array, minus: jax.Array) -> jax.Array:
+    """The side of the larger of two losses [1], as int32; 0 if neither is."""
+    finite = jnp.isfinite(plus[0]) & jnp.isfinite(minus[0])
+    return jnp.where(finite, jnp.sign(plus[0] - minus[0]), 0).astype(jnp.int32)
+
+
+def _without_ascent(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: SharpnessAwareState,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, SharpnessAwareState]:
+    """A step from losses of the neighbour, which tell nothing of where it was."""
+    updates, inner_state = inner.update(
+        updates, state.inner_state, params, **extra_args
+    )
+    return updates, state._replace(
+        count=optax.safe_increment(state.count),
+        ascent=jnp.zeros([], jnp.int32),
+        forward_passes=jnp.zeros([], jnp.int32),
+        inner_state=inner_state,
+    )
 
 
 def _shifted(
