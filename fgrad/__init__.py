@@ -18,7 +18,7 @@ from fgrad import (
 from fgrad.activity import activity_forward_grad
 from fgrad.adaptation import adapt
 from fgrad.adapters import adapter, lora, prompts
-from fgrad.estimators import gradient_from_losses
+from fgrad.estimators import gradient_from_losses, pair_losses
 from fgrad.evaluation import dual_forward
 from fgrad.fixed_point import QTensor, dequantize, from_served, products, quantize
 from fgrad.leaves import on_grid, relative_epsilon, step_epsilon
@@ -61,6 +61,7 @@ __all__ = [
     "lora",
     "on_grid",
     "on_values",
+    "pair_losses",
     "perturbations",
     "products",
     "prompts",

@@ -251,6 +251,63 @@ def forward_gradient(
 
 
 @usual_rules
+def pair_losses(
+    value_fn: Callable[..., jax.Array],
+    params: Any,
+    key: jax.Array,
+    step: jax.typing.ArrayLike,
+    *,
+    mask: Mask = None,
+    vectorize: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+    spread: Spread | None = None,
+    num_perturbations: int = 3,
+    **policy: Any,
+) -> jax.Array:
+    """The first half of `forward_gradient`: the losses of a step, and no gradient.
+
+    A client of a server evaluates them on data of its own. Of their mean over the
+    clients, whoever has the parameters makes the step: by ``losses=`` of ``update`` or
+    by `gradient_from_losses`.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs) -> scalar loss``.
+      params: pytree of float arrays and `QTensor`.
+      key: the key of the run.
+      step: step of the training run.
+      mask: leaves to train, as in `fgrad.dual_forward`.
+      vectorize: how many directions are evaluated at once.
+      kwargs: passed to ``value_fn``.
+      spread: how the devices of a mesh share the evaluations.
+      num_perturbations: m.
+      **policy: ``epsilon``, ``perturbation`` and ``low_bit``, as in
+        `fgrad.fixed_point_forward_grad`. A chain with a ``guide`` draws other z.
+
+    Returns:
+      [2, m], the losses at ``w + εz_i`` and those at ``w - εz_i``.
+
+    Example:
+      >>> w, key = jnp.array([3.0, -1.0]), jax.random.key(0)
+      >>> losses = pair_losses(lambda w: jnp.sum(w**2), w, key, 0, num_perturbations=4)
+      >>> losses.shape
+      (2, 4)
+      >>> gradient_from_losses(w, key, 0, *losses).gradient.shape
+      (2,)
+    """
+    options = Policy(num_perturbations=num_perturbations, **policy)
+    plan = Plan(params, options, mask=mask, step=step)
+    sides = evaluate_pairs(
+        value_fn,
+        plan,
+        plan.keys(key),
+        kwargs=kwargs,
+        vectorize=vectorize,
+        spread=spread,
+    )
+    return jnp.stack(sides)
+
+
+@usual_rules
 def gradient_from_losses(
     params: Any,
     key: jax.Array,

@@ -99,6 +99,16 @@ def test_the_readme_has_two_set_up_commands_of_one_line():
     assert all(c.startswith("python3.11 -m venv .venv && ") for c in commands)
 
 
+@pytest.mark.slow
+def test_three_processes_train_together_and_print_what_the_page_says():
+    page = (DOCS / "how_to/devices.md").read_text()
+    (said,) = re.findall(r"It prints:\n\n```text\n(.*?)```", page, re.DOTALL)
+    program = [sys.executable, DOCS / "how_to/federated.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert result.stdout == said, result.stderr
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site; links to other sites are those of inventories/."""

@@ -100,11 +100,7 @@ def sharpness_aware(
     """
     inner = _arguments.transformation(inner)
     _arguments.key(key)
-    if isinstance(rho, LeafEpsilon):
-        raise TypeError(
-            f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
-            "would be that of the perturbed leaf."
-        )
+    _check_kind(rho)
     policy = _arguments.policy(rho, 1, perturbation, name="rho")
     _arguments.spread(spread)
     ascents = None if spread is None else spread.without_pairs()
@@ -150,6 +146,15 @@ def sharpness_aware(
         )
 
     return _arguments.link(init_fn, update_fn, spread)
+
+
+def _check_kind(rho: Any) -> None:
+    """Raises for a ρ of each leaf."""
+    if isinstance(rho, LeafEpsilon):
+        raise TypeError(
+            f"rho must be a number or a schedule, got {rho.name}: a rho of each leaf "
+            "would be that of the perturbed leaf."
+        )
 
 
 def _from_losses(
