@@ -36,7 +36,7 @@ BITS = {"fp32": None, "16w8a": (16, 8), "8w8a": (8, 8)}
 # The middle of the learning rates to choose from, Adam's unless said.
 RATES = {
     # Of SGD with momentum on digits, as in the quickstart.
-    "digits": {"backprop": 3e-2, "exact_head": 1e-2, "joint": 6e-3},
+    "digits": {"backprop": 3e-2, "exact_head": 1e-2, "joint": 3e-3},
     "mnist": {"backprop": 1e-2, "exact_head": 1e-2, "joint": 6e-3},
     "vit": {"backprop": 3e-3, "exact_head": 1e-2, "joint": 3e-3},
 }
