@@ -44,8 +44,7 @@ def adapt(
       batch: the other arguments of ``value_fn``, such as ``{"x": x, "y": y}``: arrays,
         or `jax.ShapeDtypeStruct` in their place.
       steps: after so many the learning rate is zero.
-      learning_rate: of the first step. What was tuned for digits and mnist was 3e-3
-        and 6e-3.
+      learning_rate: of the first step.
       head: names of the layer of the logits; found by default.
       frozen: names of layers to leave as they are.
       every: a pair of evaluations is made in every n-th step.

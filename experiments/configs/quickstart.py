@@ -32,7 +32,7 @@ BITS = {"fp32": None, "16w8a": (16, 8), "8w8a": (8, 8)}
 # The middle of the learning rates to choose from: Adam's, but for backpropagation on
 # digits, which is by SGD with momentum.
 RATES = {
-    "digits": {"backprop": 3e-2, "exact_head": 1e-2, "joint": 6e-3},
+    "digits": {"backprop": 3e-2, "exact_head": 1e-2, "joint": 3e-3},
     "mnist": {"backprop": 1e-2, "exact_head": 1e-2, "joint": 6e-3},
 }
 
