@@ -69,6 +69,23 @@ def test_equal_layers_share_their_kernels():
     assert kernels(2) == kernels(5) > 0
 
 
+@pytest.mark.optimized
+def test_the_kernels_of_a_step_do_not_grow_with_equal_blocks():
+    def kernels(depth):
+        # Weights of 40 x 40 are large enough to be perturbed where they are used.
+        program = programs.forward_step(
+            subjects.problem(subjects.stack(40, depth), 2, "float32")
+        )
+        program.compile()
+        text = program.text()
+        return compile_time.distinct_kernels(text), text.count(" fusion(")
+
+    (few, fusions), (many, more_fusions) = kernels(3), kernels(6)
+    assert more_fusions >= fusions + 3 * 5
+    # A sum over all leaves takes another round where there are more than 32 of them.
+    assert many <= few + 1
+
+
 def test_every_phase_is_timed_from_empty_caches():
     problem = subjects.problem(subjects.stack(4, 1), 2)
     found = [

@@ -142,7 +142,12 @@ class _Jaxpr:
     """A jaxpr that equals any other that computes the same of its inputs."""
 
     def __init__(self, jaxpr: core.Jaxpr) -> None:
-        self.jaxpr = jaxpr
+        # Without what was captured, which a jaxpr of JAX 0.12 holds itself.
+        self.jaxpr = core.Jaxpr(
+            *(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, jaxpr.eqns),
+            effects=jaxpr.effects,
+            debug_info=jaxpr.debug_info,
+        )
         self._parts = tuple(_parts(jaxpr))
         self._hash = hash(self._parts)
 
@@ -184,12 +189,10 @@ def _value(x: Any) -> Hashable:
     Raises:
       _UnknownError: for what has no such form.
     """
-    if isinstance(x, core.ClosedJaxpr):
-        if x.consts:
+    if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
+        if getattr(x, "consts", ()):
             raise _UnknownError
-        return tuple(_parts(x.jaxpr))
-    if isinstance(x, core.Jaxpr):
-        return tuple(_parts(x))
+        return tuple(_parts(x.jaxpr if isinstance(x, core.ClosedJaxpr) else x))
     if isinstance(x, jax.Array):
         if x.ndim or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             raise _UnknownError
