@@ -120,7 +120,7 @@ def _trained(
     step = jax.jit(learner.step)
     rate, steps = jnp.float32(method.learning_rate), jnp.float32(method.steps)
     middles = (np.arange(config.checkpoints) + 0.5) * method.steps / config.checkpoints
-    checkpoints = []
+    checkpoints: list[Checkpoint] = []
     for count in range(method.steps):
         if count in middles.astype(int):
             at = method.learning_rate * (1 - count / method.steps)
@@ -194,7 +194,8 @@ class _Traces:
             leaves = [x.reshape(len(split.labels), -1) for x in jax.tree.leaves(found)]
             return jnp.concatenate(leaves, axis=1)
 
-        self._forward, self._head, self._exact = map(jax.jit, (forward, head, exact))
+        self._forward, self._head = jax.jit(forward), jax.jit(head)
+        self._exact = jax.jit(exact)
 
     def __call__(
         self, checkpoint: Checkpoint, split: Split, seed: int

@@ -183,8 +183,8 @@ def _write(
     ]
     note = (
         f"{config.source} to {config.target}, test accuracy in %, "
-        f"{report.spread(len(config.seeds))}; zero-shot {100 * zero_shot:.1f}; kept: of "
-        f"the {config.batch_size} rows of each dense layer's input; cosine: of a "
+        f"{report.spread(len(config.seeds))}; zero-shot {100 * zero_shot:.1f}; kept: "
+        f"of the {config.batch_size} rows of each dense layer's input; cosine: of a "
         "batch's gradient with the exact one at the start."
     )
     columns = ("method", "kept", "accuracy", "cosine", "learning rate")

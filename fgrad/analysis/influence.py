@@ -221,9 +221,9 @@ def influence(
       >>> influence(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 0.0], [0.0, -1.0]]))
       Array([[ 3., -2.]], dtype=float32)
     """
-    total = jnp.float32(0)
+    total: jax.Array = jnp.float32(0)
     for rate, a, b in _checkpoints(learning_rates, test, train):
-        total += rate * jnp.matmul(a, b.T, precision="highest")
+        total = total + rate * jnp.matmul(a, b.T, precision="highest")
     return total
 
 
@@ -252,9 +252,9 @@ def self_influence(
       >>> self_influence([jnp.array([[3.0, 4.0], [0.0, 1.0]])], [0.1])
       Array([2.5, 0.1], dtype=float32)
     """
-    total = jnp.float32(0)
+    total: jax.Array = jnp.float32(0)
     for rate, a in _checkpoints(learning_rates, train):
-        total += rate * jnp.sum(jnp.square(a), axis=1)
+        total = total + rate * jnp.sum(jnp.square(a), axis=1)
     return total
 
 

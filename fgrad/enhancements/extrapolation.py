@@ -121,12 +121,13 @@ def extrapolation(
         _arguments.given("extrapolation", params)
 
         def asked(at: Any) -> tuple[Any, Any]:
-            return inner.update(updates, state.inner_state, at, **extra_args)
+            found = inner.update(updates, state.inner_state, at, **extra_args)
+            return found[0], found[1]
 
         last = state.last
         if two_pass:
             last = _map_updates(_kept, params, asked(params)[0])
-        ahead = _map_updates(lambda *pair: _moved(*pair, scale), params, last)
+        ahead = _map_updates(lambda leaf, u: _moved(leaf, u, scale), params, last)
         new, inner_state = asked(ahead)
         new = _map_updates(_on_the_grid, params, new)
         return new, ExtrapolationState(
