@@ -296,7 +296,7 @@ def pair_losses(
     """
     options = Policy(num_perturbations=num_perturbations, **policy)
     plan = Plan(params, options, mask=mask, step=step)
-    sides = evaluate_pairs(
+    plus, minus, _ = evaluate_pairs(
         value_fn,
         plan,
         plan.keys(key),
@@ -304,7 +304,7 @@ def pair_losses(
         vectorize=vectorize,
         spread=spread,
     )
-    return jnp.stack(sides)
+    return jnp.stack([plus, minus])
 
 
 @usual_rules

@@ -30,7 +30,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.data_dir = config_dict.placeholder(str)  # <workdir>/data by default
     config.weights = config.backbone = ""
     config.seeds = (0,) if smoke else (0, 1, 2)
-    config.tuning_seed = 100
+    config.tuning_seeds = (100,) if smoke else (100, 101, 102)
     config.widths = (16, 16) if smoke else (64, 64)  # of the hidden layers
     config.batch_size = 128
     config.pretrain_steps, config.pretrain_rate = (10 if smoke else 500), 0.1

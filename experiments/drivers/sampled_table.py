@@ -45,7 +45,8 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
     methods += [(name, rows) for rows in config.rows for name in config.samplers]
     results: dict[str, Any] = {}
     with runs.owned(directory, config, resume), show_progress() as progress:
-        each = config.steps * (len(config.learning_rates) + len(config.seeds))
+        tuning = len(config.learning_rates) * len(config.tuning_seeds)
+        each = config.steps * (tuning + len(config.seeds))
         progress.expect(config.pretrain_steps + each * len(methods))
         source, target = (
             registry.load(config, domain, directory)
@@ -58,12 +59,11 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         for sampler, rows in methods:
             loss_fn = _loss_fn(sampler, rows)
             train = _training(config, loss_fn, target["train"], config.steps)
-            tuned = {
-                rate: _accuracy(
-                    train(start, rate, config.tuning_seed), target["validation"]
-                )
-                for rate in config.learning_rates
-            }
+            tuned = {}
+            for rate in config.learning_rates:
+                found = [train(start, rate, seed) for seed in config.tuning_seeds]
+                scores = [_accuracy(one, target["validation"]) for one in found]
+                tuned[rate] = float(np.mean(scores))
             rate = max(tuned, key=lambda rate: tuned[rate])
             ended = [train(start, rate, seed) for seed in config.seeds]
             name = f"{sampler}, {rows}" if sampler else "all rows"
@@ -183,8 +183,8 @@ def _write(
     ]
     note = (
         f"{config.source} to {config.target}, test accuracy in %, "
-        f"{report.spread(len(config.seeds))}; zero-shot {100 * zero_shot:.1f}; kept: of "
-        f"the {config.batch_size} rows of each dense layer's input; cosine: of a "
+        f"{report.spread(len(config.seeds))}; zero-shot {100 * zero_shot:.1f}; kept: "
+        f"of the {config.batch_size} rows of each dense layer's input; cosine: of a "
         "batch's gradient with the exact one at the start."
     )
     columns = ("method", "kept", "accuracy", "cosine", "learning rate")

@@ -198,6 +198,7 @@ def check_sampled(config: ConfigDict) -> None:
     registry.check_domains(config.dataset, [config.source, config.target])
     check_names("sampler", config.samplers, sampled.SAMPLERS)
     _check_seeds("seeds", config.seeds)
+    _check_seeds("tuning_seeds", config.tuning_seeds)
     _check_some("learning_rates", config.learning_rates)
     if not all(1 <= rows <= config.batch_size for rows in config.rows):
         raise UsageError(

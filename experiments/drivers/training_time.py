@@ -186,8 +186,8 @@ def _write(
     config: ConfigDict, curves: Mapping[str, Any], directory: pathlib.Path
 ) -> None:
     kinds = [_ACTUAL, *map(str, config.directions)]
-    cells: list[Any] = []
-    errors: dict[Any, Any] = {}
+    cells: list[list[str]] = []
+    errors: dict[tuple[str, str], list[float]] = {}
     for task, methods in curves.items():
         for method, found in methods.items():
             for share in config.targets:

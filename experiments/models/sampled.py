@@ -2,10 +2,11 @@ r"""Dense products that keep a part of their input for the backward pass.
 
 The gradient of a kernel is a sum over examples, which are rows of the input and of the
 gradient at the output, :math:`X^T D = \sum_i x_i d_i^T`. Backpropagation keeps all rows
-of X for it. Column-row sampling keeps k of them, drawn with probabilities p, and divides by k p,
-so that the sum is right on average. Winner-take-all sampling keeps the rows of the
-largest probabilities as they are, which have no variance, and draws the rest. It is the
-backpropagation that forward gradients have to be compared with where memory is short.
+of X for it. Column-row sampling keeps k of them, drawn with probabilities p, and
+divides by k p, so that the sum is right on average. Winner-take-all sampling keeps the
+rows of the largest probabilities as they are, which have no variance, and draws the
+rest. It is the backpropagation that forward gradients have to be compared with where
+memory is short.
 """
 
 import functools

@@ -219,7 +219,7 @@ def influence(
     """
     total: jax.Array = jnp.float32(0)
     for rate, a, b in _checkpoints(learning_rates, test, train):
-        total += rate * jnp.matmul(a, b.T, precision="highest")
+        total = total + rate * jnp.matmul(a, b.T, precision="highest")
     return total
 
 
@@ -250,7 +250,7 @@ def self_influence(
     """
     total: jax.Array = jnp.float32(0)
     for rate, a in _checkpoints(learning_rates, train):
-        total += rate * jnp.sum(jnp.square(a), axis=1)
+        total = total + rate * jnp.sum(jnp.square(a), axis=1)
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -122,15 +121,13 @@ def extrapolation(
         _arguments.given("extrapolation", params)
 
         def asked(at: Any) -> tuple[Any, Any]:
-            result: tuple[Any, Any] = inner.update(
-                updates, state.inner_state, at, **extra_args
-            )
-            return result
+            found = inner.update(updates, state.inner_state, at, **extra_args)
+            return found[0], found[1]
 
         last = state.last
         if two_pass:
             last = _map_updates(_kept, params, asked(params)[0])
-        ahead = _map_updates(functools.partial(_moved, scale=scale), params, last)
+        ahead = _map_updates(lambda leaf, u: _moved(leaf, u, scale), params, last)
         new, inner_state = asked(ahead)
         new = _map_updates(_on_the_grid, params, new)
         return new, ExtrapolationState(

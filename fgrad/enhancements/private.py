@@ -426,9 +426,8 @@ def _check_batch(
 
 def _check_secret(key: jax.Array, noise_key: jax.Array) -> None:
     """Raises if the noise is drawn from the key that everybody may know."""
-    known, secret = (jax.random.key_data(k) for k in (key, noise_key))
-    concrete = is_concrete(known) and is_concrete(secret)
-    if concrete and jnp.array_equal(known, secret):
+    a, b = (jax.random.key_data(k) for k in (key, noise_key))
+    if is_concrete(a) and is_concrete(b) and jnp.array_equal(a, b):
         raise ValueError(
             "key and noise_key are the same: whoever knows the directions would know "
             "the noise. Draw the noise from a key of its own that stays secret."
