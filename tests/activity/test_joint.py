@@ -498,12 +498,12 @@ def test_others_train_what_is_no_site():
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("bits", [None, (16, 8)])
-def test_on_the_way_the_memory_is_near_that_of_inference(bits):
+@pytest.mark.parametrize(("bits", "most"), [(None, 1.3), ((16, 8), 1.6)])
+def test_on_the_way_the_memory_is_near_that_of_inference(bits, most):
     """As the compiler plans it; all activations together take several times as much."""
-    model = cnn.CNN(features=(16,) * 3, strides=(1,) * 3, bits=bits)
+    model = cnn.CNN(features=(16,) * 4, strides=(1,) * 4, bits=bits)
     x, y = jnp.ones((64, 16, 16, 1)), jnp.zeros(64, jnp.int32)
-    variables = cnn.CNN(features=(16,) * 3, strides=(1,) * 3).init(KEY, x)
+    variables = cnn.CNN(features=(16,) * 4, strides=(1,) * 4).init(KEY, x)
     if bits:
         params = fgrad.quantize(variables["params"], bits=bits[0])
         variables = layers.calibrate(model, {"params": params}, x)
@@ -529,7 +529,7 @@ def test_on_the_way_the_memory_is_near_that_of_inference(bits):
 
     lowered = jax.jit(losses).lower(params, **given)
     inference = Memory.planned(lowered.compile()).temporaries
-    assert temporaries(on_the_way=True) <= 1.3 * inference
+    assert temporaries(on_the_way=True) <= most * inference
     assert temporaries(on_the_way=False) > 3 * inference
 
 
