@@ -50,12 +50,14 @@ def on_examples(key):
 
 
 def private(key):
-    """`private_forward_grad` without noise, given `losses_fn` for `loss_fn`."""
-    link = optax.chain(
-        enhancements.private_forward_grad(
-            key, jax.random.fold_in(key, 1), clip=1.0, batch_size=8, **OPTIONS
-        ),
-        optax.scale(20.0),
+    """`private_forward_grad` by signs, without noise, given `losses_fn`."""
+    link = enhancements.private_forward_grad(
+        key,
+        jax.random.fold_in(key, 1),
+        clip=0.1,
+        batch_size=8,
+        mechanism="sign",
+        **OPTIONS,
     )
 
     def update(updates, state, params=None, *, value_fn=None, **extra):

@@ -195,8 +195,8 @@ def _write(
                 cells.append([task, method, f"{share:g}"])
                 cells[-1] += [_spread(steps[kind]) for kind in kinds]
                 for kind in kinds[1:]:
-                    ratio = np.mean(steps[kind]) / np.mean(steps[_ACTUAL])
-                    errors.setdefault((method, kind), []).append(float(abs(ratio - 1)))
+                    ratio = float(np.mean(steps[kind]) / np.mean(steps[_ACTUAL]))
+                    errors.setdefault((method, kind), []).append(abs(ratio - 1))
     for method in config.learning_rates:
         row = [_percent(errors[method, kind]) for kind in kinds[1:]]
         cells.append(["mean error", method, "", "", *row])
