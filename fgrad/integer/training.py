@@ -265,21 +265,18 @@ class TrainStep:
     ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
         """Leaves after equations (6) to (8), the first loss, and the differences."""
         leaves, structure = jax.tree.flatten(weights)
-        step_key = self._step_key(state)
-
-        # Keys are made where they are used: kept ones would need memory for each pair.
-        def key_of(rule: Rule, pair: jax.Array) -> Words:
-            return rule.address.key(fold_in(step_key, pair))
+        keys = self._keys(state)
 
         def evaluate(sign: jax.Array, pair: jax.Array, arguments: Any) -> jax.Array:
             moved = list(leaves)
             for i, rule in self.rules.items():
                 with jax.named_scope("perturb"):
-                    z = rule.z(key_of(rule, pair), decay)
+                    first, second = keys[i]
+                    z = rule.z((first[pair], second[pair]), decay)
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
             return self.loss(jax.tree.unflatten(structure, moved), arguments["batch"])
 
-        numbers = np.arange(self.num_perturbations, dtype=np.uint32)
+        numbers = np.arange(self.num_perturbations, dtype=np.int32)
         pairs = self._pairs(evaluate, numbers, {"batch": batch})
         differences = pairs[:, 0] - pairs[:, 1]
         coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
@@ -291,8 +288,7 @@ class TrainStep:
         for i, rule in self.rules.items():
             with jax.named_scope("update"):
                 shape = [self.num_perturbations, *[1] * leaves[i].ndim]
-                words = key_of(rule, jnp.asarray(numbers))
-                first, second = (word.reshape(shape) for word in words)
+                first, second = (word.reshape(shape) for word in keys[i])
                 z = rule.z((first, second), decay)
                 total = jnp.sum(coefficients[type(rule)].reshape(shape) * z, axis=0)
                 updated[i] = rule.updated(leaves[i], total, 128 * bound, decay)
@@ -351,6 +347,12 @@ class TrainStep:
                 for leaf, q in zip(own, jax.tree.leaves(weights), strict=True)
             ],
         )
+
+    def _keys(self, state: State) -> dict[int, Words]:
+        """The words of the keys [m] of each leaf."""
+        numbers = jnp.arange(self.num_perturbations, dtype=jnp.uint32)
+        sample = fold_in(self._step_key(state), numbers)
+        return {i: rule.address.key(sample) for i, rule in self.rules.items()}
 
     def _step_key(self, state: State) -> Words:
         return fold_in((state.key[0], state.key[1]), state.count.astype(jnp.uint32))
