@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lanes import some
 from sklearn import datasets
 
 import fgrad
@@ -73,8 +74,8 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("bits", [None, 16])
-@pytest.mark.parametrize("chain", [guided, adam])
+@pytest.mark.parametrize("bits", some([None, 16], [16]))
+@pytest.mark.parametrize("chain", some([guided, adam], [adam]))
 def test_a_run_is_made_again_to_the_bit(chain, bits, tmp_path):
     params, state, log = trained(chain(), initial(bits))
     log.save(tmp_path / "log")
@@ -93,6 +94,7 @@ def test_the_weights_of_links_around_the_estimator_are_made_again(chain):
     assert_same_bits(again, params)
 
 
+@pytest.mark.slow
 def test_a_log_may_begin_at_a_checkpoint():
     tx = guided()
     params, state, log = trained(tx, initial(), 4)
