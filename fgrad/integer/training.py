@@ -250,19 +250,20 @@ class TrainStep:
         leaves, structure = jax.tree.flatten(weights)
         keys = self._keys(state)
 
-        def evaluate(_: Any, side: Any) -> tuple[Any, jax.Array]:
-            pair, sign = side
+        def evaluate(_: Any, address: Any) -> tuple[Any, jax.Array]:
+            sign, leaf_keys = address
             moved = list(leaves)
             for i, rule in self.rules.items():
                 with jax.named_scope("perturb"):
-                    first, second = keys[i]
-                    z = rule.z((first[pair], second[pair]), decay)
+                    z = rule.z(leaf_keys[i], decay)
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
             return (), self.loss(jax.tree.unflatten(structure, moved), batch)
 
-        numbers = np.arange(self.num_perturbations, dtype=np.int32)
+        # IREE runs neither Threefry nor a slice at a computed place in this loop, so
+        # both sides of a pair have their keys in memory.
         signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
-        _, found = lax.scan(evaluate, (), (np.repeat(numbers, 2), signs))
+        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
+        _, found = lax.scan(evaluate, (), (signs, twice))
         pairs = found.reshape(self.num_perturbations, 2)
         differences = pairs[:, 0] - pairs[:, 1]
         coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
