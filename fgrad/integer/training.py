@@ -267,17 +267,15 @@ class TrainStep:
         leaves, structure = jax.tree.flatten(weights)
         keys = self._keys(state)
 
-        def evaluate(sign: jax.Array, pair: jax.Array, arguments: Any) -> jax.Array:
+        def evaluate(sign: jax.Array, leaf_keys: Any, arguments: Any) -> jax.Array:
             moved = list(leaves)
             for i, rule in self.rules.items():
                 with jax.named_scope("perturb"):
-                    first, second = keys[i]
-                    z = rule.z((first[pair], second[pair]), decay)
+                    z = rule.z(leaf_keys[i], decay)
                     moved[i] = rule.perturbed(leaves[i], z, sign, decay)
             return self.loss(jax.tree.unflatten(structure, moved), arguments["batch"])
 
-        numbers = np.arange(self.num_perturbations, dtype=np.int32)
-        pairs = self._pairs(evaluate, numbers, {"batch": batch})
+        pairs = self._pairs(evaluate, keys, {"batch": batch})
         differences = pairs[:, 0] - pairs[:, 1]
         coefficients = {rule: jnp.sign(differences) for rule in (Rounded, OnGrid)}
         bound = self.num_perturbations
@@ -313,18 +311,19 @@ class TrainStep:
         return updated, loss.q
 
     def _pairs(
-        self,
-        evaluate: Callable[..., jax.Array],
-        numbers: np.ndarray[Any, Any],
-        arguments: dict[str, Any],
+        self, evaluate: Callable[..., jax.Array], keys: Any, arguments: dict[str, Any]
     ) -> jax.Array:
         """int32 [m, 2], the losses of all pairs."""
         if self._spread is not None:
-            table = self._spread.table(evaluate, jnp.asarray(numbers), arguments)
+            table = self._spread.table(evaluate, keys, arguments)
             return spreads.mean_over_shards(table).T
+        # IREE runs neither Threefry nor a slice at a computed place in this loop, so
+        # both sides of a pair have their keys in memory.
         signs = np.tile(np.array([1, -1], np.int32), self.num_perturbations)
-        sides = signs, np.repeat(numbers, 2)
-        _, found = lax.scan(lambda _, x: ((), evaluate(*x, arguments)), (), sides)
+        twice = jax.tree.map(lambda k: jnp.repeat(k, 2), keys)
+        _, found = lax.scan(
+            lambda _, x: ((), evaluate(*x, arguments)), (), (signs, twice)
+        )
         return found.reshape(self.num_perturbations, 2)
 
     def loss(self, weights: Any, batch: Any) -> jax.Array:

@@ -265,7 +265,8 @@ def test_a_step_of_the_quickstart_needs_little_more_memory_than_inference(tmp_pa
     arenas = [
         to_c(model, tmp_path, batch_size=16).arena_bytes for model in (program, step)
     ]
-    assert arenas[1] <= 1.11 * arenas[0], arenas
+    # 3 KiB of it are the keys of 16 pairs for eight leaves.
+    assert arenas[1] <= 1.25 * arenas[0], arenas
 
 
 def test_an_arena_keeps_what_lives_at_one_time_apart():
