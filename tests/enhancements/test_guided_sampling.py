@@ -194,7 +194,7 @@ def test_a_stacked_leaf_is_guided_in_blocks_inside_a_scan():
     )
     plan = Plan({"w": stacked}, Policy(0.1)).guided(guidance)
     keys = jax.vmap(plan.leaf_keys)(KEY[None])
-    plus, _ = evaluation.evaluate_pairs(value_fn, plan, keys)
+    plus, _, _ = evaluation.evaluate_pairs(value_fn, plan, keys)
     there = plan.perturbed(KEY)
     np.testing.assert_allclose(plus[0], value_fn(there), rtol=1e-5)
 
