@@ -261,7 +261,7 @@ def test_arguments_may_be_arrays_as_they_are():
     w, v = matrix(1, 3, 4), matrix(2, 4)
     program = point_of_use.trace(function, w, v)
     pending = Pending(Shifted("w", 0.5, []), w)
-    got = point_of_use.run(program, [pending, v], jnp.float32(1))
+    (got,) = point_of_use.run(program, [pending, v], jnp.float32(1))
     np.testing.assert_allclose(got, function(w + 0.5, v), rtol=1e-6)
 
 
