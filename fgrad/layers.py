@@ -82,10 +82,10 @@ def calibrate(
       [Array(0.01, dtype=float32)]
     """
     _checks.positive("headroom", headroom)
-    if not isinstance(model, nn.Module):
+    if not (callable(getattr(model, "init", None)) and hasattr(model, "apply")):
         raise TypeError(
-            f"model must be a module of Flax linen, got {model!r:.60}; calibrate takes "
-            "(model, variables, data)."
+            "model must have init and apply, as a module of Flax linen has, got "
+            f"{model!r:.60}; calibrate takes (model, variables, data)."
         )
     variables = {name: v for name, v in variables.items() if name != SCALES}
     empty = _uncalibrated(model, *args, **kwargs)
