@@ -8,8 +8,10 @@ compiled for it is kept in the user's cache folder; --nocompilation_cache keeps 
 ``--list`` prints the names of configurations, networks, datasets and the like.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -26,6 +28,7 @@ from experiments.drivers import (
     training,
     training_time,
 )
+from experiments.drivers.progress import INTERRUPTED, StoppedError
 from experiments.usage import UsageError, check_names
 from experiments.workdir.runs import InUseError
 
@@ -64,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
     config = _CONFIG.value
     driver = config.get("driver", "train")
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         check_names("driver", [driver], _DRIVERS)
         if _CACHE.value:
@@ -71,13 +75,19 @@ def main(argv: Sequence[str]) -> None:
         _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
     except (UsageError, InUseError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         print(
             f"\nInterrupted. The same command goes on from what {_WORKDIR.value} holds;"
             " with --noresume it begins anew.",
             file=sys.stderr,
         )
         sys.exit(_INTERRUPTED)
+
+
+def _interrupt(*_: Any) -> None:
+    """What Ctrl-C does: it lets threads end as well."""
+    INTERRUPTED.set()
+    raise KeyboardInterrupt
 
 
 def parse(argv: Sequence[str]) -> list[str]:

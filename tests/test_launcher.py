@@ -204,7 +204,10 @@ def test_an_interrupt_is_told_and_plain_lines_are_printed(tmp_path):
     lines = read_until(process, "the pre-training is finished")
     assert "begins" in lines[0]
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=_PATIENCE)
+    try:
+        _, error = process.communicate(timeout=_PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in error
     assert f"The same command goes on from what {tmp_path} holds" in error

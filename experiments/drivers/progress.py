@@ -11,6 +11,11 @@ import rich.progress
 _SECONDS = 15.0  # between two lines
 
 
+# Whether the user interrupted the program: then every thread ends at its next steps,
+# also where the exception of the interrupt was lost, as it is in a finalizer.
+INTERRUPTED = threading.Event()
+
+
 class StoppedError(RuntimeError):
     """The experiment was told to stop while this part of it ran."""
 
@@ -51,7 +56,7 @@ class Progress:
         with self._lock:
             self._done += steps
             self._show(self._done, self._total)
-        if self._stopped.is_set():
+        if self._stopped.is_set() or INTERRUPTED.is_set():
             raise StoppedError("the experiment was told to stop")
 
     def say(self, text: str) -> None:
