@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     driver = config.get("driver", "train")
     signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _unraisable
     try:
         check_names("driver", [driver], _DRIVERS)
         if _CACHE.value:
@@ -88,6 +89,12 @@ def _interrupt(*_: Any) -> None:
     """What Ctrl-C does: it lets threads end as well."""
     INTERRUPTED.set()
     raise KeyboardInterrupt
+
+
+def _unraisable(lost: Any) -> None:
+    """Tells of an exception in a finalizer, unless it is that of Ctrl-C."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
