@@ -177,7 +177,8 @@ def fixed_point_forward_grad(
     _arguments.spread(spread, policy.num_perturbations, vectorize)
     _checks.choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
 
-    if has_aux and spread is not None:
+    aux = _loss_and_aux.Aux.of(has_aux, initial_aux)
+    if aux.expected and spread is not None:
         raise ValueError(
             "has_aux=True and spread= do not go together, since each device evaluates "
             "losses of its own; leave out one of them, and compute what the loss "
@@ -187,9 +188,8 @@ def fixed_point_forward_grad(
         "vectorize": vectorize,
         "on_nonfinite": on_nonfinite,
         "spread": spread,
-        "has_aux": has_aux,
+        "has_aux": aux.expected,
     }
-    aux = _loss_and_aux.Aux.of(has_aux, initial_aux)
     link = _ForwardGrad(key, policy, estimator, mask, guide, aux, how)
 
     def update_fn(

@@ -468,8 +468,8 @@ def test_bad_choices_are_refused():
         adapt.make(network, {"half": {}})
     with pytest.raises(ValueError, match="choose one way"):
         adapt.make(network, {"full": {}, "lora": {}})
-    with pytest.raises(TypeError, match="CNN has no stages"):
-        adapt.linear_probe(cnn.CNN())
+    with pytest.raises(TypeError, match="Dense has no stages"):
+        adapt.linear_probe(nn.Dense(3))
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         adapt.linear_probe(network, num_layers=0)
     with pytest.raises(ValueError, match=r"num_blocks must be 1 to 2.*got 3"):

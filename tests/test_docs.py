@@ -196,7 +196,15 @@ PLUMBING = {
         "with_stored",
     },
     "leaves": {"Epsilon", "Mask", "Plan", "map_leaves", "trained_leaves"},
-    "perturbations": {"accumulate", "checked", "hashed", "pieces", "product"},
+    "perturbations": {
+        "accumulate",
+        "checked",
+        "hashed",
+        "pieces",
+        "product",
+        "row_major",
+        "word_of_block",
+    },
 }
 
 

@@ -189,7 +189,8 @@ OPTIONS: dict[str, Option] = {
         lambda v: fgrad.QTensor(jnp.zeros(3, jnp.int8), v),
         # Its numbers are looked at by check_values, when a run begins.
         {"0.5", "3", "3.0", "18", "np.float32(0.5)", "an array of one"}
-        | {"0", "-1.5", "NaN", "infinity", "an object"},
+        # None stands for an axis that jax.vmap does not map over.
+        | {"0", "-1.5", "NaN", "infinity", "an object", "None"},
     ),
     "bits of QTensor": Option(
         lambda v: fgrad.QTensor(jnp.zeros(3, jnp.int8), jnp.float32(1), v),

@@ -109,7 +109,7 @@ def test_not_a_number_and_what_is_beyond_the_grid():
 
 @pytest.mark.parametrize("below", [-1, 18])
 def test_an_impossible_width_is_refused(below):
-    with pytest.raises(ValueError, match=f"0 to 17 bits, got {below}"):
+    with pytest.raises(ValueError, match=f"from 0 to 17, got {below}"):
         fgrad.quantized_update(stochastic_below=below)
 
 

@@ -181,7 +181,9 @@ def test_bad_settings_are_refused():
         quickstart.base("fast")
     method = quickstart.base().methods.backprop
     method.gradient = "sideways"
-    with pytest.raises(ValueError, match='gradient must be "backward", "forward" or'):
+    with pytest.raises(
+        ValueError, match='gradient must be "backward", "forward", "activity" or'
+    ):
         make_learner(method, cnn.CNN, Classification(method))
 
 
@@ -217,6 +219,7 @@ def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
 
     class Scripted:
         temporaries = 0
+        multiply_adds = staticmethod(float)
 
         class learner:  # noqa: N801
             passes_per_step = 2

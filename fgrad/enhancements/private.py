@@ -292,10 +292,13 @@ def clipped_parts(slopes: jax.Array, clip: jax.typing.ArrayLike) -> jax.Array:
     slopes = jnp.where(jnp.isfinite(slopes), slopes, 0).astype(jnp.float32)
     # In units of the largest, whose square cannot overflow.
     largest = jnp.maximum(jnp.max(jnp.abs(slopes), axis=0), 2.0**-100)
-    shares = slopes / largest
+    # A compiler may divide by its inverse, which must not be subnormal.
+    factor = jnp.where(largest > 2.0**64, jnp.float32(2.0**-64), jnp.float32(1))
+    largest = largest * factor
+    shares = slopes * factor / largest
     norm = jnp.sqrt(jnp.sum(jnp.square(shares), axis=0))  # 1 to √m, or 0
     # Of the longer of the vector and C, again as a share of the largest.
-    length = jnp.maximum(norm, jnp.float32(clip) / largest)
+    length = jnp.maximum(norm, jnp.float32(clip) * factor / largest)
     return jnp.trunc(shares / length * (_UNITS * _MARGIN)).astype(jnp.int32)
 
 

@@ -453,7 +453,9 @@ def train_step(
     if not chosen and head is None:
         raise ValueError("no leaf trains; where= must pick one of program.params.")
     if chosen and epsilon is None:
-        raise ValueError("epsilon= must be given: leaves are perturbed by it.")
+        raise ValueError(
+            "epsilon must be given for leaves that are perturbed, got None."
+        )
     rate = learning_rate / num_perturbations
     rules = {
         i: _rule(path, leaf, rate, epsilon or 0.0, decay_steps, estimator)

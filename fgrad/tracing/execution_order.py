@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fgrad._trees import is_concrete
+
 
 def dependent_zero(array: jax.Array) -> jax.Array:
     """A uint32 zero that depends on an array.
@@ -81,9 +83,18 @@ def stored(vector: jax.Array) -> jax.Array:
     Nothing that reads it is compiled together with what made it: it comes out of a loop
     of which no compiler knows that it runs once.
     """
+    found: jax.Array = _from_a_loop(vector) if is_concrete(vector) else _looped(vector)
+    return found
+
+
+def _looped(vector: jax.Array) -> jax.Array:
     once = hidden(1, dependent_zero(vector)).astype(jnp.int32)
     found: jax.Array = lax.fori_loop(0, once, lambda _, last: vector, -vector)
     return found
+
+
+# Outside `jax.jit` a loop would be compiled at every call.
+_from_a_loop = jax.jit(_looped)
 
 
 def delayed_row(array: jax.Array, row: int, after: jax.Array, axis: int) -> jax.Array:

@@ -193,7 +193,7 @@ def test_models_without_a_rule_say_what_to_do(model, primitive, remedy):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match="2 to 8 bits"):
+    with pytest.raises(ValueError, match="from 2 to 8"):
         convert(lambda p, x: x @ p, W, X, bits=(16, 16))
     with pytest.raises(ValueError, match="headroom"):
         convert(lambda p, x: x @ p, W, X, headroom=0.5)
