@@ -16,7 +16,7 @@ from experiments.data.arrays import Split
 from experiments.learners import adapt
 from experiments.learners.classification import Classification
 from experiments.learners.learner import make_learner
-from experiments.models import cnn, efficientnet, vit
+from experiments.models import efficientnet, vit
 from fgrad import layers
 
 SETTINGS: dict[str, Any] = {"num_classes": 4, "patch": 4, "width": 8, "depth": 2}

@@ -257,7 +257,7 @@ def test_a_sparse_step_needs_the_memory_of_one_layer(density, options):
         (
             lambda t: sparse_update(t, density=0.5, criterion="top"),
             ValueError,
-            "or "importance", got 'top'",
+            "importance., got 'top'",
         ),
         (
             lambda t: sparse_update(t, density=0.5, criterion="random"),
