@@ -37,7 +37,9 @@ def settings(config: ConfigDict) -> dict[str, Any]:
     """
     found = {name: config.get(name) for name in _FIELDS}
     found["pretrain"] = {
-        name: value for name, value in config.pretrain.items() if name != "committed"
+        name: value
+        for name, value in config.pretrain.to_dict().items()
+        if name != "committed"
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

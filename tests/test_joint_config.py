@@ -24,7 +24,7 @@ def test_configurations_can_be_run(task, length):
     config = joint.get_config(task + length)
     settings.check_training(config)
     assert config.run[0] == "backprop"
-    assert {f"joint_{x}" for x in joint.BITS} <= set(config.run)
+    assert {f"joint_{x}" for x in quickstart.BITS} <= set(config.run)
 
 
 def test_every_method_spends_as_many_evaluations():
@@ -33,7 +33,7 @@ def test_every_method_spends_as_many_evaluations():
         for name in config.run:
             method = config.methods[name]
             passes = method.steps * optimizers.forward_passes(method)
-            assert passes == joint.EVALUATIONS, (task, name)
+            assert passes == quickstart.EVALUATIONS, (task, name)
 
 
 def test_an_unknown_task_is_told():
