@@ -4,7 +4,7 @@ import os
 import pathlib
 
 import pytest
-from lanes import SLOW_FILES
+from lanes import SLOW_FILES, SLOW_TESTS
 
 # Experiments that tests start leave nothing in the user's cache folder.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -15,11 +15,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of whole files, and the examples of docstrings, as slow."""
+    """Marks as slow what `lanes` names, and the examples of docstrings."""
     here = pathlib.Path(__file__).parent
     for item in items:
         ours = here in item.path.parents
-        if not ours or item.path.relative_to(here).as_posix() in SLOW_FILES:
+        path = item.path.relative_to(here).as_posix() if ours else ""
+        name = f"tests/{path}::{item.nodeid.partition('::')[2]}"
+        if not ours or path in SLOW_FILES or name in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
 
 

@@ -1,9 +1,17 @@
 """The core lane: the tests that ``pytest -m "not slow"`` runs.
 
 A test that takes long is marked ``slow`` as a whole if others show the same faster. Of
-a test with many cases the core lane keeps some of each kind, by `some` or `every`.
+a test with many cases the core lane keeps some of each kind, by `some` or `every`. What
+still took over a second is named in slow_tests.txt, which
+
+    python -m pytest --durations 0 --durations-min 1 > log; python tests/lanes.py log
+
+writes again, by adding the tests of the log.
 """
 
+import pathlib
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +41,9 @@ SLOW_FILES = {
     "test_training.py",
 }
 
+_FILE = pathlib.Path(__file__).parent / "slow_tests.txt"
+SLOW_TESTS = frozenset(_FILE.read_text().splitlines())
+
 
 def some(cases: Iterable[Any], core: Iterable[Any]) -> list[Any]:
     """The values of one argument as parameters, slow but for those in ``core``."""
@@ -54,3 +65,14 @@ def every_row(number: int, rows: Iterable[tuple[Any, ...]]) -> list[Any]:
 
 def _slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def _add(log: str) -> None:
+    """Names the tests of a log of pytest that took over a second."""
+    lines = re.findall(r"^ *([\d.]+)s call +(tests/.*?) *$", log, re.MULTILINE)
+    slow = {name for seconds, name in lines if float(seconds) >= 1}
+    _FILE.write_text("".join(f"{name}\n" for name in sorted(SLOW_TESTS | slow)))
+
+
+if __name__ == "__main__":
+    _add(pathlib.Path(sys.argv[1]).read_text())
