@@ -2,9 +2,9 @@
 
 A test that takes long is marked ``slow`` as a whole if others show the same faster. Of
 a test with many cases the core lane keeps some of each kind, by `some` or `every`. What
-still took over a second is named in slow_tests.txt, which
+still took over half a second is named in slow_tests.txt, which
 
-    python -m pytest --durations 0 --durations-min 1 > log; python tests/lanes.py log
+    python -m pytest --durations 0 --durations-min .5 > log; python tests/lanes.py log
 
 writes again, by adding the tests of the log.
 """
@@ -68,9 +68,9 @@ def _slow(*values: Any) -> Any:
 
 
 def _add(log: str) -> None:
-    """Names the tests of a log of pytest that took over a second."""
+    """Names the tests of a log of pytest that took over half a second."""
     lines = re.findall(r"^ *([\d.]+)s call +(tests/.*?) *$", log, re.MULTILINE)
-    slow = {name for seconds, name in lines if float(seconds) >= 1}
+    slow = {name for seconds, name in lines if float(seconds) >= 0.5}
     _FILE.write_text("".join(f"{name}\n" for name in sorted(SLOW_TESTS | slow)))
 
 

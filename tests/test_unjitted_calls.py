@@ -131,9 +131,10 @@ def test_a_second_update_compiles_nothing(link, bits):
     ],
 )
 def test_a_second_evaluation_compiles_nothing(evaluate):
+    twice = 2 * X
     evaluate(capturing(loss, X))
     before = len(compilations)
-    found = evaluate(capturing(loss, 2 * X))
+    found = evaluate(capturing(loss, twice))
     assert len(compilations) == before
     expected = jax.jit(lambda x: evaluate(capturing(loss, x)))(2 * X)
     jax.tree.map(
