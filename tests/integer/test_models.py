@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from lanes import some
 
+# The data of the experiments, which their networks know.
+pytest.importorskip("tensorflow_datasets")
+
 from experiments.benchmarks import emulation
 from experiments.models import cnn, crnn, efficientnet, lstm, mlp, resnet12, vit
 from fgrad.integer import audit, convert, to_c, train_step
