@@ -87,8 +87,7 @@ def check_influence(config: ConfigDict) -> None:
       UsageError: for unknown names, and for numbers that leave nothing to look at.
     """
     check_names("network", [config.network], registry.NETWORKS)
-    check_names("dataset", [config.dataset], registry.DATASETS)
-    registry.check_domains(config.dataset, [config.domain])
+    _check_data(config, config.domain)
     learner.check_method(config.method)
     _check_seeds("seeds", config.seeds)
     _check_some("directions", config.directions)
@@ -112,8 +111,7 @@ def check_private(config: ConfigDict) -> None:
       UsageError: for unknown names, and for numbers that have no meaning.
     """
     check_names("network", [config.network], registry.NETWORKS)
-    check_names("dataset", [config.dataset], registry.DATASETS)
-    registry.check_domains(config.dataset, [config.source, config.target])
+    _check_data(config, config.source, config.target)
     check_names("method", config.run, config.methods)
     _check_some("run", config.run)
     learner.check_method(config.pretrain)
@@ -145,8 +143,7 @@ def check_training_time(config: ConfigDict) -> None:
     """
     for task in config.tasks.values():
         check_names("network", [task.network], registry.NETWORKS)
-        check_names("dataset", [task.dataset], registry.DATASETS)
-        registry.check_domains(task.dataset, [task.source, task.target])
+        _check_data(task, task.source, task.target)
         learner.check_method(task.pretrain)
     check_names("method", config.learning_rates, ("backprop", "forward"))
     _check_seeds("seeds", config.seeds)
@@ -168,8 +165,7 @@ def check_equilibrium(config: ConfigDict) -> None:
     Raises:
       UsageError: for unknown names, and for numbers that have no meaning.
     """
-    check_names("dataset", [config.dataset], registry.DATASETS)
-    registry.check_domains(config.dataset, [config.source, config.target])
+    _check_data(config, config.source, config.target)
     check_names("method", config.run, config.methods)
     _check_some("run", config.run)
     _check_seeds("seeds", config.seeds)
@@ -194,8 +190,7 @@ def check_sampled(config: ConfigDict) -> None:
     Raises:
       UsageError: for unknown names, and for numbers that have no meaning.
     """
-    check_names("dataset", [config.dataset], registry.DATASETS)
-    registry.check_domains(config.dataset, [config.source, config.target])
+    _check_data(config, config.source, config.target)
     check_names("sampler", config.samplers, sampled.SAMPLERS)
     _check_seeds("seeds", config.seeds)
     _check_seeds("tuning_seeds", config.tuning_seeds)
@@ -237,6 +232,12 @@ def _check_common(config: ConfigDict) -> None:
 def _given(name: str | None) -> list[str]:
     """A name that may be left out, as a list."""
     return [name] if name else []
+
+
+def _check_data(config: ConfigDict, *domains: str) -> None:
+    """Raises a UsageError unless there is the dataset, and the domains of it."""
+    check_names("dataset", [config.dataset], registry.DATASETS)
+    registry.check_domains(config.dataset, list(domains))
 
 
 def _check_seeds(name: str, seeds: Any) -> None:

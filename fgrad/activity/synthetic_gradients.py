@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrad import _checks
+from fgrad.activity import mean_jacobians
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,9 @@ class Evidence(NamedTuple):
 
 def predicted(evidence: Evidence, activation: jax.Array) -> jax.Array:
     """The gradient of each example's loss by an activation [examples, …, channels]."""
-    gradient = evidence.signal @ evidence.jacobian
-    middle = [1] * (activation.ndim - 2)
-    gradient = gradient.reshape(len(gradient), *middle, -1)
-    return jnp.broadcast_to(gradient, activation.shape)
+    return mean_jacobians.predicted(
+        evidence.jacobian, evidence.signal, activation.shape
+    )
 
 
 def learned(

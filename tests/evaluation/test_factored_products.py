@@ -1,5 +1,7 @@
 """Base product plus correction against the product with the perturbed weight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,6 +244,14 @@ def in_while(step, x):
     return lax.fori_loop(0, jnp.int32(3), lambda _, h: step(h), x)
 
 
+def losses_of_low_rank(value_fn, params, vectorize):
+    """The losses of three pairs of low rank, so many at once."""
+    policy = Policy(0.1, num_perturbations=3, perturbation=perturbations.low_rank())
+    plan = Plan(params, policy)
+    keys = plan.keys(KEY)
+    return evaluation.evaluate_pairs(value_fn, plan, keys, vectorize=vectorize)[:2]
+
+
 @pytest.mark.parametrize("loop", [in_scan, in_while])
 @pytest.mark.parametrize("bits", every(2, [None, 16]))
 def test_evaluations_that_run_together_share_the_products_inside_a_loop(loop, bits):
@@ -252,14 +262,7 @@ def test_evaluations_that_run_together_share_the_products_inside_a_loop(loop, bi
     def value_fn(p):
         return weighed(loop(lambda h: jnp.tanh(h @ fgrad.dequantize(p)["w"]), x))
 
-    def losses(vectorize):
-        policy = Policy(0.1, num_perturbations=3, perturbation=perturbations.low_rank())
-        plan = Plan(params, policy)
-        found = evaluation.evaluate_pairs(
-            value_fn, plan, plan.keys(KEY), vectorize=vectorize
-        )
-        return found[:2]
-
+    losses = functools.partial(losses_of_low_rank, value_fn, params)
     # One after the other, each has a weight that is perturbed before the loop.
     np.testing.assert_allclose(losses(3), losses(1), rtol=2e-5)
     shapes = set(shapes_within(jax.make_jaxpr(lambda: losses(3))().jaxpr))
@@ -273,14 +276,7 @@ def test_a_weight_that_a_loop_uses_otherwise_is_perturbed_before_it():
     def value_fn(p):
         return weighed(in_scan(lambda h: jnp.tanh(h @ jnp.abs(p["w"])), x))
 
-    def losses(vectorize):
-        policy = Policy(0.1, num_perturbations=3, perturbation=perturbations.low_rank())
-        plan = Plan(params, policy)
-        found = evaluation.evaluate_pairs(
-            value_fn, plan, plan.keys(KEY), vectorize=vectorize
-        )
-        return found[:2]
-
+    losses = functools.partial(losses_of_low_rank, value_fn, params)
     np.testing.assert_allclose(losses(3), losses(1), rtol=2e-5)
     closed = jax.make_jaxpr(lambda: losses(3))()
     scans = [e for e in closed.jaxpr.eqns if e.primitive.name == "scan"]
