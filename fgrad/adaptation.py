@@ -60,6 +60,7 @@ def adapt(
         name; for a head that is not found.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> def losses(params, x, y):  # one for each example
       ...     hidden = jax.nn.relu(x @ params["hidden"])
       ...     return jnp.sum((hidden @ params["head"] - y) ** 2, axis=-1)

@@ -42,6 +42,7 @@ def explain_joint(
       TypeError, ValueError: as ``update`` of `joint_forward_grad`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> losses = lambda p, x: jnp.sum(jax.nn.silu(x @ p["a"] + p["b"]) @ p["c"], -1)
       >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 1))}
       >>> hidden, head = explain_joint(losses, params, "c", x=jnp.ones((4, 3)))
@@ -95,6 +96,7 @@ def find_head(
         layer whose output is not [examples, outputs].
 
     Example:
+      >>> import jax.numpy as jnp
       >>> losses = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"] + p["c"], -1)
       >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 1)), "c": jnp.ones(1)}
       >>> find_head(losses, params, {"x": jnp.ones((4, 3))})

@@ -227,7 +227,7 @@ def scaled(params, x):
             (logits, {"exact_head": "tail"}, "no kernel; the parameters are head/b"),
             (logits, {"exact_head": ("head/w",)}, "goes into 'add'"),
             (logits, {"loss": loss.sum_of_outputs}, "softmax_cross_entropy alone"),
-            (logits, {"where": lambda name: True}, "epsilon= must be given"),
+            (logits, {"where": lambda name: True}, "epsilon must be given"),
         ],
     ),
 )
