@@ -4,7 +4,7 @@ import ast
 import pathlib
 from collections.abc import Iterable
 
-from experiments import registry
+from experiments import published, registry
 from experiments.learners import adapt, metrics
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -21,7 +21,7 @@ def text() -> str:
         "configurations, --config=experiments/configs/...": _configurations(),
         "networks, --config.network=...": sorted(registry.NETWORKS),
         "datasets, --config.dataset=..., and their domains": _datasets(),
-        "published weights, --config.weights=...": sorted(registry.WEIGHTS),
+        "published weights, --config.weights=...": _weights(),
         "backbones, --config.backbone=...": sorted(registry.BACKBONES),
         "ways to adapt, methods.NAME.adaptation": sorted(adapt.WAYS),
         "metrics, --config.metrics=...": sorted(metrics.METRICS),
@@ -39,6 +39,14 @@ def _configurations() -> Iterable[str]:
         if path.stem != "__init__" and said:
             summary = " ".join(said.split("\n\n")[0].split())
             yield f"{path.name}: {summary}"
+
+
+def _weights() -> Iterable[str]:
+    """The names of those that packages carry, and which files the networks read."""
+    for name, (owner, _) in sorted(published.PACKAGED.items()):
+        yield f"{name}: of {owner.__name__}, from a package"
+    for module, reader in published.READERS.items():
+        yield f"a path, for {module.__name__}: {reader.files}"
 
 
 def _datasets() -> Iterable[str]:

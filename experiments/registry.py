@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from experiments import features
+from experiments import features, published
 from experiments.data import (
     arrays,
     characters,
@@ -150,8 +150,6 @@ DATASETS: dict[str, Callable[[str, str], Splits]] = {
     "fsdkaggle2018": _sounds(sound_events.FsdKaggle2018),
 }
 BACKBONES = {"efficientnet_lite0": efficientnet.backbone}
-# Published weights to start from, and how the images have to be for them.
-WEIGHTS = {"imagenet": (efficientnet.load_imagenet, efficientnet.normalized)}
 
 
 def check_domains(dataset: str, domains: Iterable[str]) -> None:
@@ -180,18 +178,29 @@ def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
     splits = DATASETS[config.dataset](domain, data_dir)
-    if config.weights:
-        _, normalized = WEIGHTS[config.weights]
-        splits = {
-            name: split._replace(images=normalized(split.images))
-            for name, split in splits.items()
-        }
+    splits = prepared(config, splits)
     if not config.backbone:
         return splits
     name = f"{config.dataset}_{domain}_{config.backbone}.npz"
     cache = pathlib.Path(data_dir) / "features" / name
     splits = features.extract(BACKBONES[config.backbone], splits, cache)
     return features.standardize(splits, config.deviation_floor)
+
+
+def prepared(config: ConfigDict, splits: Splits) -> dict[str, arrays.Split]:
+    """Splits as the published weights of a configuration want them.
+
+    Args:
+      config: see ``configs/quickstart.py``.
+      splits: as the dataset gives them.
+    """
+    return published.prepared(
+        splits,
+        NETWORKS[config.network],
+        config.get("weights", ""),
+        side=config.get("image_side", 0),
+        normalization=config.get("normalization", ""),
+    )
 
 
 def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> Any:
@@ -202,19 +211,20 @@ def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> An
       network: ``network(bits=...)`` gives the Flax module.
       data: splits of the domain of pre-training.
     """
-    published = WEIGHTS[config.weights][0]() if config.weights else {}
-    published.pop("classifier", None)
+    model, images = network(bits=None), data["train"].images[:1]
+    found: dict[str, Any] = {}
+    if config.weights:
+        found = published.load(config.weights, model, images.shape)
 
     @jax.jit  # which leaves out what is not returned
     def drawn(key: jax.Array, images: jax.Array) -> dict[str, Any]:
-        params = network(bits=None).init(key, images)["params"]
-        return {k: v for k, v in params.items() if k not in published}
+        params = model.init(key, images)["params"]
+        return {k: v for k, v in params.items() if k not in found}
 
-    key = jax.random.key(config.pretrain.seed)
-    params = published | drawn(key, data["train"].images[:1])
-    if not published:
+    params = found | drawn(jax.random.key(config.pretrain.seed), images)
+    if not found:
         return params
-    return with_statistics(network(bits=None), params, data, config.deviation_floor)
+    return with_statistics(model, params, data, config.deviation_floor)
 
 
 def with_statistics(model: Any, params: Any, data: Splits, floor: float) -> Any:

@@ -3,16 +3,23 @@
 TFDS's own code writes them: PIL images, since it encodes arrays by TensorFlow.
 """
 
+import functools
 import importlib.util
 import io
 
 import numpy as np
 import pytest
+import record_vit
 import tensorflow_datasets as tfds
 from PIL import Image
+from safetensors.numpy import save_file
 
 from experiments import registry
+from experiments.configs import ood
+from experiments.configs import wake_words as wake_words_config
 from experiments.data import catalogue, cifar, wake_words
+from experiments.drivers import progress, training
+from experiments.models import vit
 
 TRAIN, TEST = 100, 160
 
@@ -290,3 +297,45 @@ def test_a_dataset_is_prepared_where_tensorflow_is(monkeypatch, tmp_path):
     )
     catalogue.builder("cifar10:3.0.2", str(tmp_path))
     assert prepared_for == ["cifar10"]
+
+
+@pytest.fixture
+def narrow_weights(tmp_path, monkeypatch):
+    """A small file of timm's, which the network "vit_tiny" reads."""
+    network = functools.partial(
+        vit.ViT, patch=8, width=96, depth=2, num_heads=4, mlp_width=384
+    )
+    monkeypatch.setitem(registry.NETWORKS, "vit_tiny", network)
+    path = tmp_path / "narrow.safetensors"
+    save_file(record_vit.random_state_dict("narrow"), path)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_published_weights_move_to_wake_words(narrow_weights, coco_dir, tmp_path):
+    config = config_of(wake_words_config.get_config("smoke"), narrow_weights, coco_dir)
+    config.run, config.seeds = ("lp_backprop",), (0,)
+    config.methods.lp_backprop.steps = 1
+    config.methods.lp_backprop.learning_rates = (0.1,)
+    results = training.run(config, str(tmp_path / "run"))
+    assert 0 <= results["lp_backprop"]["accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_published_weights_move_to_corrupted_cifar(narrow_weights, cifar_dir, tmp_path):
+    config = config_of(ood.get_config("cifar10"), narrow_weights, cifar_dir)
+    part = config.parts.severity_3
+    assert (part.weights, part.data_dir) == (narrow_weights, str(cifar_dir))
+    part.pretrain.steps, part.image_side = 0, 16
+    with progress.show_progress() as told:
+        task = training.prepare(part, tmp_path, told)
+    # Each of the target's test images is in one of the fifteen kinds.
+    assert task.target["test"].images.shape[1:] == (16, 16, 3)
+    positions = task.start["positions"]
+    assert positions.shape == (1, 1 + 4, 96)
+
+
+def config_of(config, weights, data_dir):
+    """A configuration with its weights and data."""
+    config.weights, config.data_dir = weights, str(data_dir)
+    return config

@@ -28,7 +28,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.dataset = "digits"
     config.source, config.target = "upright", "rotated_30"
     config.data_dir = config_dict.placeholder(str)  # <workdir>/data by default
-    config.weights = config.backbone = ""
+    config.backbone = ""
     config.seeds = (0,) if smoke else (0, 1, 2)
     config.tuning_seed = 100
     config.width = 16 if smoke else 64

@@ -12,6 +12,9 @@ runs all cells and writes one table. One cell, with either head:
     --config=experiments/configs/fewshot_audio.py:voices,crnn_small,protonet
     --config=experiments/configs/fewshot_audio.py:esc50,ast,simpleshot
 
+the latter from AudioSet's weights by ``--config.weights=model.safetensors``, the file
+of Hugging Face's MIT/ast-finetuned-audioset-10-10-0.4593.
+
 A smoke run: ``fewshot_audio.py:voices,crnn_small,simpleshot,smoke``. The paper tests on
 10,000 tasks: ``--config.tasks=10000``.
 """

@@ -18,6 +18,14 @@ runs all cells and writes one table. One cell, of any dataset and network in
     --config=experiments/configs/fewshot_vision.py:characters,resnet12_small
     --config=experiments/configs/fewshot_vision.py:cub,resnet18
 
+which begins at random, or where others ended, at weights that the network reads (see
+`experiments.published`; of a vision transformer the positions are interpolated):
+
+    --config=experiments/configs/fewshot_vision.py:cub,resnet18 \
+        --config.weights=resnet18-f37072fd.pth
+    --config=experiments/configs/fewshot_vision.py:mini_imagenet,vit_tiny \
+        --config.weights=deit_tiny_patch16_224.safetensors --config.image_side=96
+
 A smoke run: ``fewshot_vision.py:digits,vit_small,smoke``; most of its half a minute is
 compilation, which ``JAX_DISABLE_MOST_OPTIMIZATIONS=1`` shortens.
 """
@@ -115,7 +123,9 @@ def common(
     config.input_shift = 1  # pixels at most, each way
     config.input_noise = 0.1  # standard deviation
 
-    config.weights = ""  # the pre-training begins at random weights
+    config.weights = ""  # random ones, or the path of what `network` reads
+    config.normalization, config.image_side = "", 0  # see configs/quickstart.py
+    config.deviation_floor = quick.deviation_floor
     config.metrics = ("accuracy",)  # of the pre-training
     config.snapshot_seconds = 30.0
     config.event_files = False

@@ -42,7 +42,6 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     config.domain = "mono_32" if solar else "upright"
     config.data_dir = config_dict.placeholder(str)  # <workdir>/data by default
-    config.weights = ""  # published ones; there are none for these networks
     config.backbone = ""
     config.head = "Dense_0"  # name of the last layer
     config.seeds = (0,) if smoke else (0, 1, 2)  # network, batches, labels, directions

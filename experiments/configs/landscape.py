@@ -12,11 +12,18 @@ of the weights that moved. docs/landscape.md shows what came out.
         --config=experiments/configs/landscape.py --workdir=workdir/landscape
 
 A smoke run of some seconds: ``--config=experiments/configs/landscape.py:smoke``.
+
+The paper drew a ViT-tiny's. That of one which others pre-trained, adapted from CIFAR-10
+to CIFAR-10-C, takes data that TFDS prepares and a file of timm's weights:
+
+    python -m experiments.main --config=experiments/configs/landscape.py:vit_tiny \
+        --config.weights=deit_tiny_patch16_224.safetensors --config.data_dir=data \
+        --workdir=workdir/landscape_vit
 """
 
 from ml_collections import ConfigDict
 
-from experiments.configs import quickstart
+from experiments.configs import ood, quickstart
 
 # Those that the quickstart chooses on its validation split.
 LEARNING_RATES = {
@@ -28,14 +35,24 @@ LEARNING_RATES = {
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """The configuration; ``variant`` as in the quickstart's."""
-    config = quickstart.base(variant)
+    """The configuration.
+
+    Args:
+      variant: "full", "smoke", or "vit_tiny" for the paper's network.
+    """
+    published = variant == "vit_tiny"
+    config = quickstart.base("full" if published else variant)
     smoke = variant == "smoke"
+    if published:
+        config.network, config.dataset = "vit_tiny", "cifar10"
+        config.source, config.target = "clean", "all_5"
+        config.weights, config.image_side = ood.WEIGHTS, ood.SIDE
     config.driver = "landscape"
     config.seeds = (0,)
     config.num_points = 3 if smoke else 15  # of a run that are kept
     config.num_estimates = 2 if smoke else 16  # of the gradient, at each of them
-    config.batch = 64 if smoke else 512  # images that the losses are means over
+    # Images that the losses are means over.
+    config.batch = 64 if smoke or published else 512
     config.resolution = 3 if smoke else 25  # points on a side of the landscape
     config.chunk = 25  # of them evaluated at once
     for name, rate in LEARNING_RATES.items():

@@ -78,7 +78,11 @@ def base(variant: str = "full") -> ConfigDict:
     config = ConfigDict()
 
     config.network = "cnn"  # 25,866 parameters
-    config.weights = ""  # or "imagenet": published ones, to pre-train the head upon
+    # Published ones, to pre-train the head upon: "imagenet" for EfficientNet-Lite0, or
+    # the path of a file that the network reads, see `experiments.published`.
+    config.weights = ""
+    config.normalization = ""  # of the images for them; by default that of most weights
+    config.image_side = 0  # pixels of a side to resize images to; 0 for their own
     config.backbone = ""  # or "efficientnet_lite0": its features instead of images
     config.dataset = "digits"  # scikit-learn's 1,797 real images
     config.source = "upright"  # domain of pre-training

@@ -77,7 +77,9 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    data = registry.DATASETS[config.dataset](config.domain, data_dir)
+    data = registry.prepared(
+        config, registry.DATASETS[config.dataset](config.domain, data_dir)
+    )
     episodes.check_disjoint({name: split.labels for name, split in data.items()})
     samplers = _samplers(config, data)
     results: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import registry
+from experiments import published, registry
 from experiments.learners import adapt, learner, metrics, nearest_centroid
 from experiments.models import sampled
 from experiments.usage import UsageError, check_names
@@ -220,7 +220,8 @@ def _check_common(config: ConfigDict) -> None:
     """Checks what every experiment with a dataset names."""
     check_names("network", [config.network], registry.NETWORKS)
     check_names("dataset", [config.dataset], registry.DATASETS)
-    check_names("published weights", _given(config.weights), registry.WEIGHTS)
+    published.check(config.weights, config.network, registry.NETWORKS[config.network])
+    published.check_normalization(config.normalization)
     check_names("metric", config.metrics, metrics.METRICS)
     _check_some("metrics", config.metrics)
     methods: Mapping[str, Any] = config.methods

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -139,6 +139,14 @@ class AST(nn.Module):
             x = stage(x)
         return x
 
+    def patches(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Patches along time and along mel bins of [batch, frames, mels, 1]."""
+        along, up = (
+            1 + (size - self.patch) // stride
+            for size, stride in zip(shape[1:3], self.strides, strict=True)
+        )
+        return along, up
+
     def _check(self, shape: tuple[int, ...]) -> None:
         frames, mels = shape[1:3]
         if min(frames, mels) < self.patch:
@@ -146,10 +154,7 @@ class AST(nn.Module):
                 f"spectrograms of {frames} frames and {mels} mel bins are smaller than "
                 f"a patch of {self.patch}x{self.patch}: make them larger or it smaller."
             )
-        along, up = (
-            1 + (size - self.patch) // stride
-            for size, stride in zip((frames, mels), self.strides, strict=True)
-        )
+        along, up = self.patches(shape)
         positions = self.get_variable("params", "positions")
         if positions is not None and positions.shape[1] != _TOKENS + along * up:
             raise ValueError(
@@ -255,6 +260,52 @@ def load(path: str | os.PathLike[str], num_heads: int | None = None) -> dict[str
       >>> model = matching(params)  # doctest: +SKIP
     """
     return from_state_dict(checkpoints.load(path), num_heads)
+
+
+def resized(
+    model: AST, params: Mapping[str, Any], shape: Sequence[int]
+) -> dict[str, Any]:
+    """Parameters whose positions are for spectrograms of another length.
+
+    For a shorter one the positions of the middle are taken, for a longer one they are
+    interpolated linearly along time, as the reference does.
+
+    Args:
+      model: the network, of which the patch and the strides count.
+      params: of it.
+      shape: of a batch of spectrograms, [batch, frames, mels, 1].
+
+    Returns:
+      The parameters, with positions [1, 2 + patches, width].
+
+    Raises:
+      ValueError: if the positions are for another number of mel bins.
+
+    Example:
+      >>> params = {"positions": jnp.ones((1, 2 + 2 * 5, 8))}  # 2 along mel bins
+      >>> model = AST(patch=4, strides=(4, 4))
+      >>> resized(model, params, (1, 12, 8, 1))["positions"].shape  # 2x3
+      (1, 8, 8)
+    """
+    positions = jnp.asarray(params["positions"])
+    own, grid = positions[:, :_TOKENS], positions[:, _TOKENS:]
+    along, up = model.patches(shape)
+    known, rest = divmod(grid.shape[1], up)
+    if rest:
+        raise ValueError(
+            f"{grid.shape[1]} positions are for another number of mel bins than "
+            f"{shape[2]}: make spectrograms of as many as the network was trained on."
+        )
+    if known == along:
+        return dict(params)
+    square = grid.reshape(1, up, known, -1)
+    if known > along:
+        first = (known - along) // 2
+        fitted = square[:, :, first : first + along]
+    else:
+        fitted = jax.image.resize(square, (1, up, along, grid.shape[-1]), "linear")
+    joined = jnp.concatenate([own, fitted.reshape(1, up * along, -1)], axis=1)
+    return {**params, "positions": joined}
 
 
 def matching(params: Mapping[str, Any], **settings: Any) -> AST:

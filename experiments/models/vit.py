@@ -299,6 +299,48 @@ def load(path: str | os.PathLike[str], num_heads: int | None = None) -> dict[str
     return from_state_dict(state, num_heads)
 
 
+def resized(
+    model: ViT, params: Mapping[str, Any], shape: Sequence[int]
+) -> dict[str, Any]:
+    """Parameters whose positions are for images of another size.
+
+    The positions of the patches, on their grid, are interpolated by cubic functions,
+    which is what DeiT's authors do; that of the class token stays.
+
+    Args:
+      model: the network, of which only the patch counts.
+      params: of it, with the positions of a square of patches.
+      shape: of a batch of images, [batch, height, width, channels].
+
+    Returns:
+      The parameters, with positions [1, 1 + patches, width].
+
+    Raises:
+      ValueError: if the positions are those of no square.
+
+    Example:
+      >>> params = {"positions": jnp.ones((1, 1 + 4, 8))}  # of 2x2 patches
+      >>> found = resized(ViT(patch=4), params, (1, 12, 16, 3))
+      >>> found["positions"].shape  # of 3x4
+      (1, 13, 8)
+    """
+    positions = jnp.asarray(params["positions"])
+    own, grid = positions[:, :1], positions[:, 1:]
+    rows, columns = shape[1] // model.patch, shape[2] // model.patch
+    side = round(grid.shape[1] ** 0.5)
+    if side**2 != grid.shape[1]:
+        raise ValueError(
+            f"{grid.shape[1]} positions are not those of a square of patches, so that "
+            "they cannot be interpolated."
+        )
+    if (side, side) == (rows, columns):
+        return dict(params)
+    square = grid.reshape(1, side, side, -1)
+    between = jax.image.resize(square, (1, rows, columns, grid.shape[-1]), "cubic")
+    joined = jnp.concatenate([own, between.reshape(1, rows * columns, -1)], axis=1)
+    return {**params, "positions": joined}
+
+
 def matching(params: Mapping[str, Any], **settings: Any) -> ViT:
     """The network that has given parameters.
 
