@@ -117,7 +117,10 @@ TRAINING = {
     "no network 'cnnn'": lambda: quick(network="cnnn"),
     "no dataset 'digitz'": lambda: quick(dataset="digitz"),
     "no domain of digits 'rotated_31'": lambda: quick(target="rotated_31"),
-    "no published weights 'imagnet'": lambda: quick(weights="imagnet"),
+    "no published weights 'imagnet'": lambda: quick(
+        weights="imagnet", network="vit_28"
+    ),
+    "reads no published weights": lambda: quick(weights="imagenet"),
     "no backbone 'efficientnet'": lambda: quick(backbone="efficientnet"),
     "no metric 'acc'": lambda: quick(metrics=("acc",)),
     "metrics must have at least one entry": lambda: quick(metrics=()),
