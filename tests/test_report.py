@@ -1,5 +1,7 @@
 """Tables of results, from results written by hand."""
 
+import numpy as np
+from matplotlib import figure
 from ml_collections import ConfigDict
 
 from experiments.workdir import report
@@ -68,3 +70,23 @@ def test_parts_stand_side_by_side_with_the_most_passes_of_each(tmp_path):
     assert "over 2 seeds" in note
     assert "easy: clean to easy, at most 1,200 forward passes" in note
     assert "hard: clean to hard, at most 900 forward passes" in note
+
+
+def test_a_picture_of_memory_has_a_dot_for_each_method(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, path, dpi: saved.append(self)
+    )
+    small = {**RUN, "forward_passes": 4800, "temporaries_mib": 0.25}
+    results = {
+        "zero_shot": result(0.5),
+        "bp": result(0.9, **RUN),
+        "fp32": result(0.8, **small),
+    }
+    config = {**CONFIG, "figure": "memory"}
+    report.write(results, ConfigDict(config), tmp_path)
+    (axes,) = saved[0].axes
+    dots = {tuple(c.get_offsets()[0]): c.get_sizes()[0] for c in axes.collections[1::2]}
+    np.testing.assert_allclose(sorted(dots), [(0.25, 80.0), (0.5, 90.0)])
+    # Four times the passes, four times the area.
+    np.testing.assert_allclose(dots[min(dots)], 4 * dots[max(dots)])

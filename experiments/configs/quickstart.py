@@ -112,7 +112,7 @@ def base(variant: str = "full") -> ConfigDict:
     config.gradient_estimates = 0
     # Whether to count the products of the weights' gradients as passes of their own.
     config.count_products = False
-    config.figure = "curves"  # or "dots", for many methods
+    config.figure = "curves"  # or "dots", for many methods; or "memory", against it
 
     # Factors that the layers of the network are multiplied with before it is adapted;
     # its function stays the same, see `experiments.models.cnn.rescaled`.

@@ -274,4 +274,34 @@ def _draw_dots(axes: Any, results: dict[str, Any], metric: str) -> None:
     axes.grid(alpha=0.3)
 
 
-FIGURES = {"curves": _curves, "dots": _dots}
+def _memory(results: dict[str, Any], metric: str, path: pathlib.Path) -> None:
+    """Draws accuracy against the scratch memory of a step: up and to the left is best.
+
+    The area of a dot is in proportion to the forward passes.
+    """
+    fig = figure.Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = fig.subplots()
+    methods = {name: x for name, x in results.items() if "temporaries_mib" in x}
+    passes = np.array([x["forward_passes"] for x in methods.values()])
+    for size, (name, x) in zip(passes / passes.min(), methods.items(), strict=True):
+        point = x["temporaries_mib"], 100 * x[metric]
+        deviation = 100 * (x[f"{metric}_std"] or 0)
+        drawn = axes.errorbar(*point, yerr=deviation, capsize=3)
+        colour = drawn.lines[0].get_color()
+        axes.scatter(*point, s=30 * size, color=colour, alpha=0.5)
+        axes.annotate(
+            f"{name}\n{x['forward_passes']:,} passes",
+            point,
+            xytext=(8, -4),
+            textcoords="offset points",
+            fontsize="small",
+            color=colour,
+        )
+    axes.set(xlabel="scratch memory of a step (MiB)", ylabel=f"test {metric} (%)")
+    axes.set_xscale("log")
+    axes.margins(0.25)
+    axes.grid(alpha=0.3)
+    fig.savefig(path, dpi=120)
+
+
+FIGURES = {"curves": _curves, "dots": _dots, "memory": _memory}
