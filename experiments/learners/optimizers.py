@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 import fgrad
+from experiments.learners import rivals
 from experiments.usage import UsageError, check_names
 from fgrad import activity, enhancements, estimators, leaves, perturbations
 
@@ -19,6 +20,7 @@ ESTIMATORS: dict[str, Callable[..., Any]] = {
     "sign_m_spsa": estimators.sign_m_spsa,
     "spsa": estimators.spsa,
     "normalized_spsa": estimators.normalized_spsa,
+    "one_sided": rivals.over_deviation,
 }
 
 PERTURBATIONS: dict[str, Callable[..., perturbations.Perturbation]] = {
@@ -32,10 +34,12 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
+    "muon": rivals.muon,
 }
 
-# Names in fgrad.enhancements that a method may have.
+# Names in fgrad.enhancements that a method may have, and "cone", of the rivals.
 ENHANCEMENTS = (
+    "cone",
     "error_feedback",
     "extrapolation",
     "kernel_normalization",
@@ -106,6 +110,8 @@ def make_optimizer(
         return [getattr(enhancements, name)(**chosen[name])] if name in chosen else []
 
     guides = links("momentum_guided_sampling")
+    if "cone" in chosen:
+        guides.append(rivals.Cone(**chosen["cone"]))
     chain = optax.chain(
         make_estimator(method, key, schedule, guide=next(iter(guides), None)),
         *links("kernel_normalization"),
@@ -156,6 +162,13 @@ def make_estimator(
             guide=guide,
         )
 
+    if method.estimator == "one_sided":
+        return rivals.one_sided(
+            key,
+            method.num_perturbations,
+            epsilon=EPSILON_UNITS[method.epsilon_unit](method.epsilon),
+            perturbation=_perturbation(method),
+        )
     if method.gradient == "joint":
         return activity.joint_forward_grad(key, **method.joint)
     if method.gradient != "activity":
@@ -185,6 +198,8 @@ def forward_passes(method: ConfigDict) -> float:
             return 2 + joint["on_the_way"]
         pairs = 2 * joint["num_perturbations"] / joint["every"]
         return 1 + joint["on_the_way"] + pairs
+    if method.estimator == "one_sided":
+        return method.num_perturbations + 1
     chosen = method.enhancements
     ahead = chosen.get("extrapolation", {}).get("two_pass", False)
     pairs = method.num_perturbations * (1 + ahead) + ("sharpness_aware" in chosen)
