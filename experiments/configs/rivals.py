@@ -39,7 +39,11 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """The configuration; ``variant`` is "full", "mnist" or "smoke"."""
+    """The configuration.
+
+    Args:
+      variant: "full", "mnist" or "smoke".
+    """
     mnist = variant == "mnist"
     config = quickstart.base("full" if mnist else variant)
     if mnist:
