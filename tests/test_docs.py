@@ -96,7 +96,7 @@ def test_the_readme_has_two_set_up_commands_of_one_line():
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
     assert [c.count("\n") for c in commands] == [1, 1]
-    assert all(c.startswith("python3.11 -m venv .venv && ") for c in commands)
+    assert all(c.startswith("python3 -m venv .venv && ") for c in commands)
 
 
 @pytest.mark.slow
