@@ -37,6 +37,7 @@ from experiments.models import (
     efficientnet,
     linear,
     mlp,
+    reparameterized,
     resnet,
     resnet12,
     vit,
@@ -92,6 +93,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         efficientnet.EfficientNetLite0, standardized=True
     ),
     "linear": linear.Linear,
+    "reparameterized": reparameterized.ReparameterizedCNN,
+    # For images of 64 pixels a side.
+    "reparameterized_4": functools.partial(
+        reparameterized.ReparameterizedCNN,
+        features=(8, 16, 32, 48),
+        strides=(2, 2, 2, 2),
+    ),
     "resnet12": resnet12.ResNet12,
     "resnet18": resnet.ResNet,
     "vit_tiny": vit.ViT,
