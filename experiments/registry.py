@@ -185,21 +185,38 @@ def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
       domain: one of the dataset's.
       directory: the workdir.
     """
-    tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    splits = DATASETS[config.dataset](domain, data_dir)
-    if config.weights:
-        _, normalized = WEIGHTS[config.weights]
-        splits = {
-            name: split._replace(images=normalized(split.images))
-            for name, split in splits.items()
-        }
+    splits = _images(config, domain, data_dir)
     if not config.backbone:
         return splits
+    # Of which domain the statistics are; each domain has its own by default.
+    by = config.get("standardized_by") or domain
+    reference = splits if by == domain else _images(config, by, data_dir)
+    taken = _features(config, by, reference, data_dir)["train"].images
+    splits = _features(config, domain, splits, data_dir)
+    return features.standardize(splits, config.deviation_floor, taken)
+
+
+def _images(config: ConfigDict, domain: str, data_dir: str) -> Splits:
+    """The images of a domain, normalised as published weights take them."""
+    tfds.disable_progress_bar()
+    splits = DATASETS[config.dataset](domain, data_dir)
+    if not config.weights:
+        return splits
+    _, normalized = WEIGHTS[config.weights]
+    return {
+        name: split._replace(images=normalized(split.images))
+        for name, split in splits.items()
+    }
+
+
+def _features(
+    config: ConfigDict, domain: str, splits: Splits, data_dir: str
+) -> dict[str, arrays.Split]:
+    """What the backbone makes of the images of a domain, kept beside the data."""
     name = f"{config.dataset}_{domain}_{config.backbone}.npz"
     cache = pathlib.Path(data_dir) / "features" / name
-    splits = features.extract(BACKBONES[config.backbone], splits, cache)
-    return features.standardize(splits, config.deviation_floor)
+    return features.extract(BACKBONES[config.backbone], splits, cache)
 
 
 def initial(config: ConfigDict, network: Callable[..., Any], data: Splits) -> Any:
