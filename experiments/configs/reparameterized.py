@@ -4,13 +4,14 @@ A small network of re-parameterized blocks (`experiments.models.reparameterized`
 pre-trained and adapted by its 320 scales of branches alone, which fold into the kernels
 in every evaluation; by its head alone; or by both. "ood" goes from clean images of
 MNIST to the fifteen corruptions of CIFAR-10-C, at severity 3 and 5 (``pip install -e
-'.[corruptions]'``); "solar" from mono- to polycrystalline solar cells (``pip install -e
-'.[solar]'``), with 64 pixels and 416 scales. Forward gradients (`normalized_spsa`,
-m = 8) take 6,400 forward passes of 32 images each, in float32 and in 16w8a, where the int16 kernel
-is folded from int16 branches and scales; so does the head by its exact gradient.
-Backpropagation takes 900. Learning rates are tuned on the validation split by runs of
-half the length: three, then two further ones at most while the best is the last in
-order.
+'.[corruptions]'``); "solar" from mono- to polycrystalline solar cells of 64 pixels with
+416 scales (``pip install -e '.[solar]'``).
+
+Forward gradients (`normalized_spsa`, m = 8) take 6,400 forward passes of 32 images
+each, in float32 and in 16w8a, where the int16 kernel is folded from int16 branches and
+scales; so does the head by its exact gradient. Backpropagation takes 900 of 64 images.
+Learning rates are tuned on the validation split by runs of half the length: three, then
+two further ones at most while the best is the last in order.
 
     python -m experiments.main --config=experiments/configs/reparameterized.py:ood \
         --workdir=workdir/reparameterized/ood

@@ -322,8 +322,9 @@ def _write(
     noise = ", ".join(f"{found['noise_multiplier']:.2f}" for found in first.values())
     note = (
         f"{config.target}, test {config.metrics[0]} in %, and AUC in % of telling "
-        f"training from test examples by their loss; {report.spread(len(config.seeds))}; δ = "
-        f"{config.delta:g}, {config.steps} steps of {config.batch_size} of "
+        "training from test examples by their loss; "
+        f"{report.spread(len(config.seeds))}; δ = {config.delta:g}, "
+        f"{config.steps} steps of {config.batch_size} of "
         f"{len(task.target['train'].labels)} examples, noise multipliers {noise}; "
         f"m = {config.num_perturbations}; zero-shot "
         f"{100 * _zero_shot(task, config.metrics[0]):.1f}."

@@ -182,7 +182,7 @@ class OnlineConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, height, width, channels] to [batch, height / strides, …, features]."""
+        """[batch, height, width, channels] to fewer pixels, ``features`` channels."""
         shape = (_ROWS, x.shape[-1], self.features)
         branches = self.param("branches", _first_branches, shape, jnp.float32)
         scales_shape = (len(BRANCHES), self.features)
