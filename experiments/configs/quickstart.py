@@ -108,6 +108,10 @@ def base(variant: str = "full") -> ConfigDict:
     config.early_stopping = False
     # How many estimates of each method to compare with the gradient; 0 for none.
     config.gradient_estimates = 0
+    # Before its seeds a method may tell how many steps it will take until the loss is
+    # down to a share of the first (0 for no estimate), predicted by 2 * directions
+    # forward passes over some examples; see docs/training_time.md.
+    config.estimate = ConfigDict({"share": 0.0, "directions": 256, "examples": 512})
     # Whether to count the products of the weights' gradients as passes of their own.
     config.count_products = False
     config.figure = "curves"  # or "dots", for many methods

@@ -11,7 +11,7 @@ Forward gradients (`normalized_spsa`, m = 8) take 6,400 forward passes of 32 ima
 each, in float32 and in 16w8a, where the int16 kernel is folded from int16 branches and
 scales; so does the head by its exact gradient. Backpropagation takes 900 of 64 images.
 Learning rates are tuned on the validation split by runs of half the length: three, then
-two further ones at most while the best is the last in order.
+four further ones at most while the best is the last in order.
 
     python -m experiments.main --config=experiments/configs/reparameterized.py:ood \
         --workdir=workdir/reparameterized/ood
@@ -83,7 +83,7 @@ def _common(smoke: bool) -> ConfigDict:
     config.parallel_runs = 1
     config.num_evals = 2
     if not smoke:
-        config.tuning_fraction, config.wider_tuning = 0.5, 2
+        config.tuning_fraction, config.wider_tuning = 0.5, 4
     config.pretrain.batch_size = 64
     config.pretrain.input_shift = 2
     backward, forward = config.methods.backprop, config.methods.forward_fp32
@@ -101,7 +101,7 @@ def _common(smoke: bool) -> ConfigDict:
     )
     config.methods = ConfigDict()
     for name, (way, arithmetics) in WAYS.items():
-        rates = (3e-3, 1e-2, 3e-2)  # of Adam
+        rates = (1e-2, 3e-2, 1e-1)  # of Adam
         method = quickstart.changed(backward, {**way, "learning_rates": rates})
         config.methods[f"{name}_backprop"] = method
         rates = (1e-2, 3e-2, 1e-1)
@@ -112,7 +112,7 @@ def _common(smoke: bool) -> ConfigDict:
     config.methods["probe_exact"] = quickstart.changed(
         forward,
         # A step is one pass.
-        {**_PROBE, **_EXACT, "steps": passes, "learning_rates": (3e-4, 1e-3, 3e-3)},
+        {**_PROBE, **_EXACT, "steps": passes, "learning_rates": (3e-3, 1e-2, 3e-2)},
     )
     kinds = ("backprop", "fp32", "16w8a", "exact")
     names = (f"{way}_{kind}" for way in WAYS for kind in kinds)
