@@ -286,8 +286,9 @@ def products(key: jax.Array, share: float, sampler: str) -> Iterator[None]:
     ) -> Any:
         module = context.module
         make = _SAMPLED.get(type(module))
-        plain = make and module.bits is None and module.aqt is None
-        if not plain or not all(isinstance(x, jax.Array) for x in args[:2]):
+        if make is None or module.bits is not None or module.aqt is not None:
+            return next_fn(*args, **kwargs)
+        if not all(isinstance(x, jax.Array) for x in args[:2]):
             return next_fn(*args, **kwargs)
         name = "/".join(module.path)
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
