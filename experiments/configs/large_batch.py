@@ -16,7 +16,7 @@ Expected: see docs/extrapolation.md.
 
 A smoke run of some seconds: ``--config=experiments/configs/large_batch.py:smoke``; one
 of the two tasks: ``--config=experiments/configs/large_batch.py:digits`` and ``:mnist``;
-MNIST at half of the forward passes, with learning rates tuned by runs of half that
+MNIST at a quarter of the forward passes, with learning rates tuned by runs of half that
 length and one further rate at most: ``:mnist_short``.
 """
 
@@ -28,7 +28,7 @@ from experiments.configs import quickstart
 from experiments.learners.optimizers import forward_passes
 
 BUDGET = 6_400  # forward passes of a run
-SHORT = 2  # the short variant has this part of them
+SHORT = 4  # the short variant has this part of them
 BATCHES = (64, 256, 1024)
 TASKS = {
     "full": ("digits", "mnist"),
@@ -58,7 +58,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 
     Args:
       variant: "full"; "digits" or "mnist" for one of the two tasks; "mnist_short" for
-        MNIST at half of the passes; or "smoke" for a run of some seconds that shows no
+        MNIST at a quarter of the passes; or "smoke" for a run of some seconds that shows no
         result.
     """
     if variant not in TASKS:
@@ -76,7 +76,7 @@ def _part(variant: str, task: str, batch: int) -> ConfigDict:
     config = quickstart.base("smoke" if smoke else "full")
     config.figure = "dots"
     if not smoke:
-        config.tuning_fraction = 1 / SHORT if short else 1.0
+        config.tuning_fraction = 0.5 if short else 1.0
         config.wider_tuning = 1 if short else 3
     config.network = "mlp_small"
     if task == "mnist":
