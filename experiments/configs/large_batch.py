@@ -58,8 +58,8 @@ def get_config(variant: str = "full") -> ConfigDict:
 
     Args:
       variant: "full"; "digits" or "mnist" for one of the two tasks; "mnist_short" for
-        MNIST at a quarter of the passes; or "smoke" for a run of some seconds that shows no
-        result.
+        MNIST at a quarter of the passes; or "smoke" for a run of some seconds that
+        shows no result.
     """
     if variant not in TASKS:
         raise ValueError(f"variant must be one of {list(TASKS)}, got {variant!r}.")
