@@ -75,7 +75,11 @@ def batched(
     return np.concatenate([np.asarray(apply(batch)) for batch in batches])[:count]
 
 
-def standardize(splits: Mapping[str, Split], floor: float = FLOOR) -> dict[str, Split]:
+def standardize(
+    splits: Mapping[str, Split],
+    floor: float = FLOOR,
+    reference: jax.Array | None = None,
+) -> dict[str, Split]:
     """Shifts and scales features to mean 0 and deviation 1 over the train split.
 
     It needs no labels, so a new domain can have statistics of its own.
@@ -83,11 +87,14 @@ def standardize(splits: Mapping[str, Split], floor: float = FLOOR) -> dict[str, 
     Args:
       splits: of features, with one called "train".
       floor: the least deviation, as a share of the mean deviation.
+      reference: features [examples, size] of another domain, whose statistics are taken
+        in the place of the train split's: a private domain's would tell of it.
 
     Returns:
       The same splits, standardized.
     """
-    mean, scale = moments(splits["train"].images, floor)
+    chosen = splits["train"].images if reference is None else reference
+    mean, scale = moments(chosen, floor)
     return {
         name: split._replace(images=(split.images - mean) / scale)
         for name, split in splits.items()

@@ -37,6 +37,7 @@ from experiments.models import (
     efficientnet,
     linear,
     mlp,
+    reparameterized,
     resnet,
     resnet12,
     vit,
@@ -92,6 +93,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         efficientnet.EfficientNetLite0, standardized=True
     ),
     "linear": linear.Linear,
+    "reparameterized": reparameterized.ReparameterizedCNN,
+    # For images of 64 pixels a side.
+    "reparameterized_4": functools.partial(
+        reparameterized.ReparameterizedCNN,
+        features=(8, 16, 32, 48),
+        strides=(2, 2, 2, 2),
+    ),
     "resnet12": resnet12.ResNet12,
     "resnet18": resnet.ResNet,
     "vit_tiny": vit.ViT,
@@ -175,16 +183,32 @@ def load(config: ConfigDict, domain: str, directory: pathlib.Path) -> Splits:
       domain: one of the dataset's.
       directory: the workdir.
     """
-    tfds.disable_progress_bar()
     data_dir = config.data_dir or str(directory / "data")
-    splits = DATASETS[config.dataset](domain, data_dir)
-    splits = prepared(config, splits)
+    splits = _images(config, domain, data_dir)
     if not config.backbone:
         return splits
-    name = f"{config.dataset}_{domain}_{config.backbone}.npz"
+    # Of which domain the statistics are; each domain has its own by default.
+    by = config.get("standardized_by") or domain
+    reference = splits if by == domain else _images(config, by, data_dir)
+    taken = _features(config, by, reference, data_dir)["train"].images
+    splits = _features(config, domain, splits, data_dir)
+    return features.standardize(splits, config.deviation_floor, taken)
+
+
+def _images(config: ConfigDict, domain: str, data_dir: str) -> Splits:
+    """The images of a domain, as published weights take them."""
+    tfds.disable_progress_bar()
+    return prepared(config, DATASETS[config.dataset](domain, data_dir))
+
+
+def _features(
+    config: ConfigDict, domain: str, splits: Splits, data_dir: str
+) -> dict[str, arrays.Split]:
+    """What the backbone makes of the images of a domain, kept beside the data."""
+    side = f"_{config.image_side}" if config.get("image_side", 0) else ""
+    name = f"{config.dataset}_{domain}{side}_{config.backbone}.npz"
     cache = pathlib.Path(data_dir) / "features" / name
-    splits = features.extract(BACKBONES[config.backbone], splits, cache)
-    return features.standardize(splits, config.deviation_floor)
+    return features.extract(BACKBONES[config.backbone], splits, cache)
 
 
 def prepared(config: ConfigDict, splits: Splits) -> dict[str, arrays.Split]:

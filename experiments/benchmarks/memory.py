@@ -20,7 +20,12 @@ METHODS: dict[str, Callable[[Problem], Program]] = {
     "K=4 vmap": lambda problem: programs.vmap_step(problem, 4),
 }
 _FINE_TUNED = ("vit", "efficientnet_lite0")
-_TRAINED = "backprop in 16w8a: float32 weights that are rounded on the way."
+_KEPT = 1 / 8  # of its activations by sampled backpropagation, in float32
+_SAMPLED = "backprop, 1/8 kept"
+_TRAINED = (
+    "backprop in 16w8a: float32 weights that are rounded on the way; 1/8 kept: an "
+    "eighth of the rows of each product's input (experiments.models.sampled)."
+)
 
 
 def fine_tuning(smoke: bool) -> Iterator[Table]:
@@ -31,18 +36,19 @@ def fine_tuning(smoke: bool) -> Iterator[Table]:
     """
     networks, batch_size = (("mlp",), 2) if smoke else (_FINE_TUNED, 16)
     methods = {name: METHODS[name] for name in ("inference", "m=1")}
+    columns = (*methods, "backprop", _SAMPLED)
     rows, raw = [], []
     for name, arithmetic in itertools.product(networks, ("float32", "16w8a")):
         memory, record = _plan(name, arithmetic, batch_size, methods, smoke)
-        inference, step, backprop = memory.values()
-        ratios = [step.live / other.live for other in (inference, backprop)]
-        live = [mib(m.live) for m in memory.values()]
+        step = memory["m=1"]
+        ratios = [step.live / memory[other].live for other in ("inference", "backprop")]
+        live = [mib(memory[name].live) if name in memory else "" for name in columns]
         rows.append([name, arithmetic, *live, *(f"{r:.2f}" for r in ratios)])
         raw.append({**record, "of_inference": ratios[0], "of_backprop": ratios[1]})
     yield Table(
         title=f"Live memory in MiB of a full fine-tuning step, batch {batch_size}",
         columns=(
-            *("network", "arithmetic", *methods, "backprop"),
+            *("network", "arithmetic", *columns),
             *("m=1 / inference", "m=1 / backprop"),
         ),
         rows=rows,
@@ -62,12 +68,17 @@ def tables(smoke: bool) -> Iterator[Table]:
     rows, raw = [], []
     for name, arithmetic, batch_size in subjects.cases(smoke, batch_sizes):
         memory, record = _plan(name, arithmetic, batch_size, METHODS, smoke)
-        cells = [f"{mib(m.temporaries)} / {mib(m.live)}" for m in memory.values()]
+        cells = [
+            f"{mib(memory[m].temporaries)} / {mib(memory[m].live)}"
+            if m in memory
+            else ""
+            for m in (*METHODS, "backprop", _SAMPLED)
+        ]
         rows.append([name, arithmetic, str(batch_size), *cells])
         raw.append(record)
     yield Table(
         title="Memory in MiB, temporaries / live",
-        columns=("network", "arithmetic", "batch", *METHODS, "backprop"),
+        columns=("network", "arithmetic", "batch", *METHODS, "backprop", _SAMPLED),
         rows=rows,
         note="Live: parameters, state, data and temporaries of one call. "
         "Steps are donated. m: pairs one after the other; K: pairs at once; vmap: "
@@ -83,12 +94,17 @@ def _plan(
     methods: Mapping[str, Callable[[Problem], Program]],
     smoke: bool,
 ) -> tuple[dict[str, Memory], dict[str, Any]]:
-    """Memory of the methods and of backpropagation, and all of it as JSON takes it."""
+    """Memory of the methods and of backpropagation, and all of it as JSON takes it.
+
+    In float32 also that of backpropagation that samples its activations.
+    """
     subject = subjects.chosen(smoke)[name]
     problem = subjects.problem(subject, batch_size, arithmetic)
     trained = subjects.problem(subject, batch_size, arithmetic, simulated=True)
     compiled = {method: make(problem) for method, make in methods.items()}
     compiled["backprop"] = programs.backprop_step(trained)
+    if arithmetic == "float32":
+        compiled[_SAMPLED] = programs.backprop_step(trained, _KEPT)
     memory = measure.plan(compiled)
     record = {
         "subject": name,

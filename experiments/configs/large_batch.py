@@ -14,8 +14,10 @@ Expected: see docs/extrapolation.md.
     python -m experiments.main \
         --config=experiments/configs/large_batch.py --workdir=workdir/large_batch
 
-A smoke run of some seconds: ``--config=experiments/configs/large_batch.py:smoke``; the
-digits alone: ``--config=experiments/configs/large_batch.py:digits``.
+A smoke run of some seconds: ``--config=experiments/configs/large_batch.py:smoke``; one
+of the two tasks: ``--config=experiments/configs/large_batch.py:digits`` and ``:mnist``;
+MNIST at a quarter of the forward passes, with learning rates tuned by runs of half that
+length and one further rate at most: ``:mnist_short``.
 """
 
 from typing import Any
@@ -26,8 +28,15 @@ from experiments.configs import quickstart
 from experiments.learners.optimizers import forward_passes
 
 BUDGET = 6_400  # forward passes of a run
-BATCHES = {"full": (64, 256, 1024), "digits": (64, 256, 1024), "smoke": (64,)}
-TASKS = {"full": ("digits", "mnist"), "digits": ("digits",), "smoke": ("digits",)}
+SHORT = 4  # the short variant has this part of them
+BATCHES = (64, 256, 1024)
+TASKS = {
+    "full": ("digits", "mnist"),
+    "digits": ("digits",),
+    "mnist": ("mnist",),
+    "mnist_short": ("mnist",),
+    "smoke": ("digits",),
+}
 
 # name: what differs from SGD, and a factor of its middle learning rate.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
@@ -48,27 +57,27 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration.
 
     Args:
-      variant: "full"; "digits" for one of the two tasks; or "smoke" for a run of some
-        seconds that shows no result.
+      variant: "full"; "digits" or "mnist" for one of the two tasks; "mnist_short" for
+        MNIST at a quarter of the passes; or "smoke" for a run of some seconds that
+        shows no result.
     """
     if variant not in TASKS:
-        raise ValueError(
-            f'variant must be "full", "digits" or "smoke", got {variant!r}.'
-        )
+        raise ValueError(f"variant must be one of {list(TASKS)}, got {variant!r}.")
     config = ConfigDict()
     config.parts = ConfigDict()
     for task in TASKS[variant]:
-        for batch in BATCHES[variant]:
+        for batch in BATCHES[:1] if variant == "smoke" else BATCHES:
             config.parts[f"{task}_{batch}"] = _part(variant, task, batch)
     return config
 
 
 def _part(variant: str, task: str, batch: int) -> ConfigDict:
-    smoke = variant == "smoke"
+    smoke, short = variant == "smoke", variant == "mnist_short"
     config = quickstart.base("smoke" if smoke else "full")
     config.figure = "dots"
     if not smoke:
-        config.tuning_fraction, config.wider_tuning = 1.0, 3
+        config.tuning_fraction = 0.5 if short else 1.0
+        config.wider_tuning = 1 if short else 3
     config.network = "mlp_small"
     if task == "mnist":
         config.dataset = "mnist_5k"
@@ -82,7 +91,8 @@ def _part(variant: str, task: str, batch: int) -> ConfigDict:
         method = quickstart.changed(forward, changes)
         method.learning_rates = quickstart.rates_around(middle * factor)
         if not smoke:
-            method.steps = BUDGET // forward_passes(method)
+            budget = BUDGET // SHORT if short else BUDGET
+            method.steps = budget // forward_passes(method)
         config.methods[name] = method
     config.run = ("backprop", *METHODS)
     return config

@@ -32,6 +32,8 @@ EVALUATIONS = 900
 # Joint pairs perturb in every so many steps.
 EVERY = 8
 BITS = {"fp32": None, "16w8a": (16, 8), "8w8a": (8, 8)}
+# What backpropagation with sampled activations keeps: see experiments.models.sampled.
+SAMPLED = {"share": 0.125, "sampler": "winner_take_all"}
 # The middle of the learning rates to choose from: Adam's, but for backpropagation on
 # digits, which is by SGD with momentum.
 RATES = {
@@ -110,6 +112,10 @@ def base(variant: str = "full") -> ConfigDict:
     config.early_stopping = False
     # How many estimates of each method to compare with the gradient; 0 for none.
     config.gradient_estimates = 0
+    # Before its seeds a method may tell how many steps it will take until the loss is
+    # down to a share of the first (0 for no estimate), predicted by 2 * directions
+    # forward passes over some examples; see docs/training_time.md.
+    config.estimate = ConfigDict({"share": 0.0, "directions": 256, "examples": 512})
     # Whether to count the products of the weights' gradients as passes of their own.
     config.count_products = False
     config.figure = "curves"  # or "dots", for many methods; or "memory", against it
@@ -172,6 +178,9 @@ def _backward(smoke: bool) -> ConfigDict:
     method.bits = None  # float32
     # Whether to keep nothing of a stage but its input, and to evaluate it once more.
     method.checkpoint = False
+    # What backpropagation keeps of the activations, such as {"share": 0.125, "sampler":
+    # "winner_take_all"}; all by default. See experiments.models.sampled.
+    method.sampled = ConfigDict()
     method.steps = 20 if smoke else 300
     method.batch_size = 128
     method.learning_rates = (1e-2, 3e-2, 5e-2)  # to choose from
@@ -243,6 +252,7 @@ def at_equal_evaluations(
     methods = {
         "backprop": backprop,
         "backprop_checkpoints": changed(backprop, {"checkpoint": True}),
+        "backprop_sampled": changed(backprop, {"sampled": SAMPLED}),
         "backprop_head": changed(backprop, on_head),
     }
     exact = {

@@ -20,6 +20,7 @@ from experiments.data.arrays import Split
 from experiments.drivers import settings
 from experiments.drivers.progress import Progress, show_progress
 from experiments.drivers.training import Task, best, beyond, prepare
+from experiments.learners import metrics
 from experiments.usage import UsageError
 from experiments.workdir import report, runs
 from fgrad import enhancements
@@ -35,7 +36,7 @@ class Ended(NamedTuple):
     """What a run is judged by.
 
     Attributes:
-      test: accuracy on the test split.
+      test: the first metric on the test split.
       validation: that on the validation split.
       attack: AUC of telling training examples from test examples by their loss.
     """
@@ -54,8 +55,8 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
       resume: whether to go on from a pre-trained network that is there.
 
     Returns:
-      What results.json holds: by method and ε the accuracies and the AUC of the attack
-      over seeds, the noise multiplier and the learning rate.
+      What results.json holds: by method and ε the metric and the AUC of the attack over
+      seeds, the noise multiplier and the learning rate.
 
     Raises:
       UsageError: for a configuration that cannot be followed; without dp-accounting.
@@ -139,14 +140,15 @@ class _Training:
                 break
             self._progress.expect(len(seeds) * self._config.steps)
             tuned[rate] = score(rate)
-        self._progress.say(f"validation accuracy by learning rate: {tuned}")
+        metric = self._config.metrics[0]
+        self._progress.say(f"validation {metric} by learning rate: {tuned}")
         return best(tuned)
 
     def at(self, rate: float, noise: float) -> dict[str, Any]:
         """Runs all seeds."""
         ended = [self._ended(rate, noise, seed) for seed in self._config.seeds]
         return {
-            "accuracy": [one.test for one in ended],
+            self._config.metrics[0]: [one.test for one in ended],
             "attack": [one.attack for one in ended],
             "noise_multiplier": noise,
             "learning_rate": rate,
@@ -157,14 +159,17 @@ class _Training:
         self._progress.advance(self._config.steps)
         target = self._task.target
         losses = {n: np.asarray(self._losses(params, target[n])) for n in target}
-        accuracy = {
-            name: float(np.mean(self._logits(params, split).argmax(-1) == split.labels))
-            for name, split in target.items()
+        metric = self._config.metrics[0]
+        scores = {
+            name: metrics.scores(
+                [metric], self._logits(params, target[name]), target[name].labels
+            )[metric]
+            for name in ("test", "validation")
         }
         # How often a training example has a lower loss than a test example.
         rank = stats.mannwhitneyu(losses["test"], losses["train"]).statistic
         attack = float(rank / losses["test"].size / losses["train"].size)
-        return Ended(accuracy["test"], accuracy["validation"], attack)
+        return Ended(scores["test"], scores["validation"], attack)
 
     def _trained(self, rate: Any, noise: Any, key: jax.Array) -> Any:
         """The parameters after a run."""
@@ -309,18 +314,20 @@ def _write(
     cells = []
     for name, found in results.items():
         cells.append([name])
-        for kind in ("accuracy", "attack"):
+        for kind in (config.metrics[0], "attack"):
             for epsilon in config.epsilons:
                 one = found.get(f"{epsilon:g}")
                 cells[-1].append(_spread(one[kind]) if one else "")
     first = results[config.run[0]]
     noise = ", ".join(f"{found['noise_multiplier']:.2f}" for found in first.values())
     note = (
-        f"{config.target}, test accuracy in %, and AUC in % of telling training from "
-        f"test examples by their loss; {report.spread(len(config.seeds))}; δ = "
-        f"{config.delta:g}, {config.steps} steps of {config.batch_size} of "
+        f"{config.target}, test {config.metrics[0]} in %, and AUC in % of telling "
+        "training from test examples by their loss; "
+        f"{report.spread(len(config.seeds))}; δ = {config.delta:g}, "
+        f"{config.steps} steps of {config.batch_size} of "
         f"{len(task.target['train'].labels)} examples, noise multipliers {noise}; "
-        f"m = {config.num_perturbations}; zero-shot {100 * _zero_shot(task):.1f}."
+        f"m = {config.num_perturbations}; zero-shot "
+        f"{100 * _zero_shot(task, config.metrics[0]):.1f}."
     )
     report.write_table(
         ("method", *columns, *(f"attack, {c}" for c in columns)),
@@ -331,10 +338,10 @@ def _write(
     )
 
 
-def _zero_shot(task: Task) -> float:
+def _zero_shot(task: Task, metric: str) -> float:
     test, model = task.target["test"], task.network(bits=None)
     apply = jax.jit(functools.partial(model.apply, {"params": task.start}))
-    return float(jnp.mean(apply(test.images).argmax(-1) == test.labels))
+    return metrics.scores([metric], apply(test.images), test.labels)[metric]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -347,14 +354,14 @@ def _draw(
 ) -> None:
     fig = figure.Figure(figsize=(6, 4), layout="constrained")
     axes = fig.subplots()
-    places = range(len(config.epsilons))
+    places, metric = range(len(config.epsilons)), config.metrics[0]
     for name in config.run:
-        values = [results[name][f"{e:g}"]["accuracy"] for e in config.epsilons]
+        values = [results[name][f"{e:g}"][metric] for e in config.epsilons]
         mean = [100 * np.mean(v) for v in values]
         spread = [100 * np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
         axes.errorbar(places, mean, yerr=spread, capsize=3, label=name)
     axes.set_xticks(places, [f"{e:g}" for e in config.epsilons])
-    axes.set(xlabel="ε", ylabel="test accuracy (%)")
+    axes.set(xlabel="ε", ylabel=f"test {metric} (%)")
     axes.grid(alpha=0.3)
     axes.legend()
     fig.savefig(directory / "figure.png", dpi=120)

@@ -27,16 +27,21 @@ class Progress:
     """
 
     def __init__(
-        self, show: Callable[[int, int], None], tell: Callable[[str], None]
+        self,
+        show: Callable[[int, int], None],
+        tell: Callable[[str], None],
+        note: Callable[[str], None] | None = None,
     ) -> None:
         """Begins at zero of zero steps.
 
         Args:
           show: ``show(done, total)`` is called after every change.
           tell: is called with every line of `say`.
+          note: is called with every line of `note`; ``tell`` by default.
         """
         self._show = show
         self._tell = tell
+        self._note = note or tell
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._done = self._total = 0
@@ -63,6 +68,11 @@ class Progress:
         """Tells what was finished, where no bar shows it."""
         with self._lock:
             self._tell(text)
+
+    def note(self, text: str) -> None:
+        """Tells what no bar shows, such as how long a run will take."""
+        with self._lock:
+            self._note(text)
 
     def stop(self) -> None:
         """Makes every further `advance` raise, so that threads come to an end."""
@@ -99,7 +109,7 @@ def _bar() -> Iterator[Progress]:
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        yield Progress(show, lambda text: None)
+        yield Progress(show, lambda text: None, bar.console.print)
 
 
 @contextlib.contextmanager

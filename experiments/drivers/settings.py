@@ -10,7 +10,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import published, registry
-from experiments.learners import adapt, learner, metrics, nearest_centroid
+from experiments.learners import (
+    adapt,
+    learner,
+    metrics,
+    nearest_centroid,
+    predicted_time,
+)
 from experiments.models import sampled
 from experiments.usage import UsageError, check_names
 from experiments.workdir import report
@@ -31,6 +37,7 @@ def check_training(config: ConfigDict) -> None:
         check_names("figure", [part.figure], report.FIGURES)
         registry.check_domains(part.dataset, [part.source, part.target])
         _check_seeds("seeds", part.seeds)
+        predicted_time.Question.of(part.get("estimate", {}))
         for name in part.run:
             rates = part.methods[name].learning_rates
             _check_some(f"methods.{name}.learning_rates", rates)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments.learners import gradient_quality, metrics
+from experiments.learners import gradient_quality, metrics, predicted_time
 from experiments.learners.classification import Classification
 from experiments.learners.learner import TrainState, make_learner
 from experiments.registry import Splits
@@ -192,6 +192,27 @@ class Trainer:
             for layer in state.params
         }
         return {layer: (q.cosine, q.cosine_deviation) for layer, q in found.items()}
+
+    def predicted_steps(
+        self,
+        params: Any,
+        seed: int,
+        learning_rate: float,
+        question: predicted_time.Question,
+    ) -> int | None:
+        """Predicts how long a run takes to a share of its first loss.
+
+        Args:
+          params: where the run starts.
+          seed: of the run.
+          learning_rate: at the start; it decays linearly to 0.
+          question: which share, and what the answer may cost.
+        """
+        state = self.learner.init(params, self._images, seed)
+        train, steps = self._data["train"], self.learner.method.steps
+        return predicted_time.predicted_steps(
+            self.learner, state, train, learning_rate, steps, question
+        )
 
     def _start(self, state: TrainState) -> runs.Snapshot:
         """The snapshot before the first step."""

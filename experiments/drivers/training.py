@@ -19,7 +19,7 @@ from experiments import features, registry, starts
 from experiments.drivers import settings
 from experiments.drivers.progress import Progress, show_progress
 from experiments.drivers.trainer import Run, Trainer
-from experiments.learners import adapt, metrics, optimizers
+from experiments.learners import adapt, metrics, optimizers, predicted_time
 from experiments.models import cnn
 from experiments.registry import Splits
 from experiments.workdir import report, runs
@@ -248,6 +248,26 @@ class _Method:
             for seed in self._config.seeds
         ]
 
+    def estimated(self, name: str, learning_rate: float) -> dict[str, int | None]:
+        """Predicts the length of a run and tells it; nothing if nobody asks.
+
+        Args:
+          name: of the method.
+          learning_rate: of the run.
+        """
+        question = predicted_time.Question.of(self._config.get("estimate", {}))
+        if question is None:
+            return {}
+        if not predicted_time.can_be_predicted(self._method):
+            self._progress.note(
+                f"{name}: no estimate, which there is for SGD and momentum only"
+            )
+            return {}
+        seed, steps = self._config.seeds[0], self._method.steps
+        found = self.trainer.predicted_steps(self._start, seed, learning_rate, question)
+        self._progress.note(f"{name}: {predicted_time.told(found, steps, question)}")
+        return {"predicted_steps": found}
+
     def cosines(self) -> dict[str, tuple[float, float]]:
         """See `Trainer.cosines`; nothing if the configuration asks for none."""
         if not (count := self._config.gradient_estimates):
@@ -295,6 +315,7 @@ def _adapt(
     tuned = runs_of.tuned()
     learning_rate = best(tuned) if tuned else method.learning_rates[0]
     progress.say(f"{name}: the learning rate is {learning_rate:g}")
+    estimated = runs_of.estimated(name, learning_rate)
     adapted = runs_of.adapted(learning_rate)
     cosines = runs_of.cosines()
     trainer = runs_of.trainer
@@ -316,6 +337,7 @@ def _adapt(
         "early_stopping": _summary(
             [{metric: _best_point(run.curve)} for run in adapted]
         ),
+        **estimated,
         **({"cosine": cosines} if cosines else {}),
     }
     progress.say(f"{name}: finished, test {metric} {100 * result[metric]:.1f}%")

@@ -423,9 +423,45 @@ def adapter(
     )
 
 
+def branch_scales(network: nn.Module, *, head: bool = False) -> Adapted:
+    """Trains what scales the branches of re-parameterized blocks.
+
+    Args:
+      network: a module with stages whose blocks fold branches, such as
+        `experiments.models.reparameterized.ReparameterizedCNN`.
+      head: whether the head trains as well.
+
+    Raises:
+      TypeError: for a module without stages or without branches.
+
+    Example:
+      >>> from experiments.models import reparameterized
+      >>> model = branch_scales(reparameterized.ReparameterizedCNN())
+      >>> model.trains(("Block_0", "scales")), model.trains(("Block_0", "branches"))
+      (True, False)
+    """
+    stages, name = _stages(network), getattr(network, "branch_scales", None)
+    if name is None:
+        raise TypeError(
+            f"{type(network).__name__} has no branches with scales, which this way "
+            "trains; use a network of experiments.models.reparameterized."
+        )
+    return Adapted(
+        network, lambda path: path[-1] == name or (head and path[0] in stages[-1])
+    )
+
+
 WAYS: dict[str, Callable[..., Adapted]] = {
     way.__name__: way
-    for way in (full, linear_probe, last_blocks, deep_prompts, lora, adapter)
+    for way in (
+        full,
+        linear_probe,
+        last_blocks,
+        deep_prompts,
+        lora,
+        adapter,
+        branch_scales,
+    )
 }
 
 

@@ -9,6 +9,7 @@ Ordinary training (`experiments.learners.classification`) and few-shot learning
 (`experiments.learners.nearest_centroid`) differ in their objectives only.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ import fgrad
 from experiments import features
 from experiments.data.arrays import Split
 from experiments.learners import adapt, optimizers
+from experiments.models import sampled
 from experiments.usage import UsageError
 from fgrad import layers
 
@@ -218,13 +220,15 @@ class Learner:
           steps: length of the run.
           data: what the objective draws the batch from.
         """
-        batch = self.objective.batch(jax.random.fold_in(state.key, state.count), data)
+        key = jax.random.fold_in(state.key, state.count)
+        batch = self.objective.batch(key, data)
         optimizer = optimizers.make_optimizer(
             self.method, learning_rate, steps, state.key
         )
         given = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
         if self.method.gradient == "backward":
-            incoming = jax.grad(self.loss_fn)(state.params, **given)
+            with self._sampled(jax.random.fold_in(key, 1)):
+                incoming = jax.grad(self.loss_fn)(state.params, **given)
             extra = {}
         else:  # the chain begins with an estimator, which ignores what comes in
             incoming = state.params
@@ -237,6 +241,11 @@ class Learner:
             opt_state=opt_state,
             count=state.count + 1,
         )
+
+    def _sampled(self, key: jax.Array) -> contextlib.AbstractContextManager[None]:
+        """What keeps a part of the activations for a backward pass, or does nothing."""
+        chosen = self.method.get("sampled", {})
+        return sampled.products(key, **chosen) if chosen else contextlib.nullcontext()
 
     def outputs(self, params: Any, frozen: Any, scales: Any) -> Outputs:
         """The network at some weights, as a function of its input.
@@ -359,6 +368,13 @@ def check_method(method: ConfigDict) -> None:
     optimizers.check_method(method)
     adapt.check_way(method.get("adaptation", {}))
     augments = method.get("input_shift") or method.get("input_noise")
+    if chosen := method.get("sampled", {}):
+        sampled.check_settings(chosen)
+        if method.gradient != "backward" or method.get("bits"):
+            raise UsageError(
+                "sampled keeps a part of the activations for a backward pass in "
+                'float32: it needs gradient "backward" and no bits.'
+            )
     if method.get("checkpoint", False) and method.get("adaptation", {}):
         raise UsageError(
             "checkpoint evaluates the stages of a network again, all of them; leave it "
