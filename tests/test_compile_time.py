@@ -123,6 +123,6 @@ def test_a_further_block_is_the_slope_between_depths():
         for depth in (4, 12)
     ]
     (row,) = compile_time._growth(records).rows
-    assert row[3:] == ["4 to 12", "1.00", "0.00", "3.00", "0.00"]
+    assert row[2:] == ["4 to 12", "1.00", "0.00", "3.00", "0.00"]
     twice = {**records[0], "program": "fgrad, m=1", "compilation": 24.0}
     assert compile_time._row(twice, records)[-3:] == ["1.00", "2.00", "7"]
