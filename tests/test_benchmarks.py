@@ -63,7 +63,7 @@ def test_the_smoke_command_writes_every_table(tmp_path):
         "time",
         "peers",
         "growth",
-        "compile",
+        "by_hand",
     ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():

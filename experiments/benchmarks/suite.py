@@ -9,7 +9,15 @@ from typing import Any
 import jax
 
 import fgrad
-from experiments.benchmarks import bars, compile_time, growth, memory, peers, timing
+from experiments.benchmarks import (
+    bars,
+    by_hand,
+    compile_time,
+    growth,
+    memory,
+    peers,
+    timing,
+)
 from experiments.benchmarks.table import Table
 
 # tables(smoke) yields them as they are finished.
@@ -20,6 +28,7 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "time": timing.tables,
     "peers": peers.tables,
     "growth": growth.tables,
+    "by_hand": by_hand.tables,
     "compile": compile_time.tables,
 }
 # What is made unless others are named: to compile deep networks takes 20 minutes.
