@@ -64,6 +64,7 @@ def test_the_smoke_command_writes_every_table(tmp_path):
         "peers",
         "growth",
         "by_hand",
+        "floor",
     ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():

@@ -13,6 +13,7 @@ from experiments.benchmarks import (
     bars,
     by_hand,
     compile_time,
+    floor,
     growth,
     memory,
     peers,
@@ -29,6 +30,7 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "peers": peers.tables,
     "growth": growth.tables,
     "by_hand": by_hand.tables,
+    "floor": floor.tables,
     "compile": compile_time.tables,
 }
 # What is made unless others are named: to compile deep networks takes 20 minutes.
