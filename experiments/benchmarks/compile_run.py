@@ -20,16 +20,25 @@ from experiments.benchmarks import compile_time
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the results.")
 _SECONDS = flags.DEFINE_float("seconds", None, "When to begin no further program.")
+_ARITHMETIC = flags.DEFINE_list(
+    "arithmetic", compile_time.ARITHMETICS, "Arithmetics of the networks."
+)
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny network, which shows no result.")
 flags.mark_flag_as_required("workdir")
 
 
-def run(workdir: str, seconds: float | None = None, smoke: bool = False) -> bool:
+def run(
+    workdir: str,
+    seconds: float | None = None,
+    arithmetics: Sequence[str] = compile_time.ARITHMETICS,
+    smoke: bool = False,
+) -> bool:
     """Measures what the workdir does not have yet, and shows what it has.
 
     Args:
       workdir: records.json, tables.md and compile_time.svg go here.
       seconds: after how long no further program is begun; None for no limit.
+      arithmetics: some of `compile_time.ARITHMETICS`.
       smoke: whether to take a tiny network.
 
     Returns:
@@ -41,7 +50,7 @@ def run(workdir: str, seconds: float | None = None, smoke: bool = False) -> bool
     records = json.loads(path.read_text()) if path.exists() else []
     start = time.monotonic()
     finished = True
-    for record in compile_time.records(records, smoke=smoke):
+    for record in compile_time.records(records, arithmetics=arithmetics, smoke=smoke):
         records.append(record)
         path.write_text(json.dumps(records, indent=2) + "\n")
         print(json.dumps(record), flush=True)
@@ -89,7 +98,8 @@ def main(argv: Sequence[str]) -> None:
     """Measures for as long as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not run(_WORKDIR.value, _SECONDS.value, _SMOKE.value):
+    options = _SECONDS.value, _ARITHMETIC.value, _SMOKE.value
+    if not run(_WORKDIR.value, *options):
         print("The time is up; the same command goes on.", flush=True)
 
 

@@ -21,6 +21,7 @@ from experiments.models import vit
 
 PHASES = ("trace", "lowering", "compilation")
 DEPTHS = (4, 12, 48)
+ARITHMETICS = ("float32", "16w8a")
 _REFERENCE = "backprop"
 # problem(arithmetic, simulated), see `subjects.problem`; None where there is no such.
 Maker = Callable[[str, bool], Problem | None]
@@ -47,13 +48,15 @@ def _of_subject(subject: Subject, arithmetic: str, simulated: bool) -> Problem:
 
 
 def _networks() -> dict[str, Maker]:
+    """What is compiled, the deepest last."""
     makers: dict[str, Maker] = {}
     for depth in DEPTHS:
-        makers[f"{depth} blocks"] = functools.partial(_of_subject, unrolled(depth))
+        if depth == DEPTHS[-1]:
+            for name in ("resnet18", "lstm"):
+                makers[name] = functools.partial(_of_subject, subjects.SUBJECTS[name])
         if depth > DEPTHS[0]:
             makers[f"{depth} blocks, scanned"] = functools.partial(scanned, depth)
-    for name in ("resnet18", "lstm"):
-        makers[name] = functools.partial(_of_subject, subjects.SUBJECTS[name])
+        makers[f"{depth} blocks"] = functools.partial(_of_subject, unrolled(depth))
     return makers
 
 
@@ -70,12 +73,16 @@ def tables(smoke: bool) -> Iterator[Table]:
 
 
 def records(
-    known: Sequence[Mapping[str, Any]] = (), *, smoke: bool = False
+    known: Sequence[Mapping[str, Any]] = (),
+    *,
+    arithmetics: Sequence[str] = ARITHMETICS,
+    smoke: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Measures every program of every network, one after the other.
 
     Args:
       known: records of earlier runs, which are not measured again.
+      arithmetics: those to measure; with ``smoke`` it is float32.
       smoke: whether to take a tiny network of 1 and 2 layers instead.
 
     Yields:
@@ -85,7 +92,7 @@ def records(
     done = {tuple(record[k] for k in names) for record in known}
     # What a process does once, such as to load JAX's rules, belongs to no program.
     measured(_programs(_smallest()["1 blocks"], "float32")["fgrad, m=1"])
-    for arithmetic in ("float32",) if smoke else ("float32", "16w8a"):
+    for arithmetic in ARITHMETICS[:1] if smoke else arithmetics:
         for network, maker in (_smallest() if smoke else _networks()).items():
             for program, make in _programs(maker, arithmetic).items():
                 name = (network, arithmetic, program)
@@ -127,7 +134,6 @@ def _programs(maker: Maker, arithmetic: str) -> dict[str, Callable[[], Program]]
     found: dict[str, Callable[[], Program]] = {
         "inference": functools.partial(programs.inference, problem),
         "fgrad, m=1": functools.partial(programs.forward_step, problem),
-        "jax.vmap, K=1": functools.partial(programs.vmap_step, problem, 1),
     }
     if trained is not None:
         found[_REFERENCE] = functools.partial(programs.backprop_step, trained)
@@ -135,6 +141,7 @@ def _programs(maker: Maker, arithmetic: str) -> dict[str, Callable[[], Program]]
         found["evosax, Open_ES(2)"] = functools.partial(
             peers.evosax_generation, problem, 2
         )
+    found["jax.vmap, K=1"] = functools.partial(programs.vmap_step, problem, 1)
     return found
 
 
