@@ -63,7 +63,8 @@ def test_the_smoke_command_writes_every_table(tmp_path):
         "time",
         "peers",
         "growth",
-        "compile",
+        "by_hand",
+        "floor",
     ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():

@@ -1,8 +1,10 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import compile_time, programs, subjects
+from experiments.benchmarks import compile_run, compile_time, programs, subjects
 from experiments.benchmarks.measure import Program
 
 HLO = """
@@ -123,6 +125,34 @@ def test_a_further_block_is_the_slope_between_depths():
         for depth in (4, 12)
     ]
     (row,) = compile_time._growth(records).rows
-    assert row[3:] == ["4 to 12", "1.00", "0.00", "3.00", "0.00"]
+    assert row[2:] == ["4 to 12", "1.00", "0.00", "3.00", "0.00"]
     twice = {**records[0], "program": "fgrad, m=1", "compilation": 24.0}
     assert compile_time._row(twice, records)[-3:] == ["1.00", "2.00", "7"]
+
+
+def test_a_measurement_in_parts_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_time, "_smallest", _few)
+    monkeypatch.setattr(compile_time, "measured", _without_compiling)
+    workdir = tmp_path / "compile"
+    assert not compile_run.run(str(workdir), seconds=0, smoke=True)
+    (first,) = json.loads((workdir / "records.json").read_text())
+    assert compile_run.run(str(workdir), smoke=True)
+    records = json.loads((workdir / "records.json").read_text())
+    assert records[0] == first
+    names = [(record["network"], record["program"]) for record in records]
+    assert len(set(names)) == len(names) > 3
+    assert "backprop" in (workdir / "tables.md").read_text()
+    assert "<svg" in (workdir / "compile_time.svg").read_text()
+
+
+def _few():
+    makers = {}
+    for depth in (1, 2):
+        problem = subjects.problem(subjects.stack(2, depth), 2)
+        makers[f"{depth} blocks"] = lambda arithmetic, simulated, p=problem: p
+    return makers
+
+
+def _without_compiling(make, *, optimize=True):
+    del make, optimize
+    return {**dict.fromkeys(compile_time.PHASES, 1.0), "kernels": 1}

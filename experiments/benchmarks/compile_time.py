@@ -7,7 +7,7 @@ compiles each distinct fusion as a module of its own and reuses identical ones.
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from experiments.benchmarks.table import NOTHING, Table
 from experiments.models import vit
 
 PHASES = ("trace", "lowering", "compilation")
+DEPTHS = (4, 12, 48)
+ARITHMETICS = ("float32", "16w8a")
 _REFERENCE = "backprop"
 # problem(arithmetic, simulated), see `subjects.problem`; None where there is no such.
 Maker = Callable[[str, bool], Problem | None]
@@ -45,35 +47,58 @@ def _of_subject(subject: Subject, arithmetic: str, simulated: bool) -> Problem:
     return subjects.problem(subject, 2, arithmetic, simulated=simulated)
 
 
-def _makers(depths: tuple[int, ...]) -> dict[str, Maker]:
+def _networks() -> dict[str, Maker]:
+    """What is compiled, the deepest last."""
     makers: dict[str, Maker] = {}
-    for depth in depths:
+    for depth in DEPTHS:
+        if depth == DEPTHS[-1]:
+            for name in ("resnet18", "lstm"):
+                makers[name] = functools.partial(_of_subject, subjects.SUBJECTS[name])
+        if depth > DEPTHS[0]:
+            makers[f"{depth} blocks, scanned"] = functools.partial(scanned, depth)
         makers[f"{depth} blocks"] = functools.partial(_of_subject, unrolled(depth))
-    for depth in depths[-1:]:
-        makers[f"{depth} blocks, scanned"] = functools.partial(scanned, depth)
     return makers
 
 
 def tables(smoke: bool) -> Iterator[Table]:
-    """Compiles transformers of 4 and 12 blocks, a ResNet18 and an LSTM.
+    """Compiles transformers of 4, 12 and 48 blocks, a ResNet18 and an LSTM.
+
+    That takes about 20 minutes of a processor. `experiments.benchmarks.compile_run`
+    does it in parts.
 
     Args:
       smoke: whether to take a tiny network of 1 and 2 layers instead.
     """
-    makers = _smallest() if smoke else _makers((4, 12))
-    for name in () if smoke else ("resnet18", "lstm"):
-        subject = subjects.SUBJECTS[name]
-        makers[name] = functools.partial(_of_subject, subject)
-    yield from _tables(makers, smoke)
+    yield from tables_of(list(records(smoke=smoke)))
 
 
-def deep(smoke: bool) -> Iterator[Table]:
-    """Compiles transformers of 12 and 48 blocks, which takes its time.
+def records(
+    known: Sequence[Mapping[str, Any]] = (),
+    *,
+    arithmetics: Sequence[str] = ARITHMETICS,
+    smoke: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Measures every program of every network, one after the other.
 
     Args:
+      known: records of earlier runs, which are not measured again.
+      arithmetics: those to measure; with ``smoke`` it is float32.
       smoke: whether to take a tiny network of 1 and 2 layers instead.
+
+    Yields:
+      Of each program its names, the CPU seconds of its `PHASES`, and its kernels.
     """
-    yield from _tables(_smallest() if smoke else _makers((12, 48)), smoke)
+    names = ("network", "arithmetic", "program")
+    done = {tuple(record[k] for k in names) for record in known}
+    # What a process does once, such as to load JAX's rules, belongs to no program.
+    measured(_programs(_smallest()["1 blocks"], "float32")["fgrad, m=1"])
+    for arithmetic in ARITHMETICS[:1] if smoke else arithmetics:
+        for network, maker in (_smallest() if smoke else _networks()).items():
+            for program, make in _programs(maker, arithmetic).items():
+                name = (network, arithmetic, program)
+                if name not in done:
+                    seconds = measured(make, optimize=not smoke)
+                    yield {**dict(zip(names, name, strict=True)), **seconds}
 
 
 def _smallest() -> dict[str, Maker]:
@@ -83,13 +108,8 @@ def _smallest() -> dict[str, Maker]:
     }
 
 
-def _tables(makers: Mapping[str, Maker], smoke: bool) -> Iterator[Table]:
-    raw: list[dict[str, Any]] = []
-    for arithmetic in ("float32",) if smoke else ("float32", "16w8a"):
-        for network, maker in makers.items():
-            for name, make in _programs(maker, arithmetic).items():
-                record = {"network": network, "arithmetic": arithmetic, "program": name}
-                raw.append({**record, **measured(make, optimize=not smoke)})
+def tables_of(raw: list[dict[str, Any]]) -> Iterator[Table]:
+    """What `records` found, as tables."""
     rows = [_row(record, raw) for record in raw]
     yield Table(
         title="CPU seconds before the first run",
@@ -114,7 +134,6 @@ def _programs(maker: Maker, arithmetic: str) -> dict[str, Callable[[], Program]]
     found: dict[str, Callable[[], Program]] = {
         "inference": functools.partial(programs.inference, problem),
         "fgrad, m=1": functools.partial(programs.forward_step, problem),
-        "jax.vmap, K=1": functools.partial(programs.vmap_step, problem, 1),
     }
     if trained is not None:
         found[_REFERENCE] = functools.partial(programs.backprop_step, trained)
@@ -122,6 +141,7 @@ def _programs(maker: Maker, arithmetic: str) -> dict[str, Callable[[], Program]]
         found["evosax, Open_ES(2)"] = functools.partial(
             peers.evosax_generation, problem, 2
         )
+    found["jax.vmap, K=1"] = functools.partial(programs.vmap_step, problem, 1)
     return found
 
 
@@ -166,23 +186,32 @@ def _row(record: Mapping[str, Any], raw: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _growth(raw: list[dict[str, Any]]) -> Table:
-    """What one block more costs, between the two depths of each kind of network."""
-    series: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+def by_depth(
+    raw: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str], dict[int, Mapping[str, Any]]]:
+    """The records of unrolled blocks: by arithmetic and program, then by depth."""
+    series: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for record in raw:
         if match := re.fullmatch(r"(\d+) blocks", record["network"]):
             key = (record["arithmetic"], record["program"])
-            series.setdefault(("unrolled", *key), {})[int(match[1])] = record
+            series.setdefault(key, {})[int(match[1])] = record
+    return series
+
+
+def _growth(raw: Sequence[Mapping[str, Any]]) -> Table:
+    """What one unrolled block more costs, between the least depth and the largest."""
     rows, between = [], []
-    for (kind, arithmetic, program), records in series.items():
+    for (arithmetic, program), records in by_depth(raw).items():
         shallow, deepest = min(records), max(records)
+        if shallow == deepest:
+            continue
         slope = {
             what: (records[deepest][what] - records[shallow][what])
             / (deepest - shallow)
             for what in (*PHASES, "kernels")
         }
         cells = [f"{value:.2f}" for value in slope.values()]
-        rows.append([kind, arithmetic, program, f"{shallow} to {deepest}", *cells])
+        rows.append([arithmetic, program, f"{shallow} to {deepest}", *cells])
         between.append(
             {
                 "arithmetic": arithmetic,
@@ -192,7 +221,7 @@ def _growth(raw: list[dict[str, Any]]) -> Table:
         )
     return Table(
         title="CPU seconds for each further block",
-        columns=("blocks", "arithmetic", "program", "from", *PHASES, "kernels"),
+        columns=("arithmetic", "program", "from", *PHASES, "kernels"),
         rows=rows,
         note="The difference between the two depths over the difference of depths.",
         raw=between,

@@ -6,18 +6,23 @@ Prints its tables as Markdown; results.json and tables.md in the workdir hold th
 the raw numbers and the device. Memory is the compiler's plan; times are ratios within
 the run, which wants a machine to itself and takes tens of minutes on two cores, most
 of them for compilation. Some of the tables: ``--only=bars,growth``; what compilation
-takes: ``--only=compile``, or ``compile_deep`` for 48 blocks. A try of some seconds:
-``--smoke``.
+takes: ``--only=compile``, or in parts `experiments.benchmarks.compile_run`. A try of
+some seconds: ``--smoke``. On a machine that others use, ``--processor_seconds`` with
+``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`` compares work rather than waiting.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments.benchmarks import suite
+from experiments.benchmarks import measure, suite
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the results.")
 _ONLY = flags.DEFINE_list("only", suite.DEFAULT, "Tables to make.")
+_PROCESSOR = flags.DEFINE_bool(
+    "processor_seconds", False, "Times the processor, which wants a single thread."
+)
 _SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, which show no result.")
 flags.mark_flag_as_required("workdir")
 
@@ -26,7 +31,9 @@ def main(argv: Sequence[str]) -> None:
     """Makes the tables that the flags name."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    suite.run(_WORKDIR.value, _ONLY.value, _SMOKE.value)
+    clock = measure.seconds_of_the_processor if _PROCESSOR.value else None
+    with clock() if clock else contextlib.nullcontext():
+        suite.run(_WORKDIR.value, _ONLY.value, _SMOKE.value)
 
 
 if __name__ == "__main__":

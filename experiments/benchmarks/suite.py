@@ -9,7 +9,16 @@ from typing import Any
 import jax
 
 import fgrad
-from experiments.benchmarks import bars, compile_time, growth, memory, peers, timing
+from experiments.benchmarks import (
+    bars,
+    by_hand,
+    compile_time,
+    floor,
+    growth,
+    memory,
+    peers,
+    timing,
+)
 from experiments.benchmarks.table import Table
 
 # tables(smoke) yields them as they are finished.
@@ -20,11 +29,12 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "time": timing.tables,
     "peers": peers.tables,
     "growth": growth.tables,
+    "by_hand": by_hand.tables,
+    "floor": floor.tables,
     "compile": compile_time.tables,
-    "compile_deep": compile_time.deep,
 }
-# What is made unless others are named: the deep networks take a quarter of an hour.
-DEFAULT = [name for name in TABLES if name != "compile_deep"]
+# What is made unless others are named: to compile deep networks takes 20 minutes.
+DEFAULT = [name for name in TABLES if name != "compile"]
 
 
 def run(workdir: str, only: Sequence[str], smoke: bool = False) -> dict[str, Any]:

@@ -253,25 +253,13 @@ def _integer_dot(
 
     if bits <= 8:
         return product(q.astype(jnp.int8), dimension_numbers).astype(jnp.float32)
-    # The limbs side by side, as twice as many outputs: one product is faster than two.
-    summed = (*rhs_contract, *rhs_batch)
-    free = [axis for axis in range(q.ndim) if axis not in summed]
-    place = free[0] if free else q.ndim
-
-    def shifted(axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(axis + (axis >= place) for axis in axes)
-
-    both = product(
-        _limbs(x, q, place),
-        ((lhs_contract, shifted(rhs_contract)), (lhs_batch, shifted(rhs_batch))),
-    )
-    place = x.ndim - len(lhs_contract)  # the first free axis of q in the output
-    high, low = (lax.index_in_dim(both, limb, place, keepdims=False) for limb in (0, 1))
+    high, low = (product(limb, dimension_numbers) for limb in _limbs(x, q))
+    free = q.ndim - len(rhs_contract) - len(rhs_batch)
     # [*batch, *free axes of x], and an axis of length 1 for each free axis of q.
     kept = [a for a in range(x.ndim) if a not in (*lhs_contract, *lhs_batch)]
     sums = jnp.sum(x, axis=lhs_contract, dtype=jnp.int32, keepdims=True)
     sums = sums.transpose((*lhs_batch, *kept, *lhs_contract))
-    sums = sums.reshape(*sums.shape[:place], *[1] * len(free))
+    sums = sums.reshape(*sums.shape[: len(lhs_batch) + len(kept)], *[1] * free)
     return _join(high, low, sums)
 
 
@@ -302,38 +290,12 @@ def _integer_conv(
 
     if bits <= 8:
         return product(q.astype(jnp.int8)).astype(jnp.float32)
-    both = product(_limbs_by_group(x, q, numbers.rhs_spec[0], groups))
-    high, low = _apart_by_group(both, numbers.out_spec[1], groups)
+    high, low = map(product, _limbs(x, q))
     # The sums are the same for all channels of a group.
     window = [q.shape[axis] for axis in numbers.rhs_spec[2:]]
     sums = _window_sums(x, window, *geometry, numbers.lhs_spec, groups)
     sums = jnp.repeat(sums, q.shape[numbers.rhs_spec[0]] // groups, 1)
     return _join(high, low, sums.transpose(np.argsort(numbers.out_spec)))
-
-
-def _limbs_by_group(
-    x: jax.Array, q: jax.Array, out_feature: int, groups: int
-) -> jax.Array:
-    """The limbs of a kernel side by side, as twice as many outputs in each group."""
-    before, after = q.shape[:out_feature], q.shape[out_feature + 1 :]
-    by_group = q.reshape(*before, groups, -1, *after)
-    limbs = _limbs(x, by_group, out_feature + 1)
-    return limbs.reshape(*before, 2 * q.shape[out_feature], *after)
-
-
-def _apart_by_group(
-    both: jax.Array, axis: int, groups: int
-) -> tuple[jax.Array, jax.Array]:
-    """The outputs of the h and of the l that `_limbs_by_group` put side by side."""
-    before, after = both.shape[:axis], both.shape[axis + 1 :]
-    both = both.reshape(*before, groups, 2, -1, *after)
-    high, low = (
-        lax.index_in_dim(both, limb, axis + 1, keepdims=False).reshape(
-            *before, -1, *after
-        )
-        for limb in (0, 1)
-    )
-    return high, low
 
 
 def _window_sums(
@@ -362,18 +324,17 @@ def _window_sums(
     return of_windows
 
 
-def _limbs(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
-    """The int8 h and l of ``q = 256 h + (l + 128)`` along a new axis, not before x."""
+def _limbs(x: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The int8 h and l of ``q = 256 h + (l + 128)``, not before x.
+
+    Two products, of h and of l, take less time than one of both side by side: to put
+    the bytes of the weights side by side takes longer than to read x twice.
+    """
     # Or the limbs of all weights would be made first, a second copy of the model.
-    q = (
-        execution_order.delayed(q.astype(jnp.int16), x)
-        if x.size
-        else q.astype(jnp.int16)
-    )
-    # The bytes of a word, low first. Of a concatenation of the two, XLA would make a
-    # slow loop, and put into it, twice, all that makes a perturbed q.
-    low_high = lax.bitcast_convert_type(q ^ 128, jnp.int8)
-    return jnp.moveaxis(low_high[..., ::-1], -1, axis)
+    q = q.astype(jnp.int16)
+    if x.size:
+        q = execution_order.delayed(q, x)
+    return (q >> 8).astype(jnp.int8), (q ^ 128).astype(jnp.int8)
 
 
 def _join(high: jax.Array, low: jax.Array, sums: jax.Array) -> jax.Array:

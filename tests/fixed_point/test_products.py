@@ -678,22 +678,22 @@ def assert_int8_products(fn, *operands, expected):
 
 
 @pytest.mark.parametrize(
-    # The limbs are side by side in one product.
-    ("bits", "dtype"),
-    [(16, jnp.int16), (12, jnp.float32), (8, jnp.int8), (4, jnp.int8)],
+    # One product for each limb.
+    ("bits", "dtype", "expected"),
+    [(16, jnp.int16, 2), (12, jnp.float32, 2), (8, jnp.int8, 1), (4, jnp.int8, 1)],
 )
-def test_dot_general_multiplies_int8_into_int32(bits, dtype):
+def test_dot_general_multiplies_int8_into_int32(bits, dtype, expected):
     lhs, rhs = spec((2, 3), jnp.int8), spec((3, 4), dtype, (1, 4), bits)
     assert_int8_products(
-        lambda x, w: products.dot_general(x, w, MATRIX), lhs, rhs, expected=1
+        lambda x, w: products.dot_general(x, w, MATRIX), lhs, rhs, expected=expected
     )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
-    # One with the limbs side by side; the activations are summed by a window.
+    # One for each limb; the activations are summed by a window.
     ("bits", "dtype", "expected"),
-    [(16, jnp.int16, 1), (12, jnp.float32, 1), (8, jnp.int8, 1)],
+    [(16, jnp.int16, 2), (12, jnp.float32, 2), (8, jnp.int8, 1)],
 )
 def test_conv_general_dilated_multiplies_int8_into_int32(bits, dtype, expected, groups):
     lhs = spec((1, 4, 5, 5), jnp.int8)
