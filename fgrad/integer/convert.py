@@ -166,6 +166,7 @@ def convert(
     params: Any,
     *calibration_args: Any,
     bits: tuple[int, int] = (16, 8),
+    channel_axis: int | None = None,
     headroom: float = 1.5,
 ) -> Program:
     r"""Turns a float function into a program that computes with integers only.
@@ -187,6 +188,9 @@ def convert(
       *calibration_args: arguments that are typical of those to come; floats among them
         become int8, integers stay.
       bits: width of the weights, 2 to 16, and of the activations, 2 to 8.
+      channel_axis: None for one scale per tensor; an axis (-1: the output channels of
+        Flax) for one scale per channel of what enters a product, as
+        `fgrad.quantize` has it. With 8-bit weights it matters.
       headroom: how far weights and activations may grow beyond what is seen here.
 
     Returns:
@@ -215,9 +219,11 @@ def convert(
     _checks.at_least("headroom", headroom, 1)
     _checks.function("fn", fn, "params", *["argument"] * len(calibration_args))
     _checks.arrays(params, fixed_point.is_qtensor)
+    args = jax.tree.map(jnp.asarray, calibration_args)
+    if channel_axis is not None:
+        params = _with_channels(fn, params, args, weight_bits, channel_axis, headroom)
     qparams = fixed_point.quantize(params, weight_bits, headroom=headroom)
     values = fixed_point.dequantize(qparams)
-    args = jax.tree.map(jnp.asarray, calibration_args)
     graph, _ = _trace(fn, values, args)
     leaves = jax.tree.leaves(args)
     observed = calibration.observe(graph, [*jax.tree.leaves(values), *leaves])
@@ -234,6 +240,49 @@ def convert(
     # Every rule and every proof, before the first run.
     jax.eval_shape(program, qparams, *program.examples_encoded)
     return program
+
+
+def _with_channels(
+    fn: Callable[..., Any],
+    params: Any,
+    args: Sequence[Any],
+    bits: int,
+    channel_axis: int,
+    headroom: float,
+) -> Any:
+    """Quantizes the leaves that products read, with a scale for each channel."""
+    shapes = jax.eval_shape(fixed_point.dequantize, params)
+    graph, _ = _trace(fn, shapes, args)
+    read = _read_by_products(graph)
+    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
+    chosen = {
+        fixed_point.path_str(path)
+        for (path, _), number in zip(paths, graph.inputs, strict=False)
+        if number in read
+    }
+    return fixed_point.quantize(
+        params,
+        bits,
+        channel_axis=channel_axis,
+        headroom=headroom,
+        where=lambda path, leaf: path in chosen,
+    )
+
+
+def _read_by_products(graph: Graph) -> set[int]:
+    """Values that enter a product, perhaps in another shape or inside a scan."""
+    found: set[int] = set()
+    for node in reversed(graph.nodes):
+        inputs = {place: x for place, x in enumerate(node.inputs) if isinstance(x, int)}
+        if node.name == "scan":
+            body = calibration.body_of(node)
+            inner = _read_by_products(body)
+            found |= {x for i, x in inputs.items() if body.inputs[i] in inner}
+        elif node.name in primitives.PRODUCTS:
+            found |= set(inputs.values())
+        elif node.name in primitives.OF_CHANNELS and not found.isdisjoint(node.outputs):
+            found |= set(inputs.values())
+    return found
 
 
 def _checked_bits(bits: Any) -> tuple[int, int]:
@@ -293,7 +342,7 @@ def run(
         else:
             results = _evaluate(grids, node, values)
         known.update(zip(node.outputs, results, strict=True))
-    return [read(x) for x in graph.outputs]
+    return [primitives.with_one_scale(read(x)) for x in graph.outputs]
 
 
 def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any]:
@@ -311,6 +360,8 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
         raise primitives.unsupported(node)
     try:
         with jax.named_scope(_layer(node)):
+            if node.name not in primitives.OF_CHANNELS:
+                operands = [primitives.with_one_scale(x) for x in operands]
             results = primitives.RULES[node.name](grids, node, *operands)
     except ConversionError as error:
         if "has no integer rule" in str(error):
@@ -328,6 +379,7 @@ def _scan(grids: Grids, node: Node, operands: Sequence[Any]) -> list[Any]:
     operands = [
         primitives.as_fixed(x) if primitives.is_constant(x) else x for x in operands
     ]
+    operands[constants:] = map(primitives.with_one_scale, operands[constants:])
     carry = [
         _carried(inside, x, graph.inputs[constants + i], graph.outputs[i])
         for i, x in enumerate(operands[constants : constants + carried])
@@ -374,15 +426,11 @@ def _like(array: Any, x: Any) -> Any:
 
 
 def _parameter(q: Any, leaf: QTensor) -> Fixed:
-    if jnp.size(leaf.scale) != 1:
-        raise ConversionError(
-            f"a parameter of shape {leaf.shape} has {jnp.size(leaf.scale)} scales; an "
-            "integer program takes one scale for each: quantize without channel_axis."
-        )
-    limit = leaf.max_qvalue
-    scale = float(np.asarray(leaf.scale).reshape(()))
+    limit, scales = leaf.max_qvalue, np.asarray(leaf.scale, np.float64)
+    scale = float(np.max(scales))
+    channels = scales / scale if scales.size > 1 else None
     q = jnp.asarray(q).astype(fixed_point.storage_dtype(leaf.bits))
-    return Fixed(q, scale, -limit, limit, weight=True)
+    return Fixed(q, scale, -limit, limit, weight=True, channels=channels)
 
 
 @functools.cache

@@ -196,14 +196,26 @@ def _known(equation: core.JaxprEqn, operands: Sequence[Value]) -> Value | None:
     )
     if same or name in ("copy", "copy_p", "stop_gradient"):
         return operands[0]
-    if not operands or any(x.literal is None for x in operands) or name == "scan":
+    arrays = [_array_of(x) for x in operands]
+    if not operands or any(x is None for x in arrays) or name == "scan":
         return None
     avals: list[Any] = [v.aval for v in equation.outvars]
-    if any(aval.shape for aval in avals):
+    # No table takes more flash than what it is made of.
+    if len(avals) != 1 or (avals[0].shape and _larger(_value(avals[0]), operands)):
         return None
-    arrays = [np.asarray(x.literal, x.dtype) for x in operands]
     with jax.ensure_compile_time_eval():
         return _constant(np.asarray(primitives.bind(equation, arrays)[0]))
+
+
+def _larger(value: Value, operands: Sequence[Value]) -> bool:
+    """Whether a value has more bytes than each of its operands."""
+    sizes = [x.size * x.dtype.itemsize for x in operands]
+    return value.size * value.dtype.itemsize > max(sizes)
+
+
+def _array_of(x: Value) -> np.ndarray | None:
+    """What a value is, if it is known now."""
+    return x.constant if x.literal is None else np.asarray(x.literal, x.dtype)
 
 
 def _operation(

@@ -85,6 +85,16 @@ def scale_for(magnitude: float, bits: int) -> float:
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+PRODUCTS = ("dot_general", "conv_general_dilated")
+# These know what to do with a scale for each channel.
+OF_CHANNELS = frozenset(
+    {
+        *PRODUCTS,
+        *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
+        *("slice", "rev", "copy", "copy_p", "stop_gradient", "optimization_barrier"),
+        *("convert_element_type", "reduce_precision"),
+    }
+)
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
@@ -127,6 +137,15 @@ def on_grid(x: np.ndarray, scale: float) -> Fixed:
     return fixed(jnp.asarray(q.astype(np.int32)), scale, low, high)
 
 
+def with_one_scale(x: Any) -> Any:
+    """A value without scales of its own for channels: 16 bits hold all of them."""
+    if not isinstance(x, Fixed) or x.channels is None:
+        return x
+    scale = scale_for(x.scale * x.magnitude, MIDDLE)
+    found = rescale(x, scale, MIDDLE)
+    return found.replace(q=found.q.astype(jnp.int16), weight=x.weight)
+
+
 def aligned(x: Any, scale: float, bits: int = MIDDLE) -> Fixed:
     """An operand on a given grid."""
     return on_grid(x, scale) if is_constant(x) else rescale(as_fixed(x), scale, bits)
@@ -140,7 +159,8 @@ def _precision(operands: Sequence[Any]) -> int:
 def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
     """A result on the grid of its value, unless it needs no more than its own."""
     scale = grids.scale(node.outputs[0], bits)
-    if x.scale == scale and x.magnitude <= limit_of(bits):
+    same = x.channels is None and x.scale == scale
+    if same and x.magnitude <= limit_of(bits):
         return x.replace(bits=bits)
     return rescale(x, scale, bits).replace(bits=bits)
 
@@ -171,7 +191,20 @@ def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
 )
 def _unchanged(grids: Grids, node: Node, x: Fixed) -> Fixed:
     del grids
-    return x.replace(q=_integers(node, x.q))
+    channels = None
+    if x.channels is not None:
+        channels = _compact(node.evaluate([np.broadcast_to(x.channels, x.q.shape)])[0])
+    return x.replace(q=_integers(node, x.q), channels=channels)
+
+
+def _compact(x: Any) -> np.ndarray:
+    """An array that broadcasts to another, without the axes along which it is equal."""
+    array = np.asarray(x, np.float64)
+    for axis in range(array.ndim):
+        first = array.take([0], axis)
+        if np.all(array == first):
+            array = first
+    return array
 
 
 @_rule("split")
@@ -528,7 +561,7 @@ def _power(grids: Grids, node: Node, x: Any, y: Any) -> Fixed:
 # ------------------------------------------------------------------------- products
 
 
-@_rule("dot_general", "conv_general_dilated")
+@_rule(*PRODUCTS)
 def _linear(grids: Grids, node: Node, lhs: Any, rhs: Any) -> Fixed:
     return linear(grids, node, *factors(grids, node, lhs, rhs))
 
@@ -538,6 +571,9 @@ def factors(grids: Grids, node: Node, lhs: Any, rhs: Any) -> tuple[Fixed, Fixed]
     operands = [as_fixed(x) for x in (lhs, rhs)]
     if operands[0].weight and operands[1].weight:
         operands[0] = operands[0].replace(weight=False)
+    for place, x in enumerate(operands):
+        if not x.weight or products.sums_over_channels(node, place, x):
+            operands[place] = with_one_scale(x)
     first, second = (
         x if x.weight else grids.narrow(x, n if isinstance(n, int) else None)
         for x, n in zip(operands, node.inputs, strict=True)
