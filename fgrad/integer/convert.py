@@ -13,7 +13,8 @@ import numpy as np
 
 from fgrad import _checks, fixed_point
 from fgrad.fixed_point import QTensor, is_qtensor
-from fgrad.integer import calibration, primitives
+from fgrad.integer import calibration as calibrations
+from fgrad.integer import primitives
 from fgrad.integer.primitives import Grids
 from fgrad.integer.ranges import MIDDLE, ConversionError, Fixed, rescale
 from fgrad.tracing import graph as tracing
@@ -167,6 +168,7 @@ def convert(
     *calibration_args: Any,
     bits: tuple[int, int] = (16, 8),
     channel_axis: int | None = None,
+    calibration: fixed_point.Calibration = fixed_point.abs_max,
     headroom: float = 1.5,
 ) -> Program:
     r"""Turns a float function into a program that computes with integers only.
@@ -184,13 +186,17 @@ def convert(
     Args:
       fn: ``fn(params, *args)``, of any library; its float operations are those of one
         example or of a batch.
-      params: pytree of float arrays or of `QTensor`, whose scales are kept.
+      params: pytree of float arrays or of `QTensor`, whose scales are kept, one for the
+        tensor or one for each channel.
       *calibration_args: arguments that are typical of those to come; floats among them
         become int8, integers stay.
       bits: width of the weights, 2 to 16, and of the activations, 2 to 8.
       channel_axis: None for one scale per tensor; an axis (-1: the output channels of
-        Flax) for one scale per channel of what enters a product, as
-        `fgrad.quantize` has it. With 8-bit weights it matters.
+        Flax) for one scale per channel, as `fgrad.quantize` has it. With 8-bit weights
+        it matters.
+      calibration: which magnitude the 8 bits of an activation end at; `fgrad.abs_max`,
+        ``fgrad.percentile(q)`` or ``fgrad.mse_optimal()``, which lets outliers
+        saturate.
       headroom: how far weights and activations may grow beyond what is seen here.
 
     Returns:
@@ -218,15 +224,19 @@ def convert(
     weight_bits, activation_bits = _checked_bits(bits)
     _checks.at_least("headroom", headroom, 1)
     _checks.function("fn", fn, "params", *["argument"] * len(calibration_args))
+    _checks.function("calibration", calibration, "x", "axes", "bits")
     _checks.arrays(params, fixed_point.is_qtensor)
     args = jax.tree.map(jnp.asarray, calibration_args)
-    if channel_axis is not None:
-        params = _with_channels(fn, params, args, weight_bits, channel_axis, headroom)
-    qparams = fixed_point.quantize(params, weight_bits, headroom=headroom)
+    qparams = fixed_point.quantize(
+        params, weight_bits, channel_axis=channel_axis, headroom=headroom
+    )
     values = fixed_point.dequantize(qparams)
     graph, _ = _trace(fn, values, args)
     leaves = jax.tree.leaves(args)
-    observed = calibration.observe(graph, [*jax.tree.leaves(values), *leaves])
+    bound = None
+    if calibration is not fixed_point.abs_max:
+        bound = functools.partial(_bound, calibration, activation_bits)
+    observed = calibrations.observe(graph, [*jax.tree.leaves(values), *leaves], bound)
     grids = Grids(observed, activation_bits, headroom)
     scales = tuple(
         primitives.scale_for(float(jnp.max(jnp.abs(x))), activation_bits)
@@ -242,47 +252,12 @@ def convert(
     return program
 
 
-def _with_channels(
-    fn: Callable[..., Any],
-    params: Any,
-    args: Sequence[Any],
-    bits: int,
-    channel_axis: int,
-    headroom: float,
-) -> Any:
-    """Quantizes the leaves that products read, with a scale for each channel."""
-    shapes = jax.eval_shape(fixed_point.dequantize, params)
-    graph, _ = _trace(fn, shapes, args)
-    read = _read_by_products(graph)
-    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
-    chosen = {
-        fixed_point.path_str(path)
-        for (path, _), number in zip(paths, graph.inputs, strict=False)
-        if number in read
-    }
-    return fixed_point.quantize(
-        params,
-        bits,
-        channel_axis=channel_axis,
-        headroom=headroom,
-        where=lambda path, leaf: path in chosen,
-    )
-
-
-def _read_by_products(graph: Graph) -> set[int]:
-    """Values that enter a product, perhaps in another shape or inside a scan."""
-    found: set[int] = set()
-    for node in reversed(graph.nodes):
-        inputs = {place: x for place, x in enumerate(node.inputs) if isinstance(x, int)}
-        if node.name == "scan":
-            body = calibration.body_of(node)
-            inner = _read_by_products(body)
-            found |= {x for i, x in inputs.items() if body.inputs[i] in inner}
-        elif node.name in primitives.PRODUCTS:
-            found |= set(inputs.values())
-        elif node.name in primitives.OF_CHANNELS and not found.isdisjoint(node.outputs):
-            found |= set(inputs.values())
-    return found
+def _bound(
+    calibration: fixed_point.Calibration, bits: int, x: jax.Array
+) -> jax.Array:
+    """The largest magnitude of an activation that its grid has."""
+    bound: jax.Array = calibration(x, tuple(range(x.ndim)), bits).reshape(())
+    return bound
 
 
 def _checked_bits(bits: Any) -> tuple[int, int]:
@@ -374,7 +349,7 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
 
 def _scan(grids: Grids, node: Node, operands: Sequence[Any]) -> list[Any]:
     """A loop over time: what is carried has one grid for all iterations."""
-    graph, inside = calibration.body_of(node), grids.inside(node)
+    graph, inside = calibrations.body_of(node), grids.inside(node)
     constants, carried = scan_sizes(node.equation.params)
     operands = [
         primitives.as_fixed(x) if primitives.is_constant(x) else x for x in operands
@@ -404,7 +379,7 @@ def _scan(grids: Grids, node: Node, operands: Sequence[Any]) -> list[Any]:
         ]
         return after, [_array(x) for x in outputs]
 
-    last, stacked = calibration.scan_over(
+    last, stacked = calibrations.scan_over(
         node, body, [_array(x) for x in fixed_operands]
     )
     return [*map(_like, last, carry), *map(_like, stacked, outputs)]

@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend import core
 
 from fgrad.integer import products, tables
-from fgrad.integer.calibration import Observed
+from fgrad.integer.calibration import PRODUCTS, Observed
 from fgrad.integer.ranges import (
     FINE,
     MIDDLE,
@@ -68,6 +68,8 @@ class Grids:
         bound = x.scale * x.magnitude
         if value is not None and value in self.observed.values:
             bound = min(bound, self.magnitude(value))
+            if value in self.observed.bounds:
+                bound = min(bound, self.headroom * self.observed.bounds[value])
         return rescale(x, scale_for(bound, self.bits), self.bits)
 
     def inside(self, node: Node) -> Grids:
@@ -85,14 +87,13 @@ def scale_for(magnitude: float, bits: int) -> float:
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
-PRODUCTS = ("dot_general", "conv_general_dilated")
 # These know what to do with a scale for each channel.
 OF_CHANNELS = frozenset(
     {
         *PRODUCTS,
         *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
         *("slice", "rev", "copy", "copy_p", "stop_gradient", "optimization_barrier"),
-        *("convert_element_type", "reduce_precision"),
+        *("convert_element_type", "reduce_precision", "gather"),
     }
 )
 
@@ -193,7 +194,9 @@ def _unchanged(grids: Grids, node: Node, x: Fixed) -> Fixed:
     del grids
     channels = None
     if x.channels is not None:
-        channels = _compact(node.evaluate([np.broadcast_to(x.channels, x.q.shape)])[0])
+        with jax.ensure_compile_time_eval():
+            every = node.evaluate([np.broadcast_to(x.channels, x.q.shape)])[0]
+            channels = _compact(every)
     return x.replace(q=_integers(node, x.q), channels=channels)
 
 
@@ -221,7 +224,27 @@ def _read(grids: Grids, node: Node, x: Fixed, *indices: Any) -> Fixed:
             f"{node.name} reads at places that are not integers; compute them from "
             "integer arguments."
         )
-    return x.replace(q=_integers(node, x.q, *indices), weight=False)
+    channels = None
+    if x.channels is not None and node.name == "gather":
+        channels = _channels_read(node, x.channels)
+    if channels is None:
+        x = with_one_scale(x)
+    q = _integers(node, x.q, *indices)
+    return x.replace(q=q, weight=False, channels=channels)
+
+
+def _channels_read(node: Node, channels: np.ndarray) -> np.ndarray | None:
+    """Scales of what a gather reads, if each read has those of all channels."""
+    numbers = node.equation.params["dimension_numbers"]
+    hidden = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [a for a in range(channels.ndim) if a not in hidden]
+    varying = [a for a, n in enumerate(channels.shape) if n > 1]
+    if not set(varying) <= set(kept) - set(numbers.start_index_map):
+        return None
+    shape = [1] * len(_shape_of(node))
+    for axis in varying:
+        shape[numbers.offset_dims[kept.index(axis)]] = channels.shape[axis]
+    return channels.reshape(shape)
 
 
 @_rule("argmax", "argmin")
