@@ -19,9 +19,11 @@ from absl import app, flags, logging
 from experiments import features
 from experiments.benchmarks import integer_problems
 from experiments.benchmarks.integer_problems import Problem
-from fgrad import integer
+from fgrad import fixed_point, integer
 
 WIDTHS = ((16, 8), (8, 8))
+# Candidates for the bound of an activation, of which the best is taken.
+_BOUNDS = 16
 _COLUMNS = ("network", "metric", "float32", "16w8a", "same", "8w8a", "same")
 
 
@@ -47,6 +49,8 @@ def _outputs(problem: Problem, bits: tuple[int, int]) -> np.ndarray:
         problem.params,
         problem.calibration,
         bits=bits,
+        channel_axis=-1,
+        calibration=fixed_point.mse_optimal(_BOUNDS),
         headroom=1.0,  # nothing is trained
     )
     encoded: Any = program.encode(problem.inputs)

@@ -179,7 +179,8 @@ def interleave(
     calls, times = {}, {name: Times([]) for name in programs}
     for name, program in programs.items():
         program()
-        calls[name] = max(1, math.ceil(_MIN_SECONDS / _seconds(program, 1)))
+        once = max(_seconds(program, 1), 1e-9)
+        calls[name] = max(1, math.ceil(_MIN_SECONDS / once))
     for _ in range(effort.rounds):
         for name, program in programs.items():
             times[name].seconds.append(_seconds(program, calls[name]))

@@ -15,6 +15,7 @@ from experiments.benchmarks import (
     compile_time,
     floor,
     growth,
+    integer_time,
     memory,
     peers,
     timing,
@@ -32,9 +33,10 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "by_hand": by_hand.tables,
     "floor": floor.tables,
     "compile": compile_time.tables,
+    "integer": integer_time.tables,
 }
 # What is made unless others are named: to compile deep networks takes 20 minutes.
-DEFAULT = [name for name in TABLES if name != "compile"]
+DEFAULT = [name for name in TABLES if name not in ("compile", "integer")]
 
 
 def run(workdir: str, only: Sequence[str], smoke: bool = False) -> dict[str, Any]:

@@ -200,7 +200,11 @@ class _Function:
                 places[value] = name
             else:
                 copies.append((value, name))
-        for operation in self.block.operations:
+        arguments = {buffer.name: value for value, buffer in buffers.items()}
+        overwritten = {
+            value: arguments[name] for value, name in places.items() if name in arguments
+        }
+        for operation in self.storage.order(self.block, overwritten):
             self._operation(operation, places)
         self.writer.tick()
         for value, name in copies:
@@ -246,8 +250,6 @@ class _Function:
             getattr(self, f"_write_{kind}")(operation, places)
             return
         (value,) = operation.outputs
-        if not self.storage.is_stored(value):
-            return
         alias = operation.name in lowering.RESHAPES and value not in places
         if alias and operation.inputs[0] in self.buffers:
             self.buffers[value] = self.buffers[operation.inputs[0]]
@@ -373,6 +375,8 @@ class _Function:
             return f"({c_type(value.dtype)}){index[axis]}"
         if name == "gather":
             return self._gather(operation, index, scope)
+        if name == "threefry2x32":
+            return self._threefry(operation, value, index, scope)
         if name == "dynamic_slice":
             source, *starts = operation.inputs
             begin = self._starts(starts, source.shape, value.shape, scope)
@@ -751,6 +755,22 @@ class _Function:
         for value, target in zip(operation.outputs, targets, strict=True):
             self.buffers[value] = target
 
+    def _threefry(
+        self, operation: Operation, value: Value, index: Index, scope: Scope
+    ) -> str:
+        """A word of the cipher; the other one is remembered."""
+        self.helpers.add("threefry2x32")
+        names = [self.writer.fresh("t") for _ in operation.outputs]
+        x = [
+            self.element(v, _broadcast(index, v.shape), scope) for v in operation.inputs
+        ]
+        scope.add(f"uint32_t {', '.join(names)};")
+        pointers = ", ".join(f"&{name}" for name in names)
+        scope.add(f"fgrad_threefry2x32({', '.join(x)}, {pointers});")
+        for output, name in zip(operation.outputs, names, strict=True):
+            scope.remember((output, tuple(index)), name)
+        return names[operation.outputs.index(value)]
+
     def _write_scan(self, operation: Operation, places: dict[Value, str]) -> None:
         constants, carried = operation.params["sizes"]
         body = operation.body
@@ -766,7 +786,8 @@ class _Function:
             carry.append(memory)
         results = [self._memory(v, places) for v in operation.outputs[carried:]]
         for x in operation.inputs:
-            if x.literal is None and x.constant is None and x not in self.buffers:
+            known = x.lazy or x.literal is not None or x.constant is not None
+            if not known and x not in self.buffers:
                 raise ConversionError("a scan reads a value that is not stored.")
         began = self.writer.tick()
         step = self.writer.fresh("step")
@@ -774,7 +795,9 @@ class _Function:
         round_ = f"({length - 1} - {step})" if operation.params["reverse"] else step
         self.scope.add(f"for (int32_t {step} = 0; {step} < {length}; ++{step}) {{")
         inner = _Function(self.writer, body, Scope(self.scope))
-        inner.run(self._scan_inputs(operation, body, carry, round_))
+        known = self._scan_inputs(operation, body, carry, round_)
+        known.update(self._lazy_inputs(operation, body, round_, inner.scope))
+        inner.run(known)
         self.writer.tick()
         finals = []
         for value in body.outputs[:carried]:  # all before any is overwritten
@@ -799,8 +822,10 @@ class _Function:
     ) -> dict[Value, Buffer]:
         constants, carried = operation.params["sizes"]
         known: dict[Value, Buffer] = {}
-        for inside, outside in zip(body.inputs, operation.inputs, strict=True):
-            place = len(known)
+        for place, inside in enumerate(body.inputs):
+            outside = operation.inputs[place]
+            if outside.lazy:
+                continue
             if constants <= place < constants + carried:
                 known[inside] = carry[place - constants]
                 continue
@@ -818,6 +843,18 @@ class _Function:
                 buffer = Buffer(name, buffer.lifetime)
             known[inside] = buffer
         return known
+
+    def _lazy_inputs(
+        self, operation: Operation, body: Block, round_: str, scope: Scope
+    ) -> dict[Value, Buffer]:
+        """What a round makes at its beginning."""
+        used = {x for one in body.operations for x in one.inputs} | {*body.outputs}
+        found = {}
+        for inside, outside in zip(body.inputs, operation.inputs, strict=True):
+            if outside.lazy and inside in used:
+                index = [round_, *["0"] * (len(outside.shape) - 1)]
+                found[inside] = Buffer(f"(&{self.element(outside, index, scope)})")
+        return found
 
     def _keep_since(self, began: int, buffers: Sequence[Buffer]) -> None:
         """What a loop reads and did not make lives to its end."""

@@ -1,4 +1,8 @@
-"""What values a float program takes on data: the least and the largest of each."""
+"""What values a float program takes on data: the least and the largest of each.
+
+Of what enters a product, which has 8 bits, a calibration may choose a bound below the
+largest magnitude: a few outliers saturate, and all else has a finer grid.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +21,46 @@ from fgrad.tracing.graph import Graph, Node
 from fgrad.tracing.primitives import scan_sizes
 
 
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
 @dataclasses.dataclass(frozen=True)
 class Observed:
     """The extremes of the float values of a graph.
 
     Attributes:
       values: (least, largest) by the number of the value.
+      bounds: of what enters products, the largest magnitude to be represented, if a
+        calibration chose one.
       bodies: of the bodies of scans, over all their iterations, by the number of the
         first value that the scan makes.
     """
 
     values: Mapping[int, tuple[float, float]]
+    bounds: Mapping[int, float]
     bodies: Mapping[int, Observed]
 
 
-def observe(graph: Graph, arguments: Sequence[Any]) -> Observed:
+# The bound of the activations that enter a product, from their finite values.
+Bound = Callable[[jax.Array], jax.Array]
+
+
+def observe(
+    graph: Graph, arguments: Sequence[Any], bound: Bound | None = None
+) -> Observed:
     """Runs a graph on data and keeps the extremes of what it computes.
 
     Args:
       graph: of a float function.
       arguments: arrays for its inputs.
+      bound: the largest magnitude to be represented of what enters a product; that of
+        all values by default.
 
     Returns:
       The extremes of the finite values.
     """
-    found = jax.jit(functools.partial(_run, graph))(list(arguments))[1]
+    run = functools.partial(_run, graph, bound=bound)
+    found = jax.jit(run)(list(arguments))[1]
     return _named(jax.device_get(found))
 
 
@@ -81,8 +100,10 @@ def scan_over(
     )
 
 
-def _run(graph: Graph, arguments: Sequence[Any]) -> tuple[list[Any], Any]:
-    """The outputs, and extremes as nested dicts of arrays."""
+def _run(
+    graph: Graph, arguments: Sequence[Any], bound: Bound | None
+) -> tuple[list[Any], Any]:
+    """The outputs, and extremes and bounds as nested dicts of arrays."""
     known: dict[int, Any] = {
         **graph.constants,
         **dict(zip(graph.inputs, arguments, strict=True)),
@@ -92,7 +113,7 @@ def _run(graph: Graph, arguments: Sequence[Any]) -> tuple[list[Any], Any]:
         arrays = tracing.operands(node, known)
         outputs: Sequence[Any]
         if node.name == "scan":
-            outputs, bodies[node.outputs[0]] = _run_scan(node, arrays)
+            outputs, bodies[node.outputs[0]] = _run_scan(node, arrays, bound)
         else:
             outputs = node.evaluate(arrays)
         known.update(zip(node.outputs, outputs, strict=True))
@@ -104,21 +125,37 @@ def _run(graph: Graph, arguments: Sequence[Any]) -> tuple[list[Any], Any]:
     results = [
         x.value if isinstance(x, tracing.Literal) else known[x] for x in graph.outputs
     ]
-    return results, (extremes, bodies)
+    bounds = {}
+    if bound is not None:
+        multiplied = {
+            x
+            for node in graph.nodes
+            if node.name in PRODUCTS
+            for x in node.inputs
+            if isinstance(x, int) and x in extremes
+        }
+        bounds = {number: bound(_finite(known[number])) for number in multiplied}
+    return results, (extremes, bounds, bodies)
 
 
 def _finite_extremes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Masks put infinities beside what counts."""
-    x = jnp.where(jnp.isfinite(x), x, 0)
+    x = _finite(x)
     return jnp.min(x), jnp.max(x)
 
 
-def _run_scan(node: Node, arrays: Sequence[Any]) -> tuple[list[Any], Any]:
+def _finite(x: jax.Array) -> jax.Array:
+    """Masks put infinities beside what counts."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _run_scan(
+    node: Node, arrays: Sequence[Any], bound: Bound | None
+) -> tuple[list[Any], Any]:
     graph = body_of(node)
     _, carried = scan_sizes(node.equation.params)
 
     def body(constants: list[Any], carry: list[Any], slices: Any) -> Any:
-        outputs, found = _run(graph, [*constants, *carry, *slices])
+        outputs, found = _run(graph, [*constants, *carry, *slices], bound)
         return outputs[:carried], (outputs[carried:], found)
 
     carry, (stacked, found) = scan_over(node, body, arrays)
@@ -126,14 +163,16 @@ def _run_scan(node: Node, arrays: Sequence[Any]) -> tuple[list[Any], Any]:
 
 
 def _over_iterations(found: Any) -> Any:
-    extremes, bodies = found
+    extremes, bounds, bodies = found
     return (
         {n: (jnp.min(a), jnp.max(b)) for n, (a, b) in extremes.items()},
+        {n: jnp.max(a) for n, a in bounds.items()},
         {n: _over_iterations(inner) for n, inner in bodies.items()},
     )
 
 
 def _named(found: Any) -> Observed:
-    extremes, bodies = found
+    extremes, bounds, bodies = found
     values = {n: (float(a), float(b)) for n, (a, b) in extremes.items()}
-    return Observed(values, {n: _named(inner) for n, inner in bodies.items()})
+    chosen = {n: float(a) for n, a in bounds.items()}
+    return Observed(values, chosen, {n: _named(inner) for n, inner in bodies.items()})

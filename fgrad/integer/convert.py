@@ -13,7 +13,8 @@ import numpy as np
 
 from fgrad import _checks, fixed_point
 from fgrad.fixed_point import QTensor, is_qtensor
-from fgrad.integer import calibration, primitives
+from fgrad.integer import calibration as calibrations
+from fgrad.integer import primitives
 from fgrad.integer.primitives import Grids
 from fgrad.integer.ranges import MIDDLE, ConversionError, Fixed, rescale
 from fgrad.tracing import graph as tracing
@@ -166,6 +167,8 @@ def convert(
     params: Any,
     *calibration_args: Any,
     bits: tuple[int, int] = (16, 8),
+    channel_axis: int | None = None,
+    calibration: fixed_point.Calibration = fixed_point.abs_max,
     headroom: float = 1.5,
 ) -> Program:
     r"""Turns a float function into a program that computes with integers only.
@@ -183,10 +186,17 @@ def convert(
     Args:
       fn: ``fn(params, *args)``, of any library; its float operations are those of one
         example or of a batch.
-      params: pytree of float arrays or of `QTensor`, whose scales are kept.
+      params: pytree of float arrays or of `QTensor`, whose scales are kept, one for the
+        tensor or one for each channel.
       *calibration_args: arguments that are typical of those to come; floats among them
         become int8, integers stay.
       bits: width of the weights, 2 to 16, and of the activations, 2 to 8.
+      channel_axis: None for one scale per tensor; an axis (-1: the output channels of
+        Flax) for one scale per channel, as `fgrad.quantize` has it. With 8-bit weights
+        it matters.
+      calibration: which magnitude the 8 bits of an activation end at; `fgrad.abs_max`,
+        ``fgrad.percentile(q)`` or ``fgrad.mse_optimal()``, which lets outliers
+        saturate.
       headroom: how far weights and activations may grow beyond what is seen here.
 
     Returns:
@@ -214,13 +224,19 @@ def convert(
     weight_bits, activation_bits = _checked_bits(bits)
     _checks.at_least("headroom", headroom, 1)
     _checks.function("fn", fn, "params", *["argument"] * len(calibration_args))
+    _checks.function("calibration", calibration, "x", "axes", "bits")
     _checks.arrays(params, fixed_point.is_qtensor)
-    qparams = fixed_point.quantize(params, weight_bits, headroom=headroom)
-    values = fixed_point.dequantize(qparams)
     args = jax.tree.map(jnp.asarray, calibration_args)
+    qparams = fixed_point.quantize(
+        params, weight_bits, channel_axis=channel_axis, headroom=headroom
+    )
+    values = fixed_point.dequantize(qparams)
     graph, _ = _trace(fn, values, args)
     leaves = jax.tree.leaves(args)
-    observed = calibration.observe(graph, [*jax.tree.leaves(values), *leaves])
+    bound = None
+    if calibration is not fixed_point.abs_max:
+        bound = functools.partial(_bound, calibration, activation_bits)
+    observed = calibrations.observe(graph, [*jax.tree.leaves(values), *leaves], bound)
     grids = Grids(observed, activation_bits, headroom)
     scales = tuple(
         primitives.scale_for(float(jnp.max(jnp.abs(x))), activation_bits)
@@ -234,6 +250,14 @@ def convert(
     # Every rule and every proof, before the first run.
     jax.eval_shape(program, qparams, *program.examples_encoded)
     return program
+
+
+def _bound(
+    calibration: fixed_point.Calibration, bits: int, x: jax.Array
+) -> jax.Array:
+    """The largest magnitude of an activation that its grid has."""
+    bound: jax.Array = calibration(x, tuple(range(x.ndim)), bits).reshape(())
+    return bound
 
 
 def _checked_bits(bits: Any) -> tuple[int, int]:
@@ -293,7 +317,7 @@ def run(
         else:
             results = _evaluate(grids, node, values)
         known.update(zip(node.outputs, results, strict=True))
-    return [read(x) for x in graph.outputs]
+    return [primitives.with_one_scale(read(x)) for x in graph.outputs]
 
 
 def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any]:
@@ -311,6 +335,8 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
         raise primitives.unsupported(node)
     try:
         with jax.named_scope(_layer(node)):
+            if node.name not in primitives.OF_CHANNELS:
+                operands = [primitives.with_one_scale(x) for x in operands]
             results = primitives.RULES[node.name](grids, node, *operands)
     except ConversionError as error:
         if "has no integer rule" in str(error):
@@ -323,11 +349,12 @@ def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any
 
 def _scan(grids: Grids, node: Node, operands: Sequence[Any]) -> list[Any]:
     """A loop over time: what is carried has one grid for all iterations."""
-    graph, inside = calibration.body_of(node), grids.inside(node)
+    graph, inside = calibrations.body_of(node), grids.inside(node)
     constants, carried = scan_sizes(node.equation.params)
     operands = [
         primitives.as_fixed(x) if primitives.is_constant(x) else x for x in operands
     ]
+    operands[constants:] = map(primitives.with_one_scale, operands[constants:])
     carry = [
         _carried(inside, x, graph.inputs[constants + i], graph.outputs[i])
         for i, x in enumerate(operands[constants : constants + carried])
@@ -352,7 +379,7 @@ def _scan(grids: Grids, node: Node, operands: Sequence[Any]) -> list[Any]:
         ]
         return after, [_array(x) for x in outputs]
 
-    last, stacked = calibration.scan_over(
+    last, stacked = calibrations.scan_over(
         node, body, [_array(x) for x in fixed_operands]
     )
     return [*map(_like, last, carry), *map(_like, stacked, outputs)]
@@ -374,15 +401,11 @@ def _like(array: Any, x: Any) -> Any:
 
 
 def _parameter(q: Any, leaf: QTensor) -> Fixed:
-    if jnp.size(leaf.scale) != 1:
-        raise ConversionError(
-            f"a parameter of shape {leaf.shape} has {jnp.size(leaf.scale)} scales; an "
-            "integer program takes one scale for each: quantize without channel_axis."
-        )
-    limit = leaf.max_qvalue
-    scale = float(np.asarray(leaf.scale).reshape(()))
+    limit, scales = leaf.max_qvalue, np.asarray(leaf.scale, np.float64)
+    scale = float(np.max(scales))
+    channels = scales / scale if scales.size > 1 else None
     q = jnp.asarray(q).astype(fixed_point.storage_dtype(leaf.bits))
-    return Fixed(q, scale, -limit, limit, weight=True)
+    return Fixed(q, scale, -limit, limit, weight=True, channels=channels)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrad import fixed_point
 from fgrad.fixed_point import QTensor, is_qtensor
@@ -43,13 +44,13 @@ class Leaf:
     Attributes:
       index: its place among the leaves of the parameters.
       bits: width of its grid.
-      scale: units of the value per grid step.
+      scale: units of the value per grid step, one or one for each channel.
       address: of the random numbers that round its changes, below 16 bits.
     """
 
     index: int
     bits: int
-    scale: float
+    scale: np.ndarray
     address: Address
 
     def updated(self, q: jax.Array, change: Fixed, share: Any, key: Words) -> jax.Array:
@@ -201,25 +202,38 @@ def find(program: Program, names: str | Sequence[str], rate: float) -> ExactHead
 
 
 def _leaf(index: int, path: Any, leaf: QTensor) -> Leaf:
-    return Leaf(index, leaf.bits, float(leaf.scale), address_of(path, leaf))
+    scale = np.asarray(leaf.scale, np.float64)
+    if scale.size == 1:
+        scale = scale.reshape(())
+    return Leaf(index, leaf.bits, scale, address_of(path, leaf))
 
 
-def _multiplied(change: Fixed, unit: float, share: Any) -> jax.Array:
+def _multiplied(change: Fixed, unit: np.ndarray, share: Any) -> jax.Array:
     """A change in whole multiples of a unit, perhaps a share of it."""
-    multiplier, shift = ranges.ratio_of(change.scale / unit)
+    if unit.ndim:
+        multipliers, shifts = ranges.ratios_of(change.scale / unit)
+        _check_change(np.max(change.magnitude * multipliers / 2.0**shifts))
+        return ranges.multiply_channels(
+            change.wide, multipliers, shifts, change.magnitude, share
+        )
+    multiplier, shift = ranges.ratio_of(float(change.scale / unit))
     if share is not None:  # with all its digits, for they will be fewer
         digits = max(0, _SHARE_BITS - multiplier.bit_length())
         multiplier, shift = multiplier << digits, shift + digits
-    largest = change.magnitude * multiplier / 2**shift
-    if largest < 0.5 or shift > 46:
+    _check_change(change.magnitude * multiplier / 2**shift if shift <= 46 else 0.0)
+    factor = multiplier if share is None else (multiplier * share) >> _SHARE_BITS
+    return ranges.multiply(change.wide, factor, shift, change.magnitude, multiplier)
+
+
+def _check_change(largest: float) -> None:
+    """Raises unless the largest change of a weight is one, and fits."""
+    if largest < 0.5:
         raise ConversionError(
             "the learning rate never moves a weight of the exact head, whatever its "
             "gradient: raise it."
         )
     bound = math.ceil(largest)
     ranges.prove(-bound, bound, "the change of a weight at this learning rate")
-    factor = multiplier if share is None else (multiplier * share) >> _SHARE_BITS
-    return ranges.multiply(change.wide, factor, shift, change.magnitude, multiplier)
 
 
 def _is_matmul(node: Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,8 @@ WRITERS = frozenset(
         "dynamic_update_slice",
     }
 )
+# So cheap that what reads them may make them again, in the place of memory.
+CHEAP = frozenset({*POINTWISE, *VIEWS, *RESHAPES, "iota", "threefry2x32"})
 HEAVY = frozenset({*REDUCTIONS, *POSITIONS, *WINDOWS, *DOTS, *CONVOLUTIONS})
 KNOWN = frozenset(
     {
@@ -72,6 +74,7 @@ class Value:
       literal: its value, if it is a scalar known now.
       constant: its values, if they are an array known now.
       maker: the operation that computes it, if one does.
+      lazy: whether a loop makes the part that it reads in each round.
     """
 
     shape: tuple[int, ...]
@@ -79,6 +82,7 @@ class Value:
     literal: int | None = None
     constant: np.ndarray | None = None
     maker: Operation | None = dataclasses.field(default=None, repr=False)
+    lazy: bool = False
 
     @property
     def size(self) -> int:
@@ -138,6 +142,9 @@ def _block(
 ) -> Block:
     operations: list[Operation] = []
     outputs = _inline(jaxpr, constants, inputs, operations, "")
+    for operation in operations:
+        if operation.name == "scan":
+            _make_slices_lazy(operation)
     live: set[Value] = set(outputs)
     kept = []
     for operation in reversed(operations):
@@ -145,6 +152,44 @@ def _block(
             live.update(operation.inputs)
             kept.append(operation)
     return Block(list(inputs), kept[::-1], outputs)
+
+
+def _make_slices_lazy(scan: Operation) -> None:
+    """Gives a loop its own copy of cheap computations whose results it reads one by one.
+
+    The keys of all evaluations of a step are an example: in each round the loop makes
+    those of one evaluation, so that there is no memory for all of them.
+    """
+    constants, carried = scan.params["sizes"]
+    copies: dict[Operation, Operation] = {}
+    assert scan.body is not None
+    for place in range(constants + carried, len(scan.inputs)):
+        value = scan.inputs[place]
+        if scan.body.inputs[place].size == 1 and _is_remade(value):
+            scan.inputs[place] = _copied(value, copies)
+
+
+def _is_remade(value: Value) -> bool:
+    """Whether a computed value is made of arguments by cheap operations alone."""
+    if value.maker is None:
+        return False
+    return value.maker.name in CHEAP and all(
+        x.maker is None or _is_remade(x) for x in value.maker.inputs
+    )
+
+
+def _copied(value: Value, copies: dict[Operation, Operation]) -> Value:
+    """A lazy copy of a value, and of all that it is made of."""
+    maker = value.maker
+    if maker is None:
+        return value
+    if maker not in copies:
+        outputs = [dataclasses.replace(x, lazy=True) for x in maker.outputs]
+        inputs = [_copied(x, copies) for x in maker.inputs]
+        copies[maker] = dataclasses.replace(maker, inputs=inputs, outputs=outputs)
+        for output in outputs:
+            output.maker = copies[maker]
+    return copies[maker].outputs[maker.outputs.index(value)]
 
 
 def _inline(
@@ -196,14 +241,26 @@ def _known(equation: core.JaxprEqn, operands: Sequence[Value]) -> Value | None:
     )
     if same or name in ("copy", "copy_p", "stop_gradient"):
         return operands[0]
-    if not operands or any(x.literal is None for x in operands) or name == "scan":
+    arrays = [_array_of(x) for x in operands]
+    if not operands or any(x is None for x in arrays) or name == "scan":
         return None
     avals: list[Any] = [v.aval for v in equation.outvars]
-    if any(aval.shape for aval in avals):
+    # No table takes more flash than what it is made of.
+    if len(avals) != 1 or (avals[0].shape and _larger(_value(avals[0]), operands)):
         return None
-    arrays = [np.asarray(x.literal, x.dtype) for x in operands]
     with jax.ensure_compile_time_eval():
         return _constant(np.asarray(primitives.bind(equation, arrays)[0]))
+
+
+def _larger(value: Value, operands: Sequence[Value]) -> bool:
+    """Whether a value has more bytes than each of its operands."""
+    sizes = [x.size * x.dtype.itemsize for x in operands]
+    return value.size * value.dtype.itemsize > max(sizes)
+
+
+def _array_of(x: Value) -> np.ndarray | None:
+    """What a value is, if it is known now."""
+    return x.constant if x.literal is None else np.asarray(x.literal, x.dtype)
 
 
 def _operation(
@@ -291,6 +348,82 @@ class Storage:
     def is_stored(self, value: Value) -> bool:
         """Whether a computed value has memory of its own."""
         return value in self._stored
+
+    def order(self, block: Block, overwritten: Mapping[Value, Value]) -> list[Operation]:
+        """Operations that write memory, so that little of it is in use at a time.
+
+        What is cheap and made of arguments alone waits until something reads it. What
+        takes the place of an argument waits for all that reads the argument.
+
+        Args:
+          block: of this storage.
+          overwritten: the argument whose memory a result takes, by the result.
+        """
+        writing = [
+            operation
+            for operation in block.operations
+            if operation.name in WRITERS or operation.outputs[0] in self._stored
+        ]
+        reads: dict[Operation, set[Value]] = {}
+        late: set[Operation | None] = {None}
+        for operation in writing:
+            names, reads[operation] = self._reads(operation)
+            makers = {x.maker for x in reads[operation]}
+            if names <= CHEAP and makers <= late:
+                late.add(operation)
+        found: dict[Operation, None] = {}  # in order
+
+        def add(operation: Operation) -> None:
+            for value in sorted(reads[operation], key=lambda x: writing_place[x.maker]):
+                maker = value.maker
+                if maker is not None and maker in late and maker not in found:
+                    add(maker)
+            found[operation] = None
+
+        writing_place: dict[Operation | None, int] = {None: -1}
+        writing_place.update({x: i for i, x in enumerate(writing)})
+        late -= {x for x in writing if not overwritten.keys().isdisjoint(x.outputs)}
+        waiting = [x for x in writing if x not in late]
+        while waiting:
+            operation = self._next(waiting, reads, overwritten)
+            waiting.remove(operation)
+            add(operation)
+        for operation in writing:
+            if operation not in found:
+                add(operation)
+        return list(found)
+
+    def _next(
+        self,
+        waiting: Sequence[Operation],
+        reads: Mapping[Operation, set[Value]],
+        overwritten: Mapping[Value, Value],
+    ) -> Operation:
+        """The first operation that may come now."""
+        made = {x for operation in waiting for x in operation.outputs}
+        possible = [x for x in waiting if made.isdisjoint(reads[x])]
+        for operation in possible:
+            taken = {overwritten[x] for x in operation.outputs if x in overwritten}
+            others = (x for x in waiting if x is not operation)
+            if all(taken.isdisjoint(reads[x]) for x in others):
+                return operation
+        return possible[0]
+
+    def _reads(self, operation: Operation) -> tuple[set[str], set[Value]]:
+        """Names of what one loop computes, and what it reads that has memory."""
+        names, found = {operation.name}, set()
+        pending, seen = list(operation.inputs), set()
+        while pending:
+            x = pending.pop()
+            if x in seen:
+                continue
+            seen.add(x)
+            if x.maker is None or x in self._stored:
+                found.add(x)
+            else:
+                names.add(x.maker.name)
+                pending += x.maker.inputs
+        return names, found
 
     def _decide(self, operation: Operation, value: Value) -> None:
         if operation.name in WRITERS:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend import core
 
 from fgrad.integer import products, tables
-from fgrad.integer.calibration import Observed
+from fgrad.integer.calibration import PRODUCTS, Observed
 from fgrad.integer.ranges import (
     FINE,
     MIDDLE,
@@ -68,6 +68,8 @@ class Grids:
         bound = x.scale * x.magnitude
         if value is not None and value in self.observed.values:
             bound = min(bound, self.magnitude(value))
+            if value in self.observed.bounds:
+                bound = min(bound, self.headroom * self.observed.bounds[value])
         return rescale(x, scale_for(bound, self.bits), self.bits)
 
     def inside(self, node: Node) -> Grids:
@@ -85,6 +87,15 @@ def scale_for(magnitude: float, bits: int) -> float:
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+# These know what to do with a scale for each channel.
+OF_CHANNELS = frozenset(
+    {
+        *PRODUCTS,
+        *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
+        *("slice", "rev", "copy", "copy_p", "stop_gradient", "optimization_barrier"),
+        *("convert_element_type", "reduce_precision", "gather"),
+    }
+)
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
@@ -127,6 +138,15 @@ def on_grid(x: np.ndarray, scale: float) -> Fixed:
     return fixed(jnp.asarray(q.astype(np.int32)), scale, low, high)
 
 
+def with_one_scale(x: Any) -> Any:
+    """A value without scales of its own for channels: 16 bits hold all of them."""
+    if not isinstance(x, Fixed) or x.channels is None:
+        return x
+    scale = scale_for(x.scale * x.magnitude, MIDDLE)
+    found = rescale(x, scale, MIDDLE)
+    return found.replace(q=found.q.astype(jnp.int16), weight=x.weight)
+
+
 def aligned(x: Any, scale: float, bits: int = MIDDLE) -> Fixed:
     """An operand on a given grid."""
     return on_grid(x, scale) if is_constant(x) else rescale(as_fixed(x), scale, bits)
@@ -140,7 +160,8 @@ def _precision(operands: Sequence[Any]) -> int:
 def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
     """A result on the grid of its value, unless it needs no more than its own."""
     scale = grids.scale(node.outputs[0], bits)
-    if x.scale == scale and x.magnitude <= limit_of(bits):
+    same = x.channels is None and x.scale == scale
+    if same and x.magnitude <= limit_of(bits):
         return x.replace(bits=bits)
     return rescale(x, scale, bits).replace(bits=bits)
 
@@ -171,7 +192,22 @@ def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
 )
 def _unchanged(grids: Grids, node: Node, x: Fixed) -> Fixed:
     del grids
-    return x.replace(q=_integers(node, x.q))
+    channels = None
+    if x.channels is not None:
+        with jax.ensure_compile_time_eval():
+            every = node.evaluate([np.broadcast_to(x.channels, x.q.shape)])[0]
+            channels = _compact(every)
+    return x.replace(q=_integers(node, x.q), channels=channels)
+
+
+def _compact(x: Any) -> np.ndarray:
+    """An array that broadcasts to another, without the axes along which it is equal."""
+    array = np.asarray(x, np.float64)
+    for axis in range(array.ndim):
+        first = array.take([0], axis)
+        if np.all(array == first):
+            array = first
+    return array
 
 
 @_rule("split")
@@ -188,7 +224,27 @@ def _read(grids: Grids, node: Node, x: Fixed, *indices: Any) -> Fixed:
             f"{node.name} reads at places that are not integers; compute them from "
             "integer arguments."
         )
-    return x.replace(q=_integers(node, x.q, *indices), weight=False)
+    channels = None
+    if x.channels is not None and node.name == "gather":
+        channels = _channels_read(node, x.channels)
+    if channels is None:
+        x = with_one_scale(x)
+    q = _integers(node, x.q, *indices)
+    return x.replace(q=q, weight=False, channels=channels)
+
+
+def _channels_read(node: Node, channels: np.ndarray) -> np.ndarray | None:
+    """Scales of what a gather reads, if each read has those of all channels."""
+    numbers = node.equation.params["dimension_numbers"]
+    hidden = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [a for a in range(channels.ndim) if a not in hidden]
+    varying = [a for a, n in enumerate(channels.shape) if n > 1]
+    if not set(varying) <= set(kept) - set(numbers.start_index_map):
+        return None
+    shape = [1] * len(_shape_of(node))
+    for axis in varying:
+        shape[numbers.offset_dims[kept.index(axis)]] = channels.shape[axis]
+    return channels.reshape(shape)
 
 
 @_rule("argmax", "argmin")
@@ -528,7 +584,7 @@ def _power(grids: Grids, node: Node, x: Any, y: Any) -> Fixed:
 # ------------------------------------------------------------------------- products
 
 
-@_rule("dot_general", "conv_general_dilated")
+@_rule(*PRODUCTS)
 def _linear(grids: Grids, node: Node, lhs: Any, rhs: Any) -> Fixed:
     return linear(grids, node, *factors(grids, node, lhs, rhs))
 
@@ -538,6 +594,9 @@ def factors(grids: Grids, node: Node, lhs: Any, rhs: Any) -> tuple[Fixed, Fixed]
     operands = [as_fixed(x) for x in (lhs, rhs)]
     if operands[0].weight and operands[1].weight:
         operands[0] = operands[0].replace(weight=False)
+    for place, x in enumerate(operands):
+        if not x.weight or products.sums_over_channels(node, place, x):
+            operands[place] = with_one_scale(x)
     first, second = (
         x if x.weight else grids.narrow(x, n if isinstance(n, int) else None)
         for x, n in zip(operands, node.inputs, strict=True)

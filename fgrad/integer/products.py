@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fgrad.integer import arithmetic
@@ -24,7 +25,7 @@ def product(node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
 
     Returns:
       A `Fixed` on the grid of the product, or on one 256 times coarser where its sums
-      would not fit.
+      would not fit; with a scale for each output channel if an operand has them.
 
     Raises:
       ConversionError: if there are so many terms that int32 cannot hold the sums.
@@ -33,13 +34,58 @@ def product(node: Node, lhs: Fixed, rhs: Fixed) -> Fixed:
     if node.name == "conv_general_dilated":
         contracted = params["dimension_numbers"].rhs_spec[1:]
         terms = math.prod(rhs.q.shape[axis] for axis in contracted)
-        return _sums(lhs, rhs, terms, _Convolution(params))
+        sums = _sums(lhs, rhs, terms, _Convolution(params))
+        return sums.replace(channels=_channels_of_convolution(params, rhs))
     return dot(lhs, rhs, _tuples(params["dimension_numbers"]))
+
+
+def sums_over_channels(node: Node, place: int, x: Fixed) -> bool:
+    """Whether a product sums over values whose scales differ.
+
+    Args:
+      node: the product.
+      place: 0 for its left operand, 1 for its right one.
+      x: that operand.
+    """
+    if x.channels is None:
+        return False
+    numbers = node.equation.params["dimension_numbers"]
+    if node.name == "conv_general_dilated":
+        kept = [numbers.rhs_spec[0]] if place == 1 else []
+    else:
+        kept = [a for a in range(x.q.ndim) if a not in numbers[0][place]]
+    return any(n > 1 and a not in kept for a, n in enumerate(x.channels.shape))
+
+
+def _channels_of_convolution(params: Any, rhs: Fixed) -> np.ndarray | None:
+    """The scales of a kernel's output channels, for the images that it makes."""
+    if rhs.channels is None:
+        return None
+    shape = [1] * rhs.channels.ndim
+    shape[params["dimension_numbers"].out_spec[1]] = rhs.channels.size
+    return rhs.channels.reshape(shape)
+
+
+def _channels_of_dot(lhs: Fixed, rhs: Fixed, numbers: Any) -> np.ndarray | None:
+    """The scales of a weight's channels, for the result of a dot."""
+    for place, (x, other) in enumerate(((lhs, rhs), (rhs, lhs))):
+        if x.channels is None:
+            continue
+        contracted, batch = numbers[0][place], numbers[1][place]
+        free = [a for a in range(x.q.ndim) if a not in (*contracted, *batch)]
+        channels = np.transpose(x.channels, [*batch, *free, *contracted])
+        shared = channels.shape[: len(batch)]
+        own = channels.shape[len(batch) : len(batch) + len(free)]
+        others = [1] * (other.q.ndim - len(contracted) - len(batch))
+        order = [*own, *others] if place == 0 else [*others, *own]
+        return channels.reshape(*shared, *order)
+    return None
 
 
 def dot(lhs: Fixed, rhs: Fixed, numbers: Any) -> Fixed:
     """`product` for the dimension numbers of ``jax.lax.dot_general``, as tuples."""
     terms = math.prod(lhs.q.shape[axis] for axis in numbers[0][0])
+    channels = _channels_of_dot(lhs, rhs, numbers)
     if lhs.q.dtype != jnp.int8:
         (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
         swapped = (rhs_contract, lhs_contract), (rhs_batch, lhs_batch)
@@ -47,8 +93,8 @@ def dot(lhs: Fixed, rhs: Fixed, numbers: Any) -> Fixed:
         batch = len(lhs_batch)
         split = batch + rhs.q.ndim - len(rhs_contract) - batch
         order = [*range(batch), *range(split, sums.q.ndim), *range(batch, split)]
-        return sums.replace(q=jnp.transpose(sums.q, order))
-    return _sums(lhs, rhs, terms, _Dot(numbers))
+        return sums.replace(q=jnp.transpose(sums.q, order), channels=channels)
+    return _sums(lhs, rhs, terms, _Dot(numbers)).replace(channels=channels)
 
 
 class _Dot:

@@ -257,7 +257,7 @@ def _header(
             extent = f"[{size}]" if x.shape else ""
             note = f"{list(x.shape)}" if x.shape else "a number"
             if struct == "weights" and name in weight_scales:
-                note += f", scale {float(weight_scales[name]):.6g}"
+                note += f", {_scale_note(np.asarray(weight_scales[name]))}"
             kind = c_code.c_type(np.dtype(x.dtype))
             lines.append(f"  {kind} {name}{extent}; /* {note} */")
         lines += [f"}} fgrad_{struct};", ""]
@@ -270,6 +270,14 @@ def _header(
     if "step" in bodies:
         lines += ["", _text("step.h")]
     return "\n".join([*lines, "#endif", ""])
+
+
+def _scale_note(scale: np.ndarray) -> str:
+    """What the header says of the grid of a weight."""
+    low, high = float(scale.min()), float(scale.max())
+    if scale.size == 1:
+        return f"scale {low:.6g}"
+    return f"scale per channel {list(scale.shape)}, {low:.6g} to {high:.6g}"
 
 
 def _source(

@@ -70,8 +70,8 @@ class Rounded:
     Attributes:
       address: of its z.
       bits: width of its grid.
-      epsilon_q: ε in grid steps.
-      rate: (multiplier, shift) of the update.
+      epsilon_q: ε in grid steps, an array if channels have scales of their own.
+      rate: (multiplier, shift) of the update, or two arrays.
       table: int8 z by the bits that choose it.
       per_word: how many values a random word makes.
       step: Δ_z.
@@ -79,8 +79,8 @@ class Rounded:
 
     address: Address
     bits: int
-    epsilon_q: int
-    rate: tuple[int, int]
+    epsilon_q: int | np.ndarray
+    rate: tuple[int, int] | tuple[np.ndarray, np.ndarray]
     table: np.ndarray
     per_word: int
     step: float
@@ -104,20 +104,26 @@ class Rounded:
     ) -> jax.Array:
         """``w ± εz`` on the grid."""
         del decay
-        return fixed_point.perturb_qvalue(
-            q, z, self.epsilon_q * sign, self.step, self.bits
-        )
+        epsilon_q: Any = self.epsilon_q
+        if isinstance(epsilon_q, np.ndarray):  # a table, which is read as it is
+            z = z * sign
+        else:
+            epsilon_q = epsilon_q * sign
+        return fixed_point.perturb_qvalue(q, z, epsilon_q, self.step, self.bits)
 
     def updated(
         self, q: jax.Array, total: jax.Array, bound: int, decay: Any
     ) -> jax.Array:
         """The weights after an update by ``Σ c z``, of magnitude up to ``bound``."""
         most, shift = self.rate
-        multiplier: Any = most
-        if decay is not None:
-            multiplier = (most * decay) >> _RATE_BITS
+        if isinstance(most, np.ndarray):
+            change = ranges.multiply_channels(
+                total, most, np.asarray(shift), bound, decay
+            )
+        else:
+            multiplier: Any = most if decay is None else (most * decay) >> _RATE_BITS
+            change = ranges.multiply(total, multiplier, int(shift), bound, most)
         limit = fixed_point.max_qvalue(self.bits)
-        change = ranges.multiply(total, multiplier, shift, bound, most)
         return jnp.clip(q.astype(jnp.int32) - change, -limit, limit).astype(q.dtype)
 
 
@@ -128,21 +134,22 @@ class OnGrid:
     Attributes:
       address: of its z.
       bits: width of its grid.
-      largest: M, the size of a non-zero z.
-      threshold: P(z ≠ 0) times 2**31.
+      largest: M, the size of a non-zero z; an array if channels have scales of their
+        own.
+      threshold: P(z ≠ 0) times 2**31, uint32 of the same shape.
       probe: how much wider than the update the probe is, first and at most.
     """
 
     address: Address
     bits: int
-    largest: int
-    threshold: int
+    largest: np.ndarray
+    threshold: np.ndarray
     probe: tuple[int, int]
 
     def z(self, key: Words, decay: Any) -> jax.Array:
         """int32 z of a key's words: -M, 0 or M."""
         words = counter_hash(key, self.address.indices(key[0]))
-        threshold: Any = np.uint32(self.threshold)
+        threshold: Any = self.threshold
         if decay is not None:  # the probability falls as the square of the rate
             share = (decay * decay >> _RATE_BITS).astype(jnp.uint32)
             threshold = (threshold >> 16) * share << 1
@@ -502,12 +509,11 @@ def _rule(
 ) -> Rule:
     """How a leaf that is perturbed moves, at a learning rate for one direction."""
     address = address_of(path, leaf)
-    rate = learning_rate / float(leaf.scale)
     if leaf.bits < 16:
-        return _on_grid(address, leaf, rate)
+        return _on_grid(address, leaf, learning_rate)
     factor = 64 if estimator == "normalized" else 1
     name = fixed_point.path_str(path)
-    return _rounded(name, address, leaf, rate / factor, epsilon, decay_steps)
+    return _rounded(name, address, leaf, learning_rate / factor, epsilon, decay_steps)
 
 
 def _split(batch: Any) -> tuple[tuple[Any, ...], Any]:
@@ -542,44 +548,63 @@ def _rounded(
     name: str,
     address: Address,
     leaf: QTensor,
-    rate: float,
+    learning_rate: float,
     epsilon: float,
     decay_steps: int | None,
 ) -> Rounded:
     source = perturbations.normal()
-    epsilon_q = round(epsilon / float(leaf.scale))
-    if epsilon_q == 0:
+    scale = np.asarray(leaf.scale, np.float64)
+    epsilon_q = np.rint(epsilon / scale).astype(np.int64)
+    if np.any(epsilon_q == 0):
         raise ValueError(
-            f"epsilon={epsilon} is less than half a step ({float(leaf.scale):.2g}) of "
+            f"epsilon={epsilon} is less than half a step ({np.max(scale):.2g}) of "
             f"the grid of {name!r}, whose weights it would not move: raise epsilon."
         )
-    multiplier, shift = ranges.ratio_of(rate * source.step)
-    if decay_steps is not None:  # with all its digits, for they will be fewer
-        digits = _RATE_BITS - multiplier.bit_length()
-        multiplier, shift = multiplier << digits, shift + digits
+    rate: Any
+    ratio = learning_rate * source.step / scale
+    if scale.size > 1:
+        rate = ranges.ratios_of(ratio)
+        digits = _RATE_BITS - np.frexp(rate[0])[1] if decay_steps is not None else 0
+        shift = int(np.min(rate[1] + digits))
+    else:
+        multiplier, shift = ranges.ratio_of(float(ratio.reshape(())))
+        if decay_steps is not None:  # with all its digits, for they will be fewer
+            digits = _RATE_BITS - multiplier.bit_length()
+            multiplier, shift = multiplier << digits, shift + digits
+        rate = multiplier, shift
     if shift > 46:
         raise ValueError(
-            f"a learning rate of {rate * float(leaf.scale):.2g} for a direction never "
+            f"a learning rate of {learning_rate:.2g} for a direction never "
             f"moves the weights of {name!r}: raise it."
         )
     every = np.arange(256, dtype=np.uint32)
     table = np.asarray(source.decode(jnp.asarray(every)))[::4]
+    # A unit of z crosses the grid many times beyond this.
+    steps = np.minimum(epsilon_q, 2**22)
     return Rounded(
         address,
         leaf.bits,
-        epsilon_q,
-        (multiplier, shift),
+        steps.astype(np.int32) if scale.size > 1 else int(epsilon_q.reshape(())),
+        rate,
         table,
         source.values_per_word,
         source.step,
     )
 
 
-def _on_grid(address: Address, leaf: QTensor, rate: float) -> OnGrid:
-    largest = min(max(1, math.ceil(rate)), 127)
-    probability = min(rate / largest, 1.0) ** 2
-    threshold = min(round(probability * 2.0**31), 2**31 - 1)
-    return OnGrid(address, leaf.bits, largest, threshold, PROBE)
+def _on_grid(address: Address, leaf: QTensor, learning_rate: float) -> OnGrid:
+    scale = np.asarray(leaf.scale, np.float64)
+    rate = learning_rate / (scale if scale.size > 1 else scale.reshape(()))
+    largest = np.clip(np.ceil(rate), 1, 127)
+    probability = np.minimum(rate / largest, 1.0) ** 2
+    threshold = np.minimum(np.rint(probability * 2.0**31), 2**31 - 1)
+    return OnGrid(
+        address,
+        leaf.bits,
+        largest.astype(np.int32),
+        threshold.astype(np.uint32),
+        PROBE,
+    )
 
 
 def _check_program(program: Any, name: str) -> None:
