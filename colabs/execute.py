@@ -88,11 +88,12 @@ def _kept(outputs: Any, number: int) -> Iterator[Any]:
 
 def _small(content: str) -> str:
     """A PNG in base64, with few colours."""
-    image = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
+    image = Image.open(io.BytesIO(base64.b64decode(content)))
+    if image.mode == "P":  # it has few
+        return content
+    small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
     written = io.BytesIO()
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(
-        written, "png", optimize=True
-    )
+    small.save(written, "png", optimize=True)
     return base64.b64encode(written.getvalue()).decode()
 
 

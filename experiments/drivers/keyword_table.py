@@ -5,6 +5,7 @@ By backpropagation in float32, of the head alone and with the last blocks, and b
 """
 
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,8 +45,9 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
 
     Args:
       config: see ``configs/keywords.py``.
-      workdir: data, features of the frozen layers, results.json and table.md.
-      resume: unused; features that are there are read.
+      workdir: data, features of the frozen layers, results.json and table.md; and under
+        runs/ the methods that are finished, with which a killed experiment goes on.
+      resume: whether to go on with them; otherwise the experiment begins anew.
 
     Returns:
       What results.json holds: for each task and method the test accuracies over seeds,
@@ -67,7 +69,9 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         cut = keyword.cut(int8_network.load(path), config.first, config.last)
         for name in config.tasks:
             data = features(config, name, cut, directory)
-            results[name] = adapted(config, name, data, cut, progress)
+            results[name] = adapted(
+                config, name, data, cut, progress, directory / "runs"
+            )
             report.write_json(results, directory)
     _write(config, results, directory)
     return results
@@ -164,7 +168,12 @@ TASKS = {
 
 
 def adapted(
-    config: ConfigDict, name: str, data: Splits, cut: keyword.Cut, progress: Progress
+    config: ConfigDict,
+    name: str,
+    data: Splits,
+    cut: keyword.Cut,
+    progress: Progress,
+    where: pathlib.Path,
 ) -> dict[str, Any]:
     """The results of all methods on a task.
 
@@ -174,12 +183,18 @@ def adapted(
       data: of `features`.
       cut: the network.
       progress: told of the steps.
+      where: the directory of finished methods; one that is there is read.
     """
     draw = functools.partial(TASKS[name].task, data, config.shots)
     tests = [draw(seed, tuning=False) for seed in config.seeds]
     queries = len(tests[0].query.labels)
     found: dict[str, Any] = {"test_examples": queries, "methods": {}}
+    where.mkdir(exist_ok=True)
     for method_name in config.run:
+        finished = where / f"{name}_{method_name}.json"
+        if finished.exists():
+            found["methods"][method_name] = json.loads(finished.read_text())
+            continue
         method = _Method(config, config.methods[method_name], cut, progress)
         tuned = method.tuned([draw(seed, tuning=True) for seed in config.tuning_seeds])
         rate = best(tuned)
@@ -194,6 +209,7 @@ def adapted(
             "learning_rate": rate,
             "forward_passes": config.methods[method_name].passes,
         }
+        runs.write_text(finished, json.dumps(found["methods"][method_name]))
     return found
 
 
