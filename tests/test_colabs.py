@@ -1,10 +1,13 @@
+import base64
 import importlib.util
+import io
 import pathlib
 import re
 
 import nbclient
 import nbformat
 import pytest
+from PIL import Image
 
 FOLDER = pathlib.Path(__file__).parent.parent / "colabs"
 COLABS = sorted(FOLDER.glob("*.ipynb"))
@@ -13,9 +16,16 @@ SETUP = (
     f"[metadata]\nproject_urls =\n    Paper = https://x.org\n    Source = {ADDRESS}/\n"
 )
 
-_spec = importlib.util.spec_from_file_location("first_cell", FOLDER / "first_cell.py")
-first_cell = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(first_cell)
+
+def module(name):
+    """A program of the folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+first_cell, execute = module("first_cell"), module("execute")
 
 
 def read(path):
@@ -32,10 +42,18 @@ def test_it_runs_from_top_to_bottom(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", COLABS, ids=lambda path: path.stem)
-def test_it_is_stored_without_outputs_and_installs_itself(path):
+def test_it_is_stored_with_its_figures_and_installs_itself(path):
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code)
+    # As the command that stores outputs leaves them: in order, without warnings, and
+    # without paths of a machine, which `cleaned` refuses.
+    assert execute.cleaned(read(path)) == notebook, "run python colabs/execute.py"
+    drawn = ["plt.show()" in cell.source for cell in code]
+    kept = ["image/png" in str(cell.outputs) for cell in code]
+    assert drawn == kept
+    printed = [re.search(r"^ *print\(", cell.source, re.MULTILINE) for cell in code]
+    assert all(cell.outputs for cell, p in zip(code, printed, strict=True) if p)
+    assert path.stat().st_size < 400_000
     assert re.search("^# ", notebook.cells[0].source, re.MULTILINE)
     # The badge and the cell that installs are those of the address in setup.cfg.
     address = first_cell.source((FOLDER.parent / "setup.cfg").read_text())
@@ -74,6 +92,37 @@ def test_the_first_cell_installs_a_wheel_or_the_repository(tmp_path, monkeypatch
     (tmp_path / "fgrad-0.2.0-py3-none-any.whl").touch()
     for address in (ADDRESS, ""):
         assert installed_by_the_first_cell(address) == "fgrad-0.2.0-py3-none-any.whl"
+
+
+def test_outputs_are_stored_without_what_differs_between_machines():
+    picture = io.BytesIO()
+    Image.radial_gradient("L").convert("RGBA").save(picture, "png")
+    shown = nbformat.v4.new_output(
+        "display_data",
+        {
+            "image/png": base64.b64encode(picture.getvalue()).decode(),
+            "text/plain": "<Figure of 0x7f1234>",
+        },
+    )
+    said = nbformat.v4.new_output("stream", name="stdout", text="accuracy 97.9%")
+    warned = nbformat.v4.new_output("stream", name="stderr", text="/tmp/x: a warning")
+    cell = nbformat.v4.new_code_cell("plt.show()", outputs=[warned, shown, said])
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"machine": "mine"})
+    cleaned = execute.cleaned(notebook)
+    (found,) = cleaned.cells
+    assert found.execution_count == 1
+    assert [sorted(output) for output in found.outputs] == [
+        ["data", "metadata", "output_type"],
+        ["name", "output_type", "text"],
+    ]
+    (name,) = found.outputs[0].data
+    stored = Image.open(io.BytesIO(base64.b64decode(found.outputs[0].data[name])))
+    assert stored.mode == "P"
+    assert "machine" not in cleaned.metadata
+    nbformat.validate(cleaned)
+    cell.outputs = [nbformat.v4.new_output("stream", text="kept in /tmp/abc/x.npz")]
+    with pytest.raises(ValueError, match="cell 1 prints a path"):
+        execute.cleaned(notebook)
 
 
 def test_they_are_numbered():

@@ -1,30 +1,47 @@
 """A stranger's list, walked by the code blocks of the pages that a stranger reads.
 
 Each item names a page. Its blocks run one after the other, as somebody would paste
-them; a block for another process runs in one, where importing fgrad fails.
+them; a block for another process runs in one, where importing fgrad fails. With
+FGRAD_STRANGER=1 a tutorial runs in an empty environment as well, which takes a package
+index and some minutes.
 """
 
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import venv
 
 import pytest
 from lanes import some
 
-HOW_TO = pathlib.Path(__file__).parent.parent / "docs" / "how_to"
+ROOT = pathlib.Path(__file__).parent.parent
+HOW_TO = ROOT / "docs" / "how_to"
+TUTORIAL = ROOT / "colabs" / "1_first_forward_gradient.ipynb"
 
 # What a stranger wants: the page that shows it, what its code must do, and what the
 # code needs beside the library.
 LIST = {
     "train my model of linen": ("flax", "model.init", []),
     "train my model of NNX": ("flax", "nnx.Optimizer", []),
+    "train linen with BatchNorm": ("training_loop", "nn.BatchNorm(", []),
+    "train linen with Dropout": ("training_loop", "nn.Dropout(", []),
+    "train NNX with BatchNorm": ("training_loop", "nnx.BatchNorm(", []),
+    "train NNX with Dropout": ("training_loop", "nnx.Dropout(", []),
+    "train Equinox with BatchNorm": ("equinox", "eqx.nn.BatchNorm(", ["equinox"]),
+    "train Equinox with Dropout": ("equinox", "eqx.nn.Dropout(", ["equinox"]),
     "add LoRA to it": ("adapters", "fgrad.lora", []),
     "train a network of AQT": ("quantized_networks", "AqtDotGeneral", []),
     "train a network of Qwix": ("quantized_networks", "qwix.quantize_params", ["qwix"]),
     "save it": ("save_and_export", "fgrad.save", ["flatbuffers"]),
     "export it": ("save_and_export", "jax.export.deserialize", ["flatbuffers"]),
     "recalibrate it": ("recalibrate", "layers.calibrate", []),
+    "teach a keyword network": (
+        *("keyword_network", "fgrad.adapt("),
+        ["pymicro_wakeword", "pymicro_features", "espeakng_loader"],
+    ),
 }
 PAGES = sorted({page for page, _, _ in LIST.values()})
 
@@ -59,6 +76,59 @@ def test_the_blocks_run_as_they_are_pasted(page):
             cwd=names["folder"],
             check=True,
         )
+
+
+# A notebook of nothing but a tutorial's cells, as Jupyter would run it.
+EXECUTE = """
+import sys
+
+import nbclient
+import nbformat
+
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+kernel = notebook.cells[1]
+assert not kernel.outputs or "Error" not in str(kernel.outputs), kernel.outputs
+print(sum("image/png" in str(cell.get("outputs", "")) for cell in notebook.cells))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("FGRAD_STRANGER"), reason="installs packages: FGRAD_STRANGER=1"
+)
+def test_a_tutorial_runs_in_an_empty_environment_with_a_wheel_beside_it(tmp_path):
+    pytest.importorskip("build", reason="builds a wheel")
+    folder, source = tmp_path / "stranger", tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "workdir", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, source]
+    subprocess.run(command, check=True, capture_output=True)
+    shutil.copy(TUTORIAL, folder)
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    # Jupyter alone: the tutorial's first cell installs fgrad and what it needs.
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "ipykernel",
+        "nbclient",
+        "nbformat",
+    ]
+    subprocess.run(install, check=True)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    shown = subprocess.run(
+        [python, "-c", EXECUTE, TUTORIAL.name],
+        cwd=folder,
+        env=clean | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert int(shown.stdout.splitlines()[-1]) >= 2  # figures
 
 
 @pytest.mark.slow

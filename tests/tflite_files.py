@@ -14,6 +14,7 @@ CODES = {
     "FULLY_CONNECTED": (9, 8),
     "LOGISTIC": (14, 0),
     "QUANTIZE": (114, 0),
+    "RESHAPE": (22, 17),
 }
 # The fields of options: place in the table, and the builder's method.
 CONVOLUTION = {
@@ -32,6 +33,7 @@ FIELDS = {
     "FULLY_CONNECTED": {"activation": (0, "PrependInt8Slot")},
     "LOGISTIC": {},
     "QUANTIZE": {},
+    "RESHAPE": {},
 }
 
 

@@ -81,7 +81,9 @@ class Sounds(
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        splits = self.recordings(pathlib.Path(dl_manager.manual_dir))
+        manual = self.MANUAL_DOWNLOAD_INSTRUCTIONS  # none if nothing is downloaded
+        folder = pathlib.Path(dl_manager.manual_dir if manual else ".")
+        splits = self.recordings(folder)
         return {name: self._generate_examples(split) for name, split in splits.items()}
 
     def _generate_examples(
@@ -111,13 +113,30 @@ def load(builder: tfds.core.DatasetBuilder, **settings: Any) -> dict[str, arrays
         found = audio.log_mel(signals, sample_rate=SAMPLE_RATE, **settings)
         return audio.ast_normalized(found)[..., None]
 
-    builder.download_and_prepare()
     transform = jax.jit(spectrograms)
+    splits = {}
+    for name, (samples, labels) in read(builder).items():
+        found = features.batched(transform, samples, 64)
+        splits[name] = arrays.Split(jnp.asarray(found), jnp.asarray(labels))
+    return splits
+
+
+def read(
+    builder: tfds.core.DatasetBuilder,
+) -> dict[str, tuple[Any, np.ndarray]]:
+    """Prepares a dataset and reads all its splits into memory, as they are.
+
+    Args:
+      builder: of `Sounds`, of array_record files.
+
+    Returns:
+      For each split int16 samples [examples, samples] and int32 labels [examples].
+    """
+    builder.download_and_prepare()
     splits = {}
     for name in builder.info.splits:
         examples = list(builder.as_data_source(split=name))
-        samples: Any = np.stack([example["audio"] for example in examples])
+        samples = np.stack([example["audio"] for example in examples])
         labels = np.array([example["label"] for example in examples], np.int32)
-        found = features.batched(transform, samples, 64)
-        splits[name] = arrays.Split(jnp.asarray(found), jnp.asarray(labels))
+        splits[name] = samples, labels
     return splits

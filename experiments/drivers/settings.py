@@ -209,6 +209,30 @@ def check_sampled(config: ConfigDict) -> None:
         )
 
 
+def check_keywords(config: ConfigDict) -> None:
+    """Checks a configuration of a keyword network that learns new words.
+
+    Args:
+      config: see ``configs/keywords.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("task", config.tasks, ("words", "voices"))
+    check_names("method", config.run, config.methods)
+    for name in ("tasks", "run"):
+        _check_some(name, config[name])
+    _check_seeds("seeds", config.seeds)
+    _check_seeds("tuning_seeds", config.tuning_seeds)
+    for name in config.run:
+        method = config.methods[name]
+        check_names("gradient", [method.gradient], ("backward", "adapt"))
+        _check_some(f"methods.{name}.learning_rates", method.learning_rates)
+    for name in ("shots", "batch_size", "every"):
+        if config[name] < 1:
+            raise UsageError(f"{name} must be at least 1, got {config[name]}.")
+
+
 def _parts(config: ConfigDict) -> list[ConfigDict]:
     """The parts of a configuration, or itself if it has none."""
     if "parts" not in config:
