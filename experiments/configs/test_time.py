@@ -22,8 +22,9 @@ chosen by labelled images of the validation split of four corruptions.
     python -m experiments.main \
         --config=experiments/configs/test_time.py --workdir=workdir/test_time
 
-The corruptions are a package's: ``pip install -e '.[corruptions]'``. A smoke run, on
-clean images and without that package: ``--config=experiments/configs/test_time.py:smoke``.
+The corruptions are a package's: ``pip install -e '.[corruptions]'``.
+
+A smoke run, on clean images: ``--config=experiments/configs/test_time.py:smoke``.
 """
 
 from typing import Any

@@ -129,10 +129,8 @@ def by_kind(severity: int, data_dir: pathlib.Path) -> dict[str, Kinds]:
     kinds = corruptions.KINDS if severity else ("clean",)
     cache = data_dir / "mnist5k_c_kinds" / f"severity_{severity}.npz"
     if not cache.exists():
-        made = {
-            name: np.stack(
-                [_in_kind(images[i], kind, severity, i) for kind in kinds]
-            )
+        made: dict[str, Any] = {
+            name: np.stack([_in_kind(images[i], kind, severity, i) for kind in kinds])
             for name, i in splits.items()
         }
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -62,20 +62,25 @@ def _texts(domain: str) -> Iterator[str]:
 
 
 def _source(name: str) -> str:
-    """The source of a module, or of a package's first file."""
-    spec = importlib.util.find_spec(name)
-    assert spec and spec.origin, f"Python's {name} has no source here."
-    return pathlib.Path(spec.origin).read_text(encoding="utf-8")
+    return _origin(name).read_text(encoding="utf-8")
 
 
 def _files(package: str, folder: str, pattern: str) -> Iterator[str]:
-    root = pathlib.Path(importlib.util.find_spec(package).origin).parent / folder
+    root = _origin(package).parent / folder
     for path in sorted(root.rglob(pattern)):
         yield path.read_text(encoding="utf-8")
 
 
+def _origin(name: str) -> pathlib.Path:
+    """The file of a module, or the first one of a package. It is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"the module {name} has no source file here.")
+    return pathlib.Path(spec.origin)
+
+
 def pieces(text: str, longest: int) -> list[bytes]:
-    """Cuts a text into pieces of as many whole lines as fit.
+    r"""Cuts a text into pieces of as many whole lines as fit.
 
     Args:
       text: in ASCII.
@@ -85,8 +90,8 @@ def pieces(text: str, longest: int) -> list[bytes]:
       The pieces in order; all together are the text without its blank lines.
 
     Example:
-      >>> pieces("one\\ntwo\\n\\nthree", 8)
-      [b'one\\ntwo\\n', b'three\\n']
+      >>> pieces("one\ntwo\n\nthree", 8)
+      [b'one\ntwo\n', b'three\n']
     """
     found, piece = [], b""
     for line in text.encode("ascii").splitlines():

@@ -111,7 +111,9 @@ def _load(config: ConfigDict, task: Task, directory: pathlib.Path) -> dict[str, 
 
 
 def _split(kinds: mnist_c.Kinds) -> Split:
-    return Split(jnp.asarray(kinds.images, jnp.float32) / 255, jnp.asarray(kinds.labels))
+    return Split(
+        jnp.asarray(kinds.images, jnp.float32) / 255, jnp.asarray(kinds.labels)
+    )
 
 
 def _outputs(task: Task) -> Any:
@@ -152,7 +154,7 @@ class _Method:
             found["reset"].append(self._run("test", every, rate, seed, reset=True))
             found["long"].append(self._run("test", long, rate, seed, reset=False))
         state = self._begin(config.seeds[0])
-        trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        trained = adapt.num_weights(state.params)
         updates = self._method.updates
         passes = updates * self._learner.passes_per_step
         return {

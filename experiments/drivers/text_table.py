@@ -20,7 +20,7 @@ from experiments.data import texts
 from experiments.drivers import settings
 from experiments.drivers.progress import Progress, show_progress
 from experiments.drivers.training import best, beyond
-from experiments.learners import next_byte, optimizers
+from experiments.learners import adapt, next_byte, optimizers
 from experiments.models import decoder
 from experiments.workdir import report, runs
 from fgrad import analysis, layers
@@ -114,7 +114,8 @@ def _language(config: ConfigDict, corpora: Mapping[str, str]) -> Task:
     every = math.ceil(len(test) / config.test_pieces)
     splits["test"] = test[::every]
     splits["validation"] = splits["validation"][::every]
-    return Task(**{name: _whole(found, config) for name, found in splits.items()})
+    train, validation, test = (_whole(splits[name], config) for name in texts.SPLITS)
+    return Task(train, validation, test)
 
 
 def _kinds(config: ConfigDict, corpora: Mapping[str, str]) -> Task:
@@ -133,16 +134,14 @@ def _kinds(config: ConfigDict, corpora: Mapping[str, str]) -> Task:
             lines[split][0].extend(found[:count])
             lines[split][1].extend([number] * len(found[:count]))
             found = found[count:]
-    grouped = {
-        split: _grouped(
-            found, config.buckets, [words[number] for number in numbers]
-        )
-        for split, (found, numbers) in lines.items()
-    }
+    train, validation, test = (
+        _grouped(found, config.buckets, [words[number] for number in numbers])
+        for found, numbers in lines.values()
+    )
     classes = {
         split: (found, np.array(numbers)) for split, (found, numbers) in lines.items()
     }
-    return Task(**grouped, words=words, lines=classes)
+    return Task(train, validation, test, words, classes)
 
 
 _TASKS: dict[str, Callable[[ConfigDict, Mapping[str, str]], Task]] = {
@@ -234,9 +233,7 @@ def pretrained(config: ConfigDict, advance: Callable[[int], None]) -> Any:
     train = _whole(_pieces(config, texts.read(config.source))["train"], config)
     key = jax.random.key(chosen.seed)
     params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-    tx = optimizers.make_optimizer(
-        chosen, chosen.learning_rate, chosen.steps, key
-    )
+    tx = optimizers.make_optimizer(chosen, chosen.learning_rate, chosen.steps, key)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         return next_byte.mean_loss(_logits(model, params, {}), *batch)
@@ -262,7 +259,9 @@ class _Training:
         self._config, self._method, self._task = config, method, task
         self._model = _network(method.bits, method.get("checkpoint", False))
         first = next(iter(task.train.values()))
-        self._params, self._scales = start, {}
+        self.compilations = 0  # of the step, one for each bucket
+        self._scales: Any = {}
+        self._params = start
         if method.bits:
             self._params, self._scales = _quantized(method, self._model, start, first)
         self._first = jax.tree.map(lambda x: x[: method.batch_size], first)
@@ -276,6 +275,7 @@ class _Training:
         ended = [
             self._trained(rate, seed, method.steps, progress) for seed in config.seeds
         ]
+        compilations = self.compilations
         trained, frozen = self._begun(0)
         state = self._optimizer(0.0, 1, 0).init(trained)
         memory = analysis.memory_report(
@@ -283,7 +283,7 @@ class _Training:
         )
         scores = [self._scores(one, "test") for one in ended]
         return {
-            "weights": fixed_point.num_weights(trained),
+            "weights": adapt.num_weights(trained),
             "nats": [one["nats"] for one in scores],
             "accuracy": [one.get("accuracy") for one in scores],
             "learning_rate": rate,
@@ -292,13 +292,8 @@ class _Training:
             "passes": method.steps * optimizers.forward_passes(method),
             "live_mib": memory.live / 2**20,
             "temporaries_mib": memory.memory.temporaries / 2**20,
-            "compilations": self.compilations,
+            "compilations": compilations,
         }
-
-    @property
-    def compilations(self) -> int:
-        """How often the step was compiled."""
-        return self._step._cache_size()
 
     def _best_rate(self) -> tuple[float, dict[float, float]]:
         config, method = self._config, self._method
@@ -398,6 +393,7 @@ class _Training:
         seed: Any,
         batch: Batch,
     ) -> tuple[Any, Any]:
+        self.compilations += 1  # Python runs when JAX traces, once for each shape
         optimizer = self._optimizer(rate, steps, seed)
         given = {"frozen": frozen, "scales": scales, "batch": batch}
         if self._method.gradient == "backward":
@@ -458,10 +454,8 @@ def _in_batches(losses: Callable[[Batch], jax.Array], batch: Batch) -> np.ndarra
     """Losses of all sequences, some at a time; empty ones fill the last batch."""
     rest = -len(batch.tokens) % _EVALUATED
     filled = jax.tree.map(lambda x: np.pad(x, ((0, rest), (0, 0))), batch)
-    parts = [
-        np.asarray(losses(jax.tree.map(lambda x: x[i : i + _EVALUATED], filled)))
-        for i in range(0, len(filled.tokens), _EVALUATED)
-    ]
+    chosen = (slice(i, i + _EVALUATED) for i in range(0, len(filled[0]), _EVALUATED))
+    parts = [np.asarray(losses(Batch(*(x[rows] for x in filled)))) for rows in chosen]
     return np.concatenate(parts)[: len(batch.tokens)]
 
 
@@ -483,8 +477,9 @@ def _write(
     for task in config.tasks:
         for name, found in results[task].items():
             if name == "start":
-                nats, accuracy = found["nats"], found.get("accuracy")
-                cells = [f"{nats:.3f}", "" if accuracy is None else f"{100 * accuracy:.1f}"]
+                accuracy = found.get("accuracy")
+                told = "" if accuracy is None else f"{100 * accuracy:.1f}"
+                cells = [f"{found['nats']:.3f}", told]
                 rows.append([task, name, "0", *cells, "0", "0", "", "", ""])
                 continue
             accuracies = found["accuracy"]
@@ -494,9 +489,7 @@ def _write(
                     name,
                     f"{found['weights']:,}",
                     report.mean_and_deviation(found["nats"], 1, 3),
-                    ""
-                    if None in accuracies
-                    else report.mean_and_deviation(accuracies),
+                    "" if None in accuracies else report.mean_and_deviation(accuracies),
                     f"{found['steps']:,}",
                     f"{found['passes']:,.0f}",
                     f"{found['learning_rate']:g}",

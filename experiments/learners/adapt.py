@@ -5,11 +5,11 @@ like the module, adds the leaves of the way inside it, and splits the parameters
 those that train and those that are frozen. Gradients, forward or backward, and
 optimizers are given the first only, so that the others cost neither.
 
-All ways but `full` and `norms` need a module that is a sequence of stages: an embedding, blocks, a
-stage that makes one vector of features of each example, and a head. ``module.stages``
-holds the names of the parameters of each, and ``module(x, start, stop)`` runs a slice
-of them. Stages before the first that trains can run once for all steps: see
-`Adapted.cut`.
+All ways but `full` and `norms` need a module that is a sequence of stages: an
+embedding, blocks, a stage that makes one vector of features of each example, and a
+head. ``module.stages`` holds the names of the parameters of each, and ``module(x,
+start, stop)`` runs a slice of them. Stages before the first that trains can run once
+for all steps: see `Adapted.cut`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from experiments.usage import UsageError, check_names
-from fgrad import layers
+from fgrad import fixed_point, layers
 
 Path = tuple[str, ...]  # of a leaf, such as ("Block_0", "Dense_1", "kernel")
 Params = dict[str, Any]
@@ -162,6 +162,17 @@ def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
     """
     flat = traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trained)
     return traverse_util.unflatten_dict(flat)
+
+
+def num_weights(params: Any) -> int:
+    """How many weights there are, of which a `fgrad.QTensor` holds its integers.
+
+    Example:
+      >>> num_weights({"kernel": fgrad.quantize(jnp.ones((3, 2))), "bias": jnp.ones(2)})
+      8
+    """
+    leaves = jax.tree.leaves(params, is_leaf=fixed_point.is_qtensor)
+    return sum(leaf.size for leaf in leaves)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -27,8 +27,8 @@ from experiments.learners import adapt, optimizers
 from experiments.usage import UsageError
 from fgrad import layers
 
-# outputs(x) gives the logits of x, and by their names those of local heads; of a network
-# of stages outputs(x, start=i, stop=j) gives what a slice of them makes of x.
+# outputs(x) gives the logits of x, and by their names those of local heads. If the
+# network has stages, outputs(x, start=i, stop=j) gives what a slice makes of x.
 Outputs = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 

@@ -65,7 +65,7 @@ def mean_loss(
 def prompted(
     found: Sequence[bytes], words: Sequence[bytes], buckets: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts words behind texts, one behind each.
+    r"""Puts words behind texts, one behind each.
 
     Args:
       found: texts.
@@ -78,7 +78,7 @@ def prompted(
     Example:
       >>> tokens, counted = prompted([b"x = 1"], [b"python"], [16])
       >>> bytes(tokens[0]), bytes(tokens[0][counted[0]])
-      (b'x = 1\\n= python\\x00\\x00', b'python')
+      (b'x = 1\n= python\x00\x00', b'python')
     """
     whole = [followed(*pair) for pair in zip(found, words, strict=True)]
     tokens = texts.padded(whole, buckets)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.data.arrays import Split
@@ -154,9 +153,7 @@ def source_statistics(
         of the squares, less the square of the mean.
     """
     count = len(images) // batch_size
-    batches = images[: count * batch_size].reshape(
-        count, batch_size, *images.shape[1:]
-    )
+    batches = images[: count * batch_size].reshape(count, batch_size, *images.shape[1:])
     found = jax.jit(
         lambda batches: jax.lax.map(
             lambda batch: statistics(outputs, batch, num_stages)[0], batches
@@ -224,7 +221,7 @@ def realigned(state: Moving, features: jax.Array, source: Statistics) -> jax.Arr
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and deviation of each channel of [batch, ..., channels]."""
     x = x[:, 0] if x.ndim == 3 else x  # tokens
-    axes = tuple(np.arange(x.ndim - 1))
+    axes = tuple(range(x.ndim - 1))
     return x.mean(axes), jnp.sqrt(x.var(axes) + _FLOOR)
 
 
