@@ -57,8 +57,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.pretrain.gradient = "backward"
     config.pretrain.optimizer = "adam"
     config.pretrain.learning_rate = 3e-3
-    config.pretrain.steps = 3 if smoke else 2500
-    config.pretrain.batch_size = 4 if smoke else 32
+    config.pretrain.steps = 3 if smoke else 1500
+    config.pretrain.batch_size = 4 if smoke else 16
     config.pretrain.seed = 0
 
     steps = 3 if smoke else 60
