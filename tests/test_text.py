@@ -62,7 +62,9 @@ def test_words_alone_count_and_the_likeliest_is_the_class():
         for line, word in zip(lines, words, strict=True)
     ]
     np.testing.assert_allclose(
-        next_byte.mean_loss(bigrams, tokens, counted), np.mean(sum(ends, [])), rtol=1e-5
+        next_byte.mean_loss(bigrams, tokens, counted),
+        np.mean(np.concatenate(ends)),
+        rtol=1e-5,
     )
     losses = np.asarray(next_byte.byte_losses(bigrams, tokens))
     np.testing.assert_allclose(
@@ -84,7 +86,7 @@ def test_nats_and_accuracy_of_a_split_by_hand():
         return by_hand(line + b"\n= " + word)[-len(word) :]
 
     each = [of_word(*pair) for pair in zip(lines, right, strict=True)]
-    np.testing.assert_allclose(found["nats"], np.mean(sum(each, [])), rtol=1e-5)
+    np.testing.assert_allclose(found["nats"], np.mean(np.concatenate(each)), rtol=1e-5)
     guessed = [
         np.argmin([np.mean(of_word(line, word)) for word in words]) for line in lines
     ]
@@ -166,7 +168,8 @@ def test_no_piece_is_in_two_splits():
         "validation": 7,
         "test": 7,
     }
-    assert sorted(sum(splits.values(), [])) == sorted(set(found))
+    together = [piece for part in splits.values() for piece in part]
+    assert sorted(together) == sorted(set(found))
 
 
 @pytest.mark.parametrize("domain", texts.DOMAINS)
@@ -271,7 +274,10 @@ def test_the_committed_start_knows_english():
     logits = text_table._logits(decoder.Decoder(), params, {})
     losses = [
         float(next_byte.mean_loss(logits, texts.padded([one], [32])))
-        for one in (b"the value of the expression.\n", b"zqj vxk wqz pfq xjv kqw zzv.\n")
+        for one in (
+            b"the value of the expression.\n",
+            b"zqj vxk wqz pfq xjv kqw zzv.\n",
+        )
     ]
     assert losses[0] < 2.2 < 4 < losses[1]
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments.data import mnist_c
 from experiments.data.arrays import Split
 from experiments.drivers import settings
-from experiments.drivers.progress import Progress, show_progress
+from experiments.drivers.progress import show_progress
 from experiments.drivers.training import Task, best, beyond, prepare
 from experiments.learners import adapt, test_time
 from experiments.learners.learner import TrainState, make_learner
@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
     Args:
       config: see ``configs/test_time.py``.
       workdir: results.json and table.md go here.
-      resume: whether to go on from a pre-trained network that is there.
+      resume: whether to go on with the methods that are not finished.
 
     Returns:
       What results.json holds: by method the learning rate, the forward passes of a
@@ -86,9 +86,13 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         task = prepare(config, directory, progress)
         data = _load(config, task, directory)
         for name in config.run:
-            method = _Method(config, config.methods[name], task, data, progress)
-            results[name] = method.results()
-            progress.say(f"{name}: {results[name]['reset']['after']}")
+            kept = runs.RunDirectory(directory / "runs" / name, config.snapshot_seconds)
+            if (found := kept.result()) is None:
+                found = _Method(config, config.methods[name], task, data).results()
+                kept.finish(found)
+            results[name] = found
+            after = [float(np.mean(one)) for one in found["reset"]["after"]]
+            progress.say(f"{name}: {report.mean_and_deviation(after)}")
             report.write_json(results, directory)
     _write(config, results, directory)
     rich.print(f"Written to {directory}: results.json, table.md")
@@ -131,17 +135,16 @@ class _Method:
         method: ConfigDict,
         task: Task,
         data: dict[str, _Data],
-        progress: Progress,
     ) -> None:
         self._config, self._method, self._task = config, method, task
-        self._data, self._progress = data, progress
+        self._data = data
         objective: Any = (
             test_time.Labelled(method)
             if method.labels
             else test_time.EntropyAndAlignment(method)
         )
         self._learner = make_learner(method, task.network, objective)
-        self._stream = jax.jit(self._streamed)
+        self._one_kind = jax.jit(self._passed)
 
     def results(self) -> dict[str, Any]:
         """Tunes the learning rate, and runs every seed with resets and without."""
@@ -191,36 +194,29 @@ class _Method:
     ) -> Scores:
         """A stream of some kinds, in this order."""
         data = self._data[split]
-        scores = self._stream(
-            self._begin(seed),
-            data,
-            jnp.asarray(list(kinds)),
-            jnp.float32(rate),
-            jnp.bool_(reset),
-            jax.random.key(seed),
-        )
-        return jax.tree.map(np.asarray, scores)
+        channels = len(data.source.means[-1])
+        begun = carry = _Carry(self._begin(seed), test_time.moving(channels))
+        found = []
+        for number, kind in enumerate(kinds):
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            carry = begun if reset else carry
+            carry, scores = self._one_kind(carry, data, kind, jnp.float32(rate), key)
+            found.append(scores)
+        return jax.tree.map(lambda *x: np.stack(x), *found)
 
     def _begin(self, seed: int) -> TrainState:
         images = self._task.source["train"].images
         images = images[: self._method.get("calibration_images", 1)]
         return self._learner.init(self._task.start, images, seed)
 
-    def _streamed(
-        self,
-        start: TrainState,
-        data: _Data,
-        kinds: jax.Array,
-        rate: jax.Array,
-        reset: jax.Array,
-        key: jax.Array,
-    ) -> Scores:
-        begun = _Carry(start, test_time.moving(len(data.source.means[-1])))
+    def _passed(
+        self, carry: _Carry, data: _Data, kind: Any, rate: jax.Array, key: jax.Array
+    ) -> tuple[_Carry, Scores]:
+        """The stream of one kind, from its first batch to its last."""
         size = self._config.batch_size
         examples = len(data.stream.labels)
 
-        def one_batch(carry: _Carry, chosen: Any) -> tuple[_Carry, jax.Array]:
-            kind, index = chosen
+        def one_batch(carry: _Carry, index: jax.Array) -> tuple[_Carry, jax.Array]:
             images, labels = data.stream.images[kind, index], data.stream.labels[index]
             carry, logits = self._predicted(carry, images, data.source)
             batch: Any = (
@@ -231,25 +227,12 @@ class _Method:
             carry = carry._replace(state=self._adapted(carry.state, rate, batch))
             return carry, jnp.mean(logits.argmax(-1) == labels)
 
-        def one_kind(carry: _Carry, given: Any) -> tuple[_Carry, Scores]:
-            number, kind = given
-            carry = jax.tree.map(
-                lambda new, old: jnp.where(reset, new, old), begun, carry
-            )
-            order = jax.random.permutation(jax.random.fold_in(key, number), examples)
-            order = order[: examples // size * size].reshape(-1, size)
-            chosen = jnp.full(len(order), kind), order
-            carry, online = jax.lax.scan(one_batch, carry, chosen)
-            after = self._accuracy(
-                carry, data.held_out.images[kind], data.held_out.labels, data.source
-            )
-            clean = self._accuracy(
-                carry, data.clean.images, data.clean.labels, data.source
-            )
-            return carry, Scores(online.mean(), after, clean)
-
-        numbered = jnp.arange(len(kinds)), kinds
-        return jax.lax.scan(one_kind, begun, numbered)[1]
+        order = jax.random.permutation(key, examples)
+        order = order[: examples // size * size].reshape(-1, size)
+        carry, online = jax.lax.scan(one_batch, carry, order)
+        judged = (data.held_out.images[kind], data.held_out.labels), data.clean
+        after, clean = (self._accuracy(carry, *one, data.source) for one in judged)
+        return carry, Scores(online.mean(), after, clean)
 
     def _adapted(self, state: TrainState, rate: jax.Array, batch: Any) -> TrainState:
         """A state after the updates that one batch is for, at a constant rate."""
