@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
     Args:
       config: see ``configs/text.py``.
       workdir: results.json and table.md go here.
-      resume: there is nothing to go on from.
+      resume: whether to go on with the methods that are not finished.
 
     Returns:
       What results.json holds: digests of the texts, and by task and method the nats
@@ -94,10 +94,14 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
             before = _untrained(config, start, task)
             results[name] = {"start": before}
             for method in config.run:
-                training = _Training(config, config.methods[method], start, task)
-                results[name][method] = training.results(progress)
-                told = results[name][method]["nats"]
-                progress.say(f"{name}, {method}: {told} nats, {before['nats']} before")
+                kept = runs.RunDirectory(directory / "runs" / name / method, math.inf)
+                if (found := kept.result()) is None:
+                    training = _Training(config, config.methods[method], start, task)
+                    found = training.results(progress)
+                    kept.finish(found)
+                results[name][method] = found
+                told = report.mean_and_deviation(found["nats"], 1, 3)
+                progress.say(f"{name}, {method}: {told} nats")
                 report.write_json(results, directory)
     _write(config, results, directory)
     rich.print(f"Written to {directory}: results.json, table.md")
@@ -272,6 +276,7 @@ class _Training:
         """Tunes the learning rate, and runs every seed."""
         config, method = self._config, self._method
         rate, tuned = self._best_rate()
+        progress.expect(method.steps * len(config.seeds))
         ended = [
             self._trained(rate, seed, method.steps, progress) for seed in config.seeds
         ]
