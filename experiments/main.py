@@ -26,6 +26,8 @@ from experiments.drivers import (
     memory_table,
     private_table,
     sampled_table,
+    test_time_table,
+    text_table,
     training,
     training_time,
 )
@@ -55,6 +57,8 @@ _DRIVERS = {
     "memory": memory_table.run,
     "private": private_table.run,
     "sampled": sampled_table.run,
+    "test_time": test_time_table.run,
+    "text": text_table.run,
     "train": training.run,
     "training_time": training_time.run,
 }

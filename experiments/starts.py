@@ -79,19 +79,24 @@ def main(argv: Sequence[str]) -> None:
     """Pre-trains by a configuration and writes the start."""
     del argv
     logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    # The drivers begin from a start, so that they cannot be imported by this module.
-    from experiments.drivers import progress, training
-
     config = flags.FLAGS.config
     config.pretrain.committed = False
     try:
-        with progress.show_progress() as told:
-            told.expect(config.pretrain.steps)
-            workdir = pathlib.Path(flags.FLAGS.workdir)
-            task = training.prepare(config, workdir, told)
+        params = _pretrained(config, pathlib.Path(flags.FLAGS.workdir))
     except UsageError as error:
         sys.exit(f"error: {error}")
-    write(config, task.start)
+    write(config, params)
+
+
+def _pretrained(config: ConfigDict, workdir: pathlib.Path) -> Any:
+    # The drivers begin from a start, so that they cannot be imported by this module.
+    from experiments.drivers import progress, text_table, training
+
+    with progress.show_progress() as told:
+        told.expect(config.pretrain.steps)
+        if config.get("driver") == "text":
+            return text_table.pretrained(config, told.advance)
+        return training.prepare(config, workdir, told).start
 
 
 if __name__ == "__main__":

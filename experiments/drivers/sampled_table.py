@@ -1,7 +1,7 @@
 """Backpropagation that keeps a part of its activations: accuracy and cosine."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -175,7 +175,7 @@ def _write(
         [
             name,
             f"{100 * found['rows'] / config.batch_size:g}%",
-            _spread(found["accuracy"]),
+            report.mean_and_deviation(found["accuracy"]),
             f"{found['cosine']:.2f}",
             f"{found['learning_rate']:g}",
         ]
@@ -189,8 +189,3 @@ def _write(
     )
     columns = ("method", "kept", "accuracy", "cosine", "learning rate")
     report.write_table(columns, cells, note, directory, wide=len(columns))
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"

@@ -10,14 +10,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import published, registry
+from experiments.data import corruptions, texts
 from experiments.learners import (
     adapt,
     learner,
     metrics,
     nearest_centroid,
+    optimizers,
     predicted_time,
 )
-from experiments.models import sampled
+from experiments.models import decoder, sampled
 from experiments.usage import UsageError, check_names
 from experiments.workdir import report
 
@@ -231,6 +233,73 @@ def check_keywords(config: ConfigDict) -> None:
     for name in ("shots", "batch_size", "every"):
         if config[name] < 1:
             raise UsageError(f"{name} must be at least 1, got {config[name]}.")
+
+
+def check_test_time(config: ConfigDict) -> None:
+    """Checks a configuration of adaptation at test time.
+
+    Args:
+      config: see ``configs/test_time.py``.
+
+    Raises:
+      UsageError: for unknown names, for a network without stages, and for numbers that
+        have no meaning.
+    """
+    _check_common(config)
+    _check_seeds("seeds", config.seeds)
+    _check_seeds("tuning_seeds", config.tuning_seeds)
+    _check_some("run", config.run)
+    for name in config.run:
+        method = config.methods[name]
+        _check_some(f"methods.{name}.learning_rates", method.learning_rates)
+        if method.updates and not (method.labels or method.entropy or method.alignment):
+            raise UsageError(
+                f"methods.{name} has nothing to minimise: set labels, or entropy or "
+                "alignment to more than 0."
+            )
+    if not hasattr(registry.NETWORKS[config.network](), "stages"):
+        raise UsageError(
+            f"adaptation at test time looks behind the stages of a network, and "
+            f"{config.network} has none; choose a ViT or a ResNet."
+        )
+    if config.severity not in (0, *corruptions.SEVERITIES):
+        raise UsageError(
+            f"severity must be 0 or one of {corruptions.SEVERITIES}, got "
+            f"{config.severity}."
+        )
+    if config.rounds < 1:
+        raise UsageError(f"rounds must be at least 1, got {config.rounds}.")
+
+
+def check_text(config: ConfigDict) -> None:
+    """Checks a configuration of a decoder of bytes.
+
+    Args:
+      config: see ``configs/text.py``.
+
+    Raises:
+      UsageError: for unknown names, and for numbers that have no meaning.
+    """
+    check_names("network", [config.network], ("decoder",))
+    check_names("domain of texts", [config.source, config.target], texts.DOMAINS)
+    check_names("domain of texts", config.words, texts.DOMAINS)
+    check_names("task", config.tasks, ("language", "kinds"))
+    check_names("method", config.run, config.methods)
+    _check_seeds("seeds", config.seeds)
+    _check_seeds("tuning_seeds", config.tuning_seeds)
+    for name in ("run", "tasks", "buckets", "words"):
+        _check_some(name, config[name])
+    for name in config.run:
+        method = config.methods[name]
+        optimizers.check_method(method)
+        check_names(f"methods.{name}.trains", [method.trains], ("lora", "full"))
+        _check_some(f"methods.{name}.learning_rates", method.learning_rates)
+    longest = decoder.Decoder().longest
+    if not all(0 < length <= longest for length in config.buckets):
+        raise UsageError(
+            f"buckets must be lengths of 1 to {longest} bytes, which the decoder has "
+            f"positions for, got {config.buckets}."
+        )
 
 
 def _parts(config: ConfigDict) -> list[ConfigDict]:

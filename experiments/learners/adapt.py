@@ -5,11 +5,11 @@ like the module, adds the leaves of the way inside it, and splits the parameters
 those that train and those that are frozen. Gradients, forward or backward, and
 optimizers are given the first only, so that the others cost neither.
 
-All ways but `full` need a module that is a sequence of stages: an embedding, blocks, a
-stage that makes one vector of features of each example, and a head. ``module.stages``
-holds the names of the parameters of each, and ``module(x, start, stop)`` runs a slice
-of them. Stages before the first that trains can run once for all steps: see
-`Adapted.cut`.
+All ways but `full` and `norms` need a module that is a sequence of stages: an
+embedding, blocks, a stage that makes one vector of features of each example, and a
+head. ``module.stages`` holds the names of the parameters of each, and ``module(x,
+start, stop)`` runs a slice of them. Stages before the first that trains can run once
+for all steps: see `Adapted.cut`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from experiments.usage import UsageError, check_names
-from fgrad import layers
+from fgrad import fixed_point, layers
 
 Path = tuple[str, ...]  # of a leaf, such as ("Block_0", "Dense_1", "kernel")
 Params = dict[str, Any]
@@ -164,6 +164,17 @@ def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
+def num_weights(params: Any) -> int:
+    """How many weights there are, of which a `fgrad.QTensor` holds its integers.
+
+    Example:
+      >>> num_weights({"kernel": fgrad.quantize(jnp.ones((3, 2))), "bias": jnp.ones(2)})
+      8
+    """
+    leaves = jax.tree.leaves(params, is_leaf=fixed_point.is_qtensor)
+    return sum(leaf.size for leaf in leaves)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _drawn(
     model: Adapted, key: jax.Array, images: jax.Array, paths: tuple[Path, ...]
@@ -243,21 +254,47 @@ def last_blocks(network: nn.Module, *, num_blocks: int = 1) -> Adapted:
     return Adapted(network, lambda path: path[0] in names)
 
 
+def norms(network: nn.Module) -> Adapted:
+    """Trains the scale and the shift of every normalisation, and nothing else.
+
+    Args:
+      network: any Flax module with normalisations, under Flax's names for them.
+
+    Example:
+      >>> from experiments.models import vit
+      >>> norms(vit.ViT()).trains(("Block_0", "LayerNorm_1", "scale"))
+      True
+
+    Reference:
+      Wang et al., "Tent: fully test-time adaptation by entropy minimization", ICLR
+      2021.
+    """
+    pattern = re.compile("(Layer|Batch|Group|RMS|Instance)Norm_[0-9]+")
+    return Adapted(
+        network, lambda path: any(pattern.fullmatch(name) for name in path[:-1])
+    )
+
+
 def deep_prompts(
-    network: nn.Module, *, num_prompts: int = 8, stddev: float = 0.3
+    network: nn.Module,
+    *,
+    num_prompts: int = 8,
+    stddev: float = 0.3,
+    with_head: bool = True,
 ) -> Adapted:
     r"""Trains deep visual prompts, which are tokens at the input of every block.
 
     .. math:: [T_{i+1}, \_] = Block_i([T_i, P_i])
 
     The outputs of a block at its prompts P are dropped, since the next block has its
-    own prompts. The head trains as well.
+    own prompts.
 
     Args:
       network: a vision transformer: a module with stages whose blocks take tokens
         [batch, tokens, width].
       num_prompts: of each block.
       stddev: of their normal initial values.
+      with_head: whether the head trains as well.
 
     Raises:
       TypeError, ValueError: for a module without stages, and for no prompts; when the
@@ -284,7 +321,7 @@ def deep_prompts(
 
     return Adapted(
         network,
-        lambda path: path[0] in head or path[-1] == "prompts",
+        lambda path: path[-1] == "prompts" or (with_head and path[0] in head),
         _around(lambda layer: layer.path in blocks, prompt),
     )
 
@@ -457,6 +494,7 @@ WAYS: dict[str, Callable[..., Adapted]] = {
         full,
         linear_probe,
         last_blocks,
+        norms,
         deep_prompts,
         lora,
         adapter,

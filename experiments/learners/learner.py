@@ -29,8 +29,9 @@ from experiments.models import sampled
 from experiments.usage import UsageError
 from fgrad import layers
 
-# outputs(x) gives the logits of x, and by their names those of local heads.
-Outputs = Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# outputs(x) gives the logits of x, and by their names those of local heads. If the
+# network has stages, outputs(x, start=i, stop=j) gives what a slice makes of x.
+Outputs = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Objective(Protocol):
@@ -393,18 +394,25 @@ def quantized(
     """Parameters as integers, and the scales of activations.
 
     Args:
-      method: one with ``bits``.
+      method: one with ``bits``; with ``trained_bits`` the leaves that train have
+        so many.
       model: of these bits.
       params: float.
       images: to calibrate the activations with.
     """
-    params = fgrad.quantize(
-        params,
-        bits=method.bits[0],
-        headroom=method.headroom,
-        zero_bound=method.zero_bound,
-        channel_axis=-1 if method.per_channel else None,
-    )
+    settings = {
+        "headroom": method.headroom,
+        "zero_bound": method.zero_bound,
+        "channel_axis": -1 if method.per_channel else None,
+    }
+    if trained_bits := method.get("trained_bits"):
+        params = fgrad.quantize(
+            params,
+            trained_bits,
+            where=lambda path, leaf: model.trains(tuple(path.split("/"))),
+            **settings,
+        )
+    params = fgrad.quantize(params, method.bits[0], **settings)
     variables = layers.calibrate(
         model, {"params": params}, images, headroom=method.activation_headroom
     )

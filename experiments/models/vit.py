@@ -34,6 +34,7 @@ class Block(nn.Module):
       num_heads: attention heads.
       mlp_width: hidden units of the perceptron.
       epsilon: of the normalisations.
+      causal: whether a token attends to itself and those before it only.
       bits: (bits of weights, bits of activations), as in `fgrad.layers.Dense`.
       calibration: how the scales of activations are found.
     """
@@ -41,6 +42,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_width: int
     epsilon: float = 1e-6
+    causal: bool = False
     bits: layers.Bits = None
     calibration: fixed_point.Calibration = fixed_point.abs_max
 
@@ -50,8 +52,9 @@ class Block(nn.Module):
         settings: dict[str, Any] = {"bits": self.bits, "calibration": self.calibration}
         width = tokens.shape[-1]
         x = nn.LayerNorm(epsilon=self.epsilon)(tokens)
-        x = layers.MultiHeadDotProductAttention(self.num_heads, **settings)(x)
-        tokens += x
+        mask = nn.make_causal_mask(x[..., 0], dtype=bool) if self.causal else None
+        attention = layers.MultiHeadDotProductAttention(self.num_heads, **settings)
+        tokens += attention(x, mask=mask)
         x = nn.LayerNorm(epsilon=self.epsilon)(tokens)
         x = layers.Dense(self.mlp_width, **settings)(x)
         x = nn.gelu(x, approximate=False)

@@ -186,6 +186,26 @@ def _score(result: dict[str, Any], metric: str) -> str:
     return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 
 
+def mean_and_deviation(
+    values: Sequence[float], factor: float = 100, digits: int = 1
+) -> str:
+    """Mean and standard deviation of runs; the mean alone of a single run.
+
+    Args:
+      values: one of each run.
+      factor: what they are multiplied by; 100 for percent.
+      digits: after the point.
+
+    Example:
+      >>> mean_and_deviation([0.5, 0.6])
+      '55.0 ± 7.1'
+    """
+    mean = f"{factor * np.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {factor * np.std(values, ddof=1):.{digits}f}"
+
+
 def spread(num_seeds: int | str) -> str:
     """What a mean and the number after it are."""
     if str(num_seeds) == "1":

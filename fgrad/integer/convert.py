@@ -252,9 +252,7 @@ def convert(
     return program
 
 
-def _bound(
-    calibration: fixed_point.Calibration, bits: int, x: jax.Array
-) -> jax.Array:
+def _bound(calibration: fixed_point.Calibration, bits: int, x: jax.Array) -> jax.Array:
     """The largest magnitude of an activation that its grid has."""
     bound: jax.Array = calibration(x, tuple(range(x.ndim)), bits).reshape(())
     return bound

@@ -349,7 +349,9 @@ class Storage:
         """Whether a computed value has memory of its own."""
         return value in self._stored
 
-    def order(self, block: Block, overwritten: Mapping[Value, Value]) -> list[Operation]:
+    def order(
+        self, block: Block, overwritten: Mapping[Value, Value]
+    ) -> list[Operation]:
         """Operations that write memory, so that little of it is in use at a time.
 
         What is cheap and made of arguments alone waits until something reads it. What

@@ -1,0 +1,102 @@
+r"""Text: a decoder of bytes moves to another domain, and learns a task of words.
+
+A decoder of 73,536 parameters, pre-trained on the reference of a programming language
+(`experiments.data.texts`: texts that packages carry), is adapted in two ways.
+
+* ``language``: to the source of Python's modules. Tells nats per byte of the test
+  split; the perplexity per byte is e to that power.
+* ``kinds``: a line of text, followed by a word for what it is: prose, Python, C or
+  JavaScript. The loss is that of the word's bytes, as in MeZO; tells accuracy as well.
+
+Methods: LoRA (`fgrad.lora`) and all weights; backpropagation, and forward passes with
+ten times the steps, in float32, 16w8a and 8w8a. Learning rates are chosen on the
+validation split by shorter runs. Sequences have the lengths that they have, and are
+padded to one of two: so a step is compiled twice.
+
+    python -m experiments.main \
+        --config=experiments/configs/text.py --workdir=workdir/text
+
+A smoke run: ``--config=experiments/configs/text.py:smoke``.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from experiments.configs import quickstart
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The configuration; ``variant`` as in the quickstart's."""
+    base = quickstart.base(variant)
+    smoke = variant == "smoke"
+    config = ConfigDict()
+    config.driver = "text"
+    config.network = "decoder"
+    config.dataset = "texts"
+    config.source, config.target = "prose", "python"
+    config.weights = config.backbone = ""
+    config.data_dir = config_dict.placeholder(str)
+    config.buckets = (64, 96)  # lengths that sequences are padded to, in bytes
+    config.words = ConfigDict(  # for the kinds of lines
+        {"prose": "text", "python": "python", "c": "c", "javascript": "script"}
+    )
+    # Of each kind; and the shortest and longest line, in bytes.
+    config.lines = ConfigDict({"train": 300, "validation": 50, "test": 120})
+    config.line_lengths = (20, 80)
+    config.test_pieces = 20 if smoke else 400  # at most, of the language
+    config.seeds = (0,) if smoke else (0, 1, 2)
+    config.tuning_seeds = (100,)
+    config.tuning_fraction = 0.3
+    config.wider_tuning = 0 if smoke else 1
+    config.tasks = ("language", "kinds")
+    config.lora = ConfigDict({"rank": 2, "where": "query|value"})
+
+    config.pretrain = ConfigDict()
+    config.pretrain.committed = True
+    config.pretrain.gradient = "backward"
+    config.pretrain.optimizer = "adam"
+    config.pretrain.learning_rate = 3e-3
+    config.pretrain.steps = 3 if smoke else 1500
+    config.pretrain.batch_size = 4 if smoke else 16
+    config.pretrain.seed = 0
+
+    steps = 3 if smoke else 60
+    backward = {
+        "optimizer": "adam",
+        "batch_size": 8,
+        "steps": steps,
+        "learning_rates": (3e-3,) if smoke else (1e-2, 3e-2, 1e-1),
+    }
+    forward = {
+        **backward,
+        "steps": 2 if smoke else 10 * steps,
+        "epsilon": 1e-2,
+        "num_perturbations": 2 if smoke else 8,  # 16 passes a step
+        "estimator": "spsa",
+        "learning_rates": (3e-3,) if smoke else (4e-3, 7e-3, 1.2e-2),
+        "calibration_images": 64,  # pieces
+    }
+    full = {**backward, "trains": "full"}
+    if not smoke:
+        full["learning_rates"] = (3e-3, 1e-2, 3e-2)
+    rows: dict[str, tuple[ConfigDict, dict[str, Any]]] = {
+        "lora_backprop": (base.methods.backprop, {**backward, "trains": "lora"}),
+        "full_backprop": (base.methods.backprop, full),
+        "full_checkpoints": (base.methods.backprop, {**full, "checkpoint": True}),
+    }
+    for arithmetic, bits in quickstart.BITS.items():
+        changes = {**forward, "bits": bits, "trains": "lora"}
+        rows[f"lora_{arithmetic}"] = base.methods.forward_fp32, changes
+    changes = {**forward, "trains": "full"}
+    if not smoke:
+        changes["learning_rates"] = (1e-4, 3e-4, 1e-3)
+    rows["full_fp32"] = base.methods.forward_fp32, changes
+    config.methods = ConfigDict(
+        {
+            name: quickstart.changed(method, changes)
+            for name, (method, changes) in rows.items()
+        }
+    )
+    config.run = tuple(rows)
+    return config
