@@ -49,9 +49,9 @@ WAYS: dict[str, dict[str, Any]] = {
 JOINT: dict[str, dict[str, Any]] = {
     "adapter": {"every": 1, "epsilon": 0.03, "correction": 0.1},
     "last_block": {"every": 4, "transposed_head": True},
-    "whole": {"residual": True},
+    "whole": {"residual": True, "every": 8},
 }
-STEPS = {"adapter": 2000, "last_block": 4000, "whole": 150}
+STEPS = {"adapter": 2000, "last_block": 4000, "whole": 133}
 
 
 def get_config(variant: str = "adapter") -> ConfigDict:
@@ -71,7 +71,7 @@ def get_config(variant: str = "adapter") -> ConfigDict:
     config.gradient_estimates = 0
     if not smoke:
         config.tuning_seeds = (100, 101)
-        config.tuning_fraction, config.wider_tuning = 1.0, 0
+        config.tuning_fraction, config.wider_tuning = 0.5, 0
     steps = 5 if smoke else STEPS[way]
     shared: dict[str, Any] = {"cache_frozen": True, "rate_factors": {}, **WAYS[way]}
     if way == "whole":

@@ -36,16 +36,16 @@ _STREAM: dict[str, Any] = {"gradient": "joint", "joint": _RESIDUAL}
 
 # By way: what differs of methods by forward passes, and their steps and middle rate.
 FORWARD: dict[str, dict[str, Any]] = {
-    "lp_1_exact": {**_EXACT, "steps": 900, "rate": 0.02},
-    "lp_3_joint": {**_STREAM, "steps": 450, "rate": 5e-3},
-    "d_vpt_head": {**_EXACT, "steps": 900, "rate": 0.02},
+    "lp_1_exact": {**_EXACT, "steps": 900, "rate": 0.05},
+    "lp_3_joint": {**_STREAM, "steps": 450, "rate": 0.03},
+    "d_vpt_head": {**_EXACT, "steps": 900, "rate": 0.05},
     "d_vpt_pairs": {
         **_EXACT,
         "others": True,
         "num_perturbations": 4,
         "epsilon": 0.1,
         "steps": 400,
-        "rate": 0.02,
+        "rate": 0.05,
     },
     "full_joint": {**_STREAM, "steps": 450, "rate": 3e-3},
 }
