@@ -12,7 +12,7 @@ Beside backpropagation stand
 - for all weights ("full") the transformer's residual stream as in "lp_3";
 
 in float32 and in 16w8a. All take 900 evaluations, where a backward pass counts as two,
-but for the pairs, which take 3,600. Learning rates are chosen as in ``ood.py``.
+but for the pairs and "lp_3_joint_long", which take 3,600. Learning rates are chosen as in ``ood.py``.
 
     python -m experiments.main --config=experiments/configs/joint_ood.py:severity_5 \
         --workdir=workdir/joint_ood
@@ -38,6 +38,7 @@ _STREAM: dict[str, Any] = {"gradient": "joint", "joint": _RESIDUAL}
 FORWARD: dict[str, dict[str, Any]] = {
     "lp_1_exact": {**_EXACT, "steps": 900, "rate": 0.05},
     "lp_3_joint": {**_STREAM, "steps": 450, "rate": 0.03},
+    "lp_3_joint_long": {**_STREAM, "steps": 1800, "rate": 0.03},
     "d_vpt_head": {**_EXACT, "steps": 900, "rate": 0.05},
     "d_vpt_pairs": {
         **_EXACT,
