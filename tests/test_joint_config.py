@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import joint, quickstart
+from experiments.configs import joint, joint_fine_tuning, joint_ood, quickstart
 from experiments.data.arrays import Split
 from experiments.drivers import settings
 from experiments.drivers.trainer import Trainer
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("task", ["digits", "mnist", "vit"])
-@pytest.mark.parametrize("length", ["", "_smoke"])
+@pytest.mark.parametrize("length", ["", "_smoke", "_long"])
 def test_configurations_can_be_run(task, length):
     config = joint.get_config(task + length)
     settings.check_training(config)
@@ -27,18 +27,49 @@ def test_configurations_can_be_run(task, length):
     assert {f"joint_{x}" for x in quickstart.BITS} <= set(config.run)
 
 
-def test_every_method_spends_as_many_evaluations():
+@pytest.mark.parametrize("length, expected", [("", 900), ("_long", 6000)])
+def test_every_method_spends_as_many_evaluations(length, expected):
     for task in joint.RATES:
-        config = joint.get_config(task)
+        config = joint.get_config(task + length)
         for name in config.run:
-            method = config.methods[name]
-            passes = method.steps * optimizers.forward_passes(method)
-            assert passes == quickstart.EVALUATIONS, (task, name)
+            assert evaluations(config.methods[name]) == expected, (task, name)
+
+
+@pytest.mark.parametrize("way", joint_fine_tuning.WAYS)
+def test_solar_cells_are_adapted_at_three_depths(way):
+    for variant in (way, f"{way},smoke"):
+        config = joint_fine_tuning.get_config(variant)
+        settings.check_training(config)
+    config = joint_fine_tuning.get_config(way)
+    assert max(evaluations(config.methods[name]) for name in config.run) <= 6000
+    backprop, pairs = config.methods.backprop, config.methods.joint_16w8a
+    assert backprop.adaptation == pairs.adaptation
+    assert backprop.learning_rates == pairs.learning_rates
+
+
+def test_corrupted_images_are_adapted_to_by_backpropagations_evaluations():
+    settings.check_training(joint_ood.get_config("smoke"))
+    config = joint_ood.get_config()
+    settings.check_training(config)
+    for name in config.run:
+        longer = "pairs" in name or "long" in name
+        assert evaluations(config.methods[name]) == (3600 if longer else 900), name
+        way = next(way for way in joint_ood.ORDER if name.startswith(way))
+        backprop = config.methods[f"{way}_backprop"]
+        assert config.methods[name].adaptation == backprop.adaptation
+
+
+def evaluations(method):
+    return method.steps * optimizers.forward_passes(method)
 
 
 def test_an_unknown_task_is_told():
     with pytest.raises(ValueError, match="variant must be one of"):
         joint.get_config("cifar")
+    with pytest.raises(ValueError, match="variant must be one of"):
+        joint_fine_tuning.get_config("adapter,long")
+    with pytest.raises(ValueError, match="variant must be one of"):
+        joint_ood.get_config("severity_2")
 
 
 def test_products_of_gradients_count_for_every_method():
@@ -86,9 +117,25 @@ def test_checkpoints_change_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
 
 
-def test_checkpoints_are_of_the_whole_network():
-    config = joint.get_config("digits")
-    method = config.methods.backprop_head
+def test_checkpoints_begin_behind_what_is_frozen():
+    method = joint.get_config("digits_smoke").methods.backprop_head
+    x = data().images
+    params = network().init(KEY, x)["params"]
+    found = []
+    for checkpoint in (False, True):
+        method.checkpoint, method.cache_frozen = checkpoint, True
+        learner = make_learner(method, network, Classification(method))
+        trained, frozen = learner.model.split(params)
+        inner = learner.behind_frozen(trained, frozen, {}, x)
+        assert inner.shape != x.shape
+        found.append(learner.outputs(trained, frozen, {})(inner)[0])
+    np.testing.assert_array_equal(*found)
+
+
+def test_checkpoints_and_local_heads_exclude_each_other():
+    method = joint.get_config("digits").methods.backprop
+    with method.unlocked():
+        method.adaptation.adapter = {"num_blocks": 2, "local_heads": True}
     method.checkpoint = True
     with pytest.raises(UsageError, match="checkpoint"):
         make_learner(method, network, Classification(method))

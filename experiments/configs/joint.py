@@ -11,8 +11,9 @@ methods are
   (``fgrad.activity.joint_forward_grad``), and for the transformer the exact gradient
   at the end of its residual stream, handed down.
 
-Each spends 900 evaluations, where a backward pass counts as two. Learning rates are
-chosen on the validation split by runs of full length with a seed of their own.
+Each spends 900 evaluations, where a backward pass counts as two; with "_long" behind the
+name of the task 6,000, with seeds 0 to 2. Learning rates are chosen on the validation
+split by runs of full length with a seed of their own.
 
 One task, one method and one seed at a time take less than two minutes on one core:
 
@@ -28,6 +29,8 @@ from ml_collections import ConfigDict
 
 from experiments.configs import quickstart
 
+# Evaluations of a long run.
+LONG = 6000
 # The middle of the learning rates to choose from.
 RATES = {
     **quickstart.RATES,
@@ -39,33 +42,37 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """The configuration.
 
     Args:
-      variant: "digits", "mnist" or "vit", with "_smoke" behind it for a run of some
-        seconds that shows no result.
+      variant: "digits", "mnist" or "vit", with "_long" behind it for 6,000 evaluations,
+        or "_smoke" for a run of some seconds that shows no result.
     """
     task, _, length = variant.partition("_")
-    if task not in RATES or length not in ("", "smoke"):
+    if task not in RATES or length not in ("", "smoke", "long"):
         raise ValueError(
-            f"variant must be one of {list(RATES)}, with _smoke or not, got "
-            f"{variant!r}."
+            f"variant must be one of {list(RATES)}, with _long, _smoke or nothing "
+            f"behind it, got {variant!r}."
         )
-    smoke = length == "smoke"
-    config = quickstart.base(length or "full")
+    smoke, evaluations = length == "smoke", quickstart.EVALUATIONS
+    config = quickstart.base("smoke" if smoke else "full")
     config.count_products = True
     if not smoke:
         config.seeds = (0, 1, 2, 3, 4)
         config.tuning_fraction = 1.0
         config.tuning_seeds = (100,)
+    if length == "long":
+        config.seeds, evaluations = (0, 1, 2), LONG
     if task != "digits":
         quickstart.to_mnist(config)
     if task == "vit":
         config.network = "vit_28"
         config.pretrain.steps = 30 if smoke else 2000
-    methods = quickstart.at_equal_evaluations(config, task, RATES[task], smoke)
+    methods = quickstart.at_equal_evaluations(
+        config, task, RATES[task], smoke, evaluations
+    )
     if task == "vit":
         stream = {
             **methods["joint_fp32"].to_dict(),
             "joint": {"head": "Dense_0", "residual": True},
-            "steps": quickstart.steps_of(2, smoke),
+            "steps": quickstart.steps_of(2, smoke, evaluations),
         }
         methods |= quickstart.in_all_arithmetics(config, "joint_residual", stream)
     config.methods = ConfigDict(methods)

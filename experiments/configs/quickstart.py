@@ -23,6 +23,7 @@ The methods ``forward_fp32``, ``forward_16w8a`` and ``forward_8w8a`` perturb all
 instead, as the paper does, with 22,400 evaluations: ``--config.run=forward_16w8a``.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -231,20 +232,26 @@ def to_mnist(config: ConfigDict) -> None:
 
 
 def at_equal_evaluations(
-    config: ConfigDict, task: str, rates: Mapping[str, float], smoke: bool
+    config: ConfigDict,
+    task: str,
+    rates: Mapping[str, float],
+    smoke: bool,
+    evaluations: int = EVALUATIONS,
 ) -> dict[str, ConfigDict]:
-    """Methods of 900 evaluations by name, in the order of a table.
+    """Methods of as many evaluations each by name, in the order of a table.
 
     Args:
       config: see `base`.
       task: "digits" has backpropagation by SGD with momentum, all else by Adam.
       rates: the middle of the learning rates of "backprop", "exact_head" and "joint".
       smoke: whether to take some steps only.
+      evaluations: of a batch, of which a backward pass counts as two.
     """
+    steps = functools.partial(steps_of, smoke=smoke, total=evaluations)
     around = {name: rates_around(rate) for name, rate in rates.items()}
     backprop = changed(
         config.methods.backprop,
-        {"learning_rates": around["backprop"], "steps": steps_of(3, smoke)}
+        {"learning_rates": around["backprop"], "steps": steps(3)}
         | ({} if task == "digits" else {"optimizer": "adam", "batch_size": 64}),
     )
     head = {"adaptation": {"linear_probe": {"num_layers": 1}}}
@@ -259,7 +266,7 @@ def at_equal_evaluations(
         **head,
         "gradient": "activity",
         "sites": {"Dense_0": {"exact": True}},
-        "steps": steps_of(1, smoke),
+        "steps": steps(1),
         "learning_rates": around["exact_head"],
     }
     joint = {
@@ -274,7 +281,7 @@ def at_equal_evaluations(
             "transposed_head": True,
             "on_the_way": False,  # whether to keep one activation at a time
         },
-        "steps": steps_of(1 + 2 / EVERY, smoke),
+        "steps": steps(1 + 2 / EVERY),
         "learning_rates": around["joint"],
     }
     for name, changes in {"exact_head": exact, "joint": joint}.items():
@@ -294,9 +301,9 @@ def in_all_arithmetics(
     }
 
 
-def steps_of(evaluations: float, smoke: bool) -> int:
+def steps_of(evaluations: float, smoke: bool, total: int = EVALUATIONS) -> int:
     """Steps of so many evaluations each."""
-    return 10 if smoke else int(EVALUATIONS / evaluations)
+    return 10 if smoke else int(total / evaluations)
 
 
 def changed(method: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

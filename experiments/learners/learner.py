@@ -260,14 +260,14 @@ class Learner:
         cut = self._cut(params)
         stages: dict[str, Any] = {"start": cut} if cut else {}
         if self.method.get("checkpoint", False):
-            return functools.partial(self._checkpointed, variables)
+            return functools.partial(self._checkpointed, variables, cut)
         return functools.partial(self.model.outputs, variables, **stages)
 
     def _checkpointed(
-        self, variables: Any, x: jax.Array
+        self, variables: Any, cut: int, x: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The logits, of stages that keep nothing but their inputs for a gradient."""
-        for index in range(len(self.model.module.stages)):
+        for index in range(cut, len(self.model.module.stages)):
             stage = functools.partial(self.model.apply, start=index, stop=index + 1)
             x = jax.checkpoint(stage)(variables, x)
         return x, {}
@@ -376,10 +376,11 @@ def check_method(method: ConfigDict) -> None:
                 "sampled keeps a part of the activations for a backward pass in "
                 'float32: it needs gradient "backward" and no bits.'
             )
-    if method.get("checkpoint", False) and method.get("adaptation", {}):
+    adapter = method.get("adaptation", {}).get("adapter", {})
+    if method.get("checkpoint", False) and adapter.get("local_heads", False):
         raise UsageError(
-            "checkpoint evaluates the stages of a network again, all of them; leave it "
-            "out, or adaptation."
+            "checkpoint keeps nothing of a stage but its input, and local_heads needs "
+            "the logits of heads inside of stages; set one of them only."
         )
     if method.get("cache_frozen", False) and augments:
         raise UsageError(

@@ -188,15 +188,16 @@ def forward_passes(method: ConfigDict) -> float:
 
     Behind a perturbed activation only the rest of the network is evaluated again. That
     counts as a whole pass as well. Joint pairs that come in some steps only count with
-    their mean.
+    their mean. With ``residual`` nothing is perturbed, unless a method that leaves some
+    activations to pairs says so by ``every``.
     """
     if method.gradient == "backward":
         return 3
     if method.gradient == "joint":
         joint = {**_JOINT, **method.joint}
-        if joint["residual"]:  # products transposed inside blocks, in place of pairs
-            return 2 + joint["on_the_way"]
         pairs = 2 * joint["num_perturbations"] / joint["every"]
+        if joint["residual"]:  # products transposed inside blocks
+            pairs = 1 + pairs * ("every" in method.joint)
         return 1 + joint["on_the_way"] + pairs
     if method.estimator == "one_sided":
         return method.num_perturbations + 1
