@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fgrad.activity import layer_gradients, mean_jacobians
 from fgrad.activity.joint_sites import JointSite
 from fgrad.activity.site_gradients import per_example, wide
-from fgrad.tracing import derivatives
+from fgrad.tracing import derivatives, execution_order
 from fgrad.tracing.graph import Graph, Node
 
 Correction = float | Literal["auto"]
@@ -139,11 +139,27 @@ class Part:
         if found is None:
             inside = [s.activation for s in self.sites if s.target == site.target]
             gradients = transposed(
-                self.program, inside, site.target, self.values, self.at_target
+                self.program, inside, site.target, self._late(inside), self.at_target
             )
             found = dict(zip(inside, gradients, strict=True))
             self.shared[site.target] = found
         return found[site.activation]
+
+    def _late(self, starts: Sequence[int]) -> Mapping[int, Any]:
+        """The values, in a part of the batch with weights that are read late.
+
+        Products are transposed by copies of their weights. Those of all layers would be
+        made in advance, and all at once.
+        """
+        if len(self.signal) == self.examples:
+            return self.values
+        values, data = dict(self.values), self.program.depending(starts)
+        for node in derivatives.between(self.program, starts, self.site.target):
+            weights = [v for v in node.values if v not in data]
+            for number in weights if node.facts.product else []:
+                array = values[number]
+                values[number] = execution_order.delayed(array, self.at_target)
+        return values
 
     def _of_leaves(self, gradient: jax.Array) -> dict[str, jax.Array]:
         """The leaves' gradients by the mean loss, from each example's own gradient."""

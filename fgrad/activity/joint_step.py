@@ -113,7 +113,9 @@ class JointStep:
         if not self.on_the_way:
             values = self.losses.values
             for group in self._groups.values():
-                here, _ = self._at(group, lambda _: values, unexplained, given)
+                here, _ = self._at(
+                    group, lambda _: values, unexplained, given, self.signal
+                )
                 found |= here
                 # One after the other, or the gradients of all would be there at once.
                 given = {name: _after(value, here) for name, value in given.items()}
@@ -122,8 +124,11 @@ class JointStep:
         for ready, group in self._groups.items():
             region = self._region(group)
             way.find(region.sources)
-            read = functools.partial(self.split.values, region, dict(way.values))
-            here, following = self._at(group, read, unexplained, given)
+            waits = [way.values[number] for number in self._movable(region)]
+            measured = unexplained if self._taught else given["head"]
+            after = [*_arrays(waits), measured][0]
+            read = functools.partial(self.split.values, region, self._sources(way))
+            here, following = self._at(group, read, unexplained, given, after)
             found |= here
             way.values[ready] = following
         return found, nonfinite
@@ -150,17 +155,17 @@ class JointStep:
         nodes = derivatives.between(program, [end], self.logits)
         region = self.split.region(nodes, [self.logits])
 
-        def of_part(index: Any) -> jax.Array:
+        def of_part(index: Any) -> tuple[Any, jax.Array]:
             signal, here = self.split.block(self.signal, index, 0), values
             if self.on_the_way:
                 here = self.split.values(region, values, index)
-            return transposed(program, [end], self.logits, here, signal)[0]
+            (at_end,) = transposed(program, [end], self.logits, here, signal)
+            return (), at_end
 
         if self.split.count == 1:
-            at_end = of_part(0)
+            _, at_end = of_part(0)
         else:
-            at_end = jax.lax.map(of_part, jnp.arange(self.split.count))
-            at_end = at_end.reshape(self.losses.program.avals[end].shape)
+            _, at_end = _in_turn(of_part, self.split.count, self.signal)
         signal = _delayed(self.signal, [at_end]) if self.on_the_way else self.signal
         return {"head": signal, "stream": at_end, "branch": at_end}
 
@@ -174,6 +179,13 @@ class JointStep:
             of_data = number in self.losses.batch
             inputs[number] = _delayed(array, after) if of_data else array
         return graph.Evaluation(self.losses.program, inputs)
+
+    def _sources(self, evaluation: graph.Evaluation) -> dict[int, Any]:
+        """What parts start from. They wait by themselves, and need no delayed data."""
+        if self.split.count == 1:
+            return evaluation.values
+        data = {number: self.losses.values[number] for number in self.losses.batch}
+        return evaluation.values | data
 
     def _region(self, sites: Sequence[JointSite]) -> Region:
         """What a part of the examples goes through at some sites of one group."""
@@ -261,14 +273,16 @@ class JointStep:
         def of_part(index: Any) -> tuple[jax.Array, jax.Array]:
             values = self.split.values(region, sources, index)
             part = self._parts([site], values, unexplained, given, index)[site.name]
-            return part.told(self._u(site, key, index))
+            told, squares = part.told(self._u(site, key, index))
+            return squares, told
 
         if self.split.count == 1:
-            return of_part(0)
-        told, squares = jax.lax.map(of_part, jnp.arange(self.split.count))
+            squares, told = of_part(0)
+            return told, squares
+        squares, told = _in_turn(of_part, self.split.count, given["head"])
         for number in self._movable(region):
             pair.values[number] = _delayed(sources[number], [told])
-        return told.reshape(-1), jnp.sum(squares)
+        return told, squares
 
     def _movable(self, region: Region) -> list[int]:
         """The sources of a region that are computed from the batch."""
@@ -296,6 +310,7 @@ class JointStep:
         read: Callable[[Any], Mapping[int, Any]],
         unexplained: jax.Array,
         given: _Given,
+        after: jax.Array,
     ) -> tuple[dict[str, SiteResult], jax.Array]:
         """The gradients of the leaves at the sites of a group, and what these learn.
 
@@ -304,6 +319,7 @@ class JointStep:
           read: ``read(index)`` are the values of a part of the examples.
           unexplained: x.
           given: the gradients that are known exactly.
+          after: what to wait for.
 
         Returns:
           The results by the names of the sites, and the value with which the group is
@@ -327,8 +343,7 @@ class JointStep:
         if self.split.count == 1:
             found, following = sums(0)
         else:
-            found, following = _summed(sums, self.split.count, given["head"])
-            following = following.reshape(avals[ready].shape)
+            found, following = _in_turn(sums, self.split.count, after)
         results = {
             s.name: self._result(
                 found[s.name],
@@ -399,28 +414,36 @@ class JointStep:
         return SiteResult(gradients, Learned(jacobian, errors))
 
 
-def _summed(
-    function: Callable[[jax.Array], tuple[dict[str, Sums], jax.Array]],
+def _in_turn(
+    function: Callable[[jax.Array], tuple[Any, jax.Array]],
     count: int,
     after: jax.Array,
-) -> tuple[dict[str, Sums], jax.Array]:
-    """The sums of what a function of 0 to count - 1 gives, and its values stacked.
+) -> tuple[Any, jax.Array]:
+    """The sums of what a function of 0 to count - 1 gives, and its values in a row.
 
     Args:
-      function: of the number of a part.
+      function: gives a pytree of arrays to sum up, and a value [examples of a part,
+        ...], for the number of a part.
       count: of parts, which are taken one after the other.
-      after: what to wait for before there is room for the sums.
+      after: what to wait for before there is room for the results.
+
+    Returns:
+      The sums, and the values [examples, ...].
     """
-    first, _ = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
-    zero = execution_order.dependent_zero(after)
-    zeros = jax.tree.map(lambda x: jnp.full(x.shape, zero.astype(x.dtype)), first)
+    sums, value = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    zero, size = execution_order.dependent_zero(after), len(value)
+    row = jax.ShapeDtypeStruct((count * size, *value.shape[1:]), value.dtype)
+    # Zeros that wait: as constants, those of all layers would be there at once.
+    start = jax.tree.map(lambda x: jnp.full(x.shape, zero.astype(x.dtype)), (sums, row))
 
-    def add(total: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-        sums, value = function(index)
-        return jax.tree.map(jnp.add, total, sums), value
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+        sums, row = total
+        more, value = function(index)
+        row = jax.lax.dynamic_update_slice_in_dim(row, value, index * size, 0)
+        return (jax.tree.map(jnp.add, sums, more), row), None
 
-    found: tuple[dict[str, Sums], jax.Array]
-    found = jax.lax.scan(add, zeros, jnp.arange(count))
+    found: tuple[Any, jax.Array]
+    found, _ = jax.lax.scan(add, start, jnp.arange(count))
     return found
 
 
