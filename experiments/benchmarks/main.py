@@ -6,8 +6,8 @@ Prints its tables as Markdown; results.json and tables.md in the workdir hold th
 the raw numbers and the device. Memory is the compiler's plan; times are ratios within
 the run, which wants a machine to itself and takes tens of minutes on two cores, most
 of them for compilation. Some of the tables: ``--only=bars,growth``; what compilation
-takes: ``--only=compile``, or ``compile_deep`` for 48 blocks. A try of some seconds:
-``--smoke``.
+takes: ``--only=compile``, or ``compile_deep`` for 48 blocks; the memory of joint pairs:
+``--only=joint``. A try of some seconds: ``--smoke``.
 """
 
 from collections.abc import Sequence

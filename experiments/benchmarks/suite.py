@@ -9,7 +9,15 @@ from typing import Any
 import jax
 
 import fgrad
-from experiments.benchmarks import bars, compile_time, growth, memory, peers, timing
+from experiments.benchmarks import (
+    bars,
+    compile_time,
+    growth,
+    joint_memory,
+    memory,
+    peers,
+    timing,
+)
 from experiments.benchmarks.table import Table
 
 # tables(smoke) yields them as they are finished.
@@ -22,9 +30,10 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "growth": growth.tables,
     "compile": compile_time.tables,
     "compile_deep": compile_time.deep,
+    "joint": joint_memory.tables,
 }
-# What is made unless others are named: the deep networks take a quarter of an hour.
-DEFAULT = [name for name in TABLES if name != "compile_deep"]
+# What is made unless others are named: these two take a quarter of an hour each.
+DEFAULT = [name for name in TABLES if name not in ("compile_deep", "joint")]
 
 
 def run(workdir: str, only: Sequence[str], smoke: bool = False) -> dict[str, Any]:
