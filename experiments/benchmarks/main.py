@@ -6,9 +6,10 @@ Prints its tables as Markdown; results.json and tables.md in the workdir hold th
 the raw numbers and the device. Memory is the compiler's plan; times are ratios within
 the run, which wants a machine to itself and takes tens of minutes on two cores, most
 of them for compilation. Some of the tables: ``--only=bars,growth``; what compilation
-takes: ``--only=compile``, or in parts `experiments.benchmarks.compile_run`. A try of
-some seconds: ``--smoke``. On a machine that others use, ``--processor_seconds`` with
-``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`` compares work rather than waiting.
+takes: ``--only=compile``, or in parts `experiments.benchmarks.compile_run`; the memory
+of joint pairs: ``--only=joint``; the time of integer programs: ``--only=integer``. A
+try of some seconds: ``--smoke``. On a machine that others use, ``--processor_seconds``
+with ``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`` compares work rather than waiting.
 """
 
 import contextlib

@@ -12,7 +12,8 @@ class Problem(NamedTuple):
     """A subject in some arithmetic with a batch of data.
 
     Attributes:
-      loss_fn: ``loss_fn(params, **data) -> scalar``, the mean cross-entropy.
+      loss_fn: ``loss_fn(params, **data) -> scalar``, the mean cross-entropy; or that of
+        each example.
       params: weights, float or `fgrad.QTensor`.
       data: what the loss takes beside the weights, by name: the ``batch``, and where
         activations are integers, their ``scales``.

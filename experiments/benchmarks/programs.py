@@ -48,10 +48,12 @@ def forward_step(
         perturbation=perturbation,
     )
 
-    return _step(problem, tx)
+    return step(problem, tx)
 
 
-def _step(problem: Problem, tx: optax.GradientTransformationExtraArgs) -> Program:
+def step(problem: Problem, tx: optax.GradientTransformationExtraArgs) -> Program:
+    """A step of an optimizer that estimates gradients from the loss."""
+
     def step(carry: Any, data: Any) -> Any:
         params, state = carry
         # The incoming updates are ignored, so anything of their shape will do.
@@ -69,7 +71,7 @@ def sparse_step(problem: Problem, density: float) -> Program:
     inner = fgrad.qzo_ff(
         LEARNING_RATE, jax.random.key(2), epsilon=EPSILON, num_perturbations=1
     )
-    return _step(problem, fgrad.enhancements.sparse_update(inner, density=density))
+    return step(problem, fgrad.enhancements.sparse_update(inner, density=density))
 
 
 def low_rank_step(problem: Problem, pairs: int) -> Program:

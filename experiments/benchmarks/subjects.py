@@ -92,6 +92,7 @@ def problem(
     arithmetic: str = "float32",
     *,
     simulated: bool = False,
+    of_examples: bool = False,
 ) -> Problem:
     """Sets a problem.
 
@@ -101,6 +102,7 @@ def problem(
       arithmetic: a key of `ARITHMETIC`.
       simulated: keeps the weights in float and rounds weights and activations on the
         way, with a straight-through gradient: what backpropagation trains.
+      of_examples: whether the loss is that of each example, and not their mean.
     """
     bits = ARITHMETIC[arithmetic]
     model = subject.network(num_classes=subject.num_classes, bits=bits)
@@ -110,9 +112,8 @@ def problem(
 
     def loss_fn(params: Any, scales: Any, batch: Batch) -> jax.Array:
         logits = model.apply({"params": params, **scales}, batch.inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch.labels
-        ).mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return losses if of_examples else losses.mean()
 
     return Problem(
         loss_fn, params, {"scales": scales, "batch": _batch(subject, batch_size)}

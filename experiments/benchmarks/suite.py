@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     floor,
     growth,
     integer_time,
+    joint_memory,
     memory,
     peers,
     timing,
@@ -34,9 +35,11 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "floor": floor.tables,
     "compile": compile_time.tables,
     "integer": integer_time.tables,
+    "joint": joint_memory.tables,
 }
 # What is made unless others are named: to compile deep networks takes 20 minutes.
-DEFAULT = [name for name in TABLES if name not in ("compile", "integer")]
+ON_DEMAND = ("compile", "integer", "joint")
+DEFAULT = [name for name in TABLES if name not in ON_DEMAND]
 
 
 def run(workdir: str, only: Sequence[str], smoke: bool = False) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import optax
 from fgrad import _arguments, estimators, fixed_point, perturbations
 from fgrad.activity import joint_sites, joint_structure, layer_gradients
 from fgrad.activity.example_losses import ExampleLosses, mean_of
+from fgrad.activity.joint_parts import nodes_of
 from fgrad.activity.joint_split import Split
 from fgrad.activity.joint_step import JointStep, Learned
 from fgrad.activity.mean_jacobians import Teaching
@@ -366,9 +367,9 @@ def _update(
     losses, sites = trace(params, kwargs)
     loss_name = losses.only_loss()
     at_head = _at_head(losses, options.head)
-    step = _step(options, state, losses, sites, loss_name, at_head)
-    if options.on_the_way:
-        step = dataclasses.replace(step, split=_split(trace, losses, params, kwargs))
+    whole = Split(losses, sites, 1, losses.program)
+    split = _in_parts(trace, whole, params, kwargs) if options.on_the_way else whole
+    step = _step(options, state, whole, split, loss_name, at_head)
     results, nonfinite = step.results()
     learned = {name: result.learned for name, result in results.items()}
     gradients = dict(at_head.gradients)
@@ -400,12 +401,13 @@ def _at_head(losses: ExampleLosses, head: Site) -> SiteGradient:
 def _step(
     options: _Options,
     state: JointForwardGradState,
-    losses: ExampleLosses,
-    sites: Sequence[joint_sites.JointSite],
+    whole: Split,
+    split: Split,
     loss_name: str,
     at_head: SiteGradient,
 ) -> JointStep:
     """The step of joint pairs."""
+    losses, sites = whole.losses, whole.sites
     learned = options.learned(state, sites)
     logits = joint_sites.logits_of(losses, options.head)
     signal = losses.examples * at_head.dy[logits]
@@ -429,23 +431,25 @@ def _step(
         epsilon=options.epsilon,
         correction=options.correction,
         on_the_way=options.on_the_way,
+        split=split,
     )
 
 
-def _split(
+def _in_parts(
     trace: Callable[..., tuple[ExampleLosses, list[joint_sites.JointSite]]],
-    losses: ExampleLosses,
+    whole: Split,
     params: Any,
     kwargs: Mapping[str, Any],
-) -> Split | None:
+) -> Split:
     """The losses of a part of the examples, if the trace of them is alike.
 
     Args:
       trace: gives the losses and sites of parameters and data.
-      losses: those of all examples.
+      whole: those of all examples, which are returned if parts are not alike.
       params: the parameters.
       kwargs: the data of all examples.
     """
+    losses = whole.losses
     # Of one example alone the trace would often be another one.
     count = next(
         n for n in range(_PARTS, 0, -1) if losses.examples % (2 * n) == 0 or n == 1
@@ -462,14 +466,16 @@ def _split(
         found.append(Split(*trace(params, kwargs), count, losses.program))
 
     if count == 1:
-        return None
+        return whole
     try:
         jax.eval_shape(collect, params, jax.tree.map(shape, dict(kwargs)))
     except (TypeError, ValueError):
         # An argument that is no data has as many entries as there are examples, or the
         # loss knows how many there are. Then the activation is taken as a whole.
-        return None
-    return found[0] if found[0].fits else None
+        return whole
+    (split,) = found
+    nodes = [n for x in split.sites for n in nodes_of(split.losses.program, x)]
+    return split if split.fits(nodes) else whole
 
 
 def _check_shapes(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fgrad.activity import layer_gradients, mean_jacobians
 from fgrad.activity.joint_sites import JointSite
 from fgrad.activity.site_gradients import per_example, wide
-from fgrad.tracing import derivatives
+from fgrad.tracing import derivatives, execution_order
 from fgrad.tracing.graph import Graph, Node
 
 Correction = float | Literal["auto"]
@@ -51,10 +51,10 @@ class Part:
       program: the losses, traced for so many examples.
       sites: in that trace.
       site: one of them.
-      logits: number of the head's output.
-      values: of the evaluation that reached the activation, by number.
-      clean: of the first evaluation, by number.
+      values: what `nodes_of` read, by number.
       signal: δ [examples, outputs].
+      at_target: the gradient of each example's loss by the site's target, where
+        feedback is not learned; for "stream" by the activation itself.
       unexplained: x [K, examples], see `fgrad.activity.joint_step`.
       jacobian: the mean Jacobian.
       even: [examples], 1 for those of even number in the whole batch, 0 for others.
@@ -66,10 +66,9 @@ class Part:
     program: Graph
     sites: Sequence[JointSite]
     site: JointSite
-    logits: int
     values: Mapping[int, Any]
-    clean: Mapping[int, Any]
     signal: jax.Array
+    at_target: jax.Array
     unexplained: jax.Array
     jacobian: jax.Array
     even: jax.Array
@@ -133,28 +132,34 @@ class Part:
         if site.feedback == "learned":
             shape = self.program.avals[site.activation].shape
             return mean_jacobians.predicted(self.jacobian, self.signal, shape)
-        if site.feedback == "head":
-            return self._from_head(site)
-        at_end = self._from_head(next(s for s in self.sites if s.feedback == "head"))
         if site.feedback == "stream":
-            return at_end
-        # Those inside the same block in one go: their ways back have much in common.
+            return self.at_target
+        # Those with the same target in one go: their ways back have much in common.
         found = self.shared.get(site.target)
         if found is None:
             inside = [s.activation for s in self.sites if s.target == site.target]
-            gradients = _transposed(
-                self.program, inside, site.target, self.values, at_end
+            gradients = transposed(
+                self.program, inside, site.target, self._late(inside), self.at_target
             )
             found = dict(zip(inside, gradients, strict=True))
             self.shared[site.target] = found
         return found[site.activation]
 
-    def _from_head(self, site: JointSite) -> jax.Array:
-        """The gradient at one of the last activations, which no other block follows."""
-        (found,) = _transposed(
-            self.program, [site.activation], self.logits, self.clean, self.signal
-        )
-        return found
+    def _late(self, starts: Sequence[int]) -> Mapping[int, Any]:
+        """The values, in a part of the batch with weights that are read late.
+
+        Products are transposed by copies of their weights. Those of all layers would be
+        made in advance, and all at once.
+        """
+        if len(self.signal) == self.examples:
+            return self.values
+        values, data = dict(self.values), self.program.depending(starts)
+        for node in derivatives.between(self.program, starts, self.site.target):
+            weights = [v for v in node.values if v not in data]
+            for number in weights if node.facts.product else []:
+                array = values[number]
+                values[number] = execution_order.delayed(array, self.at_target)
+        return values
 
     def _of_leaves(self, gradient: jax.Array) -> dict[str, jax.Array]:
         """The leaves' gradients by the mean loss, from each example's own gradient."""
@@ -192,29 +197,21 @@ class Part:
         return [residual * per_example(half, residual) for half in halves]
 
 
-def nodes_of(
-    program: Graph, site: JointSite, sites: Sequence[JointSite], logits: int
-) -> list[Node]:
+def nodes_of(program: Graph, site: JointSite) -> list[Node]:
     """The equations whose operands and results the gradient at a site reads.
 
     Args:
       program: the losses.
-      site: one of ``sites``.
-      sites: all.
-      logits: number of the head's output.
+      site: one of its activations.
     """
     nodes = [node for layer in site.layers.values() for node in layer.nodes]
     nodes += [] if site.nonlinearity is None else site.nonlinearity.nodes
-    if site.feedback == "branch":
+    if site.target >= 0:
         nodes += derivatives.between(program, [site.activation], site.target)
-    if site.feedback in ("stream", "branch"):
-        site = next(s for s in sites if s.feedback == "head")
-    if site.feedback == "head":
-        nodes += derivatives.between(program, [site.activation], logits)
     return nodes
 
 
-def _transposed(
+def transposed(
     program: Graph,
     starts: Sequence[int],
     end: int,

@@ -34,10 +34,12 @@ class JointSite:
       output: number of the layers' output.
       nonlinearity: what follows the output, if that acts on each value by itself.
       feedback: where its gradient comes from. "learned": from the mean Jacobian.
-        "head": the head's own transposed product. "stream": the gradient at the end of
-        the residual stream, as if the blocks between were the identity. "branch": of
-        the next activation on the stream, back through the rest of its own block.
-      target: number of the activation that the branch joins, or -1.
+        "head": from that by the logits, back through the head. "stream": the gradient
+        at the end of the residual stream, as if the blocks between were the identity.
+        "branch": of the next activation on the stream, back through the rest of its own
+        block.
+      target: number of the value from which a gradient is taken back: the activation
+        that the branch joins, or the logits; else -1.
     """
 
     name: str
@@ -101,15 +103,21 @@ def joint_sites(
     if not (transposed_head or residual) or not found:
         return found
     *before, last = found
-    between = derivatives.between(program, [last.activation], logits_of(losses, head))
-    if not between:
+    logits = logits_of(losses, head)
+    if not derivatives.between(program, [last.activation], logits):
         raise ValueError(
             f"the head {head.names} does not read the last activation, that of "
             f"{last.name!r}; leave transposed_head and residual out."
         )
     if residual:
-        return _with_stream(program, found)
-    return [*before, dataclasses.replace(last, feedback="head")]
+        return _with_stream(program, found, logits)
+    return [*before, dataclasses.replace(last, feedback="head", target=logits)]
+
+
+def stream_of(sites: Sequence[JointSite]) -> int | None:
+    """Number of the last activation on the residual stream, or None."""
+    on_it = [site.activation for site in sites if site.feedback == "stream"]
+    return on_it[-1] if on_it else None
 
 
 def end_of_stream(program: Graph, sites: Sequence[JointSite]) -> int | None:
@@ -131,7 +139,9 @@ def end_of_stream(program: Graph, sites: Sequence[JointSite]) -> int | None:
     return None
 
 
-def _with_stream(program: Graph, sites: Sequence[JointSite]) -> list[JointSite]:
+def _with_stream(
+    program: Graph, sites: Sequence[JointSite], logits: int
+) -> list[JointSite]:
     """Sites with feedback along the residual stream.
 
     What follows the end of the stream, such as the scale of a normalisation, gets its
@@ -145,7 +155,9 @@ def _with_stream(program: Graph, sites: Sequence[JointSite]) -> list[JointSite]:
         )
     end = sites[place].activation
     joins = [end]  # the activations on the stream, the next one first
-    found = [dataclasses.replace(site, feedback="head") for site in sites[place:]]
+    last, *behind = sites[place:]
+    found = [dataclasses.replace(last, feedback="stream")]
+    found += [dataclasses.replace(x, feedback="head", target=logits) for x in behind]
     begins = min(
         i for i, s in enumerate(sites) if _on_stream(program, s.activation, end)
     )

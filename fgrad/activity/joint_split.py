@@ -1,18 +1,35 @@
-"""A batch taken in parts: the trace of a part has the values of the whole."""
+"""A batch taken in parts: what is computed again for each part, and from what.
+
+The gradients at some activations need few values of a whole evaluation: what the layers
+read. All else is computed again for one part of the examples after the other, so that
+only a part of it is ever in memory.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.extend import core
 
-from fgrad.activity import joint_parts
 from fgrad.activity.example_losses import ExampleLosses
 from fgrad.activity.joint_sites import JointSite
 from fgrad.tracing import graph
+from fgrad.tracing.graph import Graph, Node
+
+
+class Region(NamedTuple):
+    """Equations that are computed for a part of the examples.
+
+    Attributes:
+      nodes: in the trace of a part, in order.
+      sources: numbers of the values that they start from.
+    """
+
+    nodes: tuple[Node, ...]
+    sources: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,84 +39,160 @@ class Split:
     Attributes:
       losses: traced for one part.
       sites: in this trace.
-      count: how many parts there are.
+      count: how many parts there are; with one the part is the whole.
       whole: the trace of all examples.
     """
 
     losses: ExampleLosses
     sites: Sequence[JointSite]
     count: int
-    whole: graph.Graph
+    whole: Graph
 
-    @property
-    def fits(self) -> bool:
-        """Whether each value is a part of the whole one, or the same in both."""
+    def fits(self, nodes: Iterable[Node]) -> bool:
+        """Whether each value is a part of the whole one, or the same in both.
+
+        Args:
+          nodes: equations, in the trace of a part, that parts are to go through. They
+            must not move values from one example to another.
+        """
         own, whole = self.losses.program, self.whole
         names = [[node.name for node in p.nodes] for p in (own, whole)]
         same = names[0] == names[1] and len(own.avals) == len(whole.avals)
-        return same and all(
-            a.shape == b.shape or self._is_part(a.shape, b.shape)
-            for a, b in zip(own.avals, whole.avals, strict=True)
+        return (
+            same
+            and all(
+                a.shape == b.shape or self._is_part(a.shape, b.shape)
+                for a, b in zip(own.avals, whole.avals, strict=True)
+            )
+            and not any(self._mixes(node) for node in nodes)
         )
+
+    def region(self, nodes: Iterable[Node], wanted: Iterable[int]) -> Region:
+        """What is computed again for a part, so that these equations can be read.
+
+        A value that the equations start from is computed again as well, if that needs
+        no more values of the whole: so a normalisation is, where the residual stream
+        before it is needed anyway.
+
+        Args:
+          nodes: equations of a part whose operands and results are read.
+          wanted: numbers of other values that are read.
+        """
+        data = self.losses.program.depending(self.losses.batch)
+        own = {
+            v: node
+            for node in nodes
+            for v in node.outputs
+            if v in data or not self._same(v)
+        }
+        read = {v for node in nodes for v in (*node.values, *node.outputs)}
+        sources = read.union(wanted) - set(own)
+        for number in sorted(sources & data, reverse=True):
+            more = self._light(number, sources - {number}, data)
+            if more:
+                own |= {v: node for node in more for v in node.outputs}
+                sources -= set(own)
+                sources |= {v for n in more for v in n.values if v not in own}
+        inside = {id(node) for node in own.values()}
+        ordered = [node for node in self.losses.program.nodes if id(node) in inside]
+        return Region(tuple(ordered), tuple(sorted(sources)))
+
+    def values(
+        self, region: Region, whole: Mapping[int, Any], index: Any
+    ) -> dict[int, Any]:
+        """The values of a region in one part of the examples.
+
+        Args:
+          region: from `region`.
+          whole: the values that it starts from, of all examples.
+          index: of the part.
+        """
+        return graph.evaluate(
+            region.nodes,
+            {
+                number: whole[number]
+                if self._same(number)
+                else self.block(whole[number], index, 0)
+                for number in region.sources
+            },
+        )
+
+    def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
+        """One of the parts of an array along an axis."""
+        if self.count == 1:
+            return array
+        size = array.shape[axis] // self.count
+        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+
+    def _light(self, number: int, sources: set[int], data: set[int]) -> list[Node]:
+        """Equations without products that a value is made by from known ones.
+
+        Args:
+          number: of the value.
+          sources: what they may start from.
+          data: numbers of the values that depend on the batch. All others may be
+            started from as well.
+
+        Returns:
+          The equations; none if they start from any other value.
+        """
+        wanted, found = {number}, list[Node]()
+        for node in reversed(self.losses.program.nodes):
+            if wanted.isdisjoint(node.outputs):
+                continue
+            facts = node.facts
+            light = facts.elementwise or facts.view or facts.reduction
+            if not light or self._mixes(node) or any(map(self._same, node.outputs)):
+                return []
+            wanted -= set(node.outputs)
+            wanted |= {v for v in node.values if v in data and v not in sources}
+            found.append(node)
+        return [] if wanted else found
+
+    def _same(self, number: int) -> bool:
+        """Whether a value has the same shape in a part as in the whole."""
+        own, whole = self.losses.program.avals[number], self.whole.avals[number]
+        return bool(own.shape == whole.shape) and self.count > 1
 
     def _is_part(self, part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
         return len(part) == len(whole) and ((self.count * part[0], *part[1:]) == whole)
 
-    def part(
-        self,
-        sites: Sequence[JointSite],
-        logits: int,
-        values: Mapping[int, Any],
-        index: Any,
-    ) -> dict[int, Any]:
-        """The values that the gradients at sites read, of a part of the examples.
+    def _mixes(self, node: Node) -> bool:
+        """Whether an equation moves values from one example to another."""
+        avals = self.losses.program.avals
+        shapes = [avals[x].shape if isinstance(x, int) else () for x in node.inputs]
+        return any(
+            isinstance(x, int)
+            and shapes[place]
+            and not self._same(x)
+            and _moves(node.equation, place, shapes)
+            for place, x in enumerate(node.inputs)
+        )
 
-        What acts on each value by itself, such as the addition of a bias, is computed
-        again, so that the whole of it need not be there; inside a block of a residual
-        stream everything is.
 
-        Args:
-          sites: some of those in the trace of a part.
-          logits: number of the head's output.
-          values: those known of all examples.
-          index: of the part.
-        """
-        program = self.losses.program
-        nodes = [
-            node
-            for site in sites
-            for node in joint_parts.nodes_of(program, site, self.sites, logits)
-        ]
-        makers = {value: node for node in nodes for value in node.outputs}
-        inside = any(site.feedback == "branch" for site in sites)
-        found: dict[int, Any] = {}
-
-        def find(number: int) -> None:
-            if number in found or number not in values:
-                return
-            node = makers.get(number)
-            if node is not None and (
-                inside or node.facts.elementwise or node.facts.view
-            ):
-                for operand in node.values:
-                    find(operand)
-                if all(operand in found for operand in node.values):
-                    results = node.evaluate(graph.operands(node, found))
-                    found.update(zip(node.outputs, results, strict=True))
-                    return
-            whole = values[number]
-            same = jnp.shape(whole) == program.avals[number].shape
-            found[number] = whole if same else self.block(whole, index, 0)
-
-        for node in nodes:
-            for number in (*node.values, *node.outputs):
-                find(number)
-        for site in sites:
-            find(site.output)
-            find(site.activation)
-        return found
-
-    def block(self, array: jax.Array, index: Any, axis: int) -> jax.Array:
-        """One of the parts of an array along an axis."""
-        size = array.shape[axis] // self.count
-        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+def _moves(
+    equation: core.JaxprEqn, place: int, shapes: Sequence[tuple[int, ...]]
+) -> bool:
+    """Whether an equation moves or combines values along an operand's first axis."""
+    params, name = equation.params, equation.primitive.name
+    length = shapes[place][0]
+    axes = {params.get("axis"), params.get("dimension"), *params.get("axes", ())}
+    if name == "rev":
+        axes.update(params["dimensions"])
+    if name == "dot_general":
+        axes.update(params["dimension_numbers"][0][place])
+    if name == "dynamic_update_slice" and place == 0:
+        return shapes[1][0] != length
+    untouched = {
+        "slice_sizes": length,
+        "window_dimensions": 1,
+        "start_indices": 0,
+        "limit_indices": length,
+        "padding_config": (0, 0, 0),
+    }
+    moved = any(
+        params[option][0] != value
+        for option, value in untouched.items()
+        if place == 0 and params.get(option)
+    )
+    return 0 in axes or moved

@@ -10,30 +10,37 @@ With the clean activation a = f(y) of a layer, its rms s, the gate
 
 for the predictions p = δ J̄. The mean of r over u is the error of p, where the gate is
 open. s and g are taken from each evaluation itself, so that none has to be kept.
+
+On the way, all that is kept of the first evaluation is δ, and the gradient at the end
+of a residual stream. Another one goes from layer to layer. What lies between is done
+for one part of the examples after the other: the layer's product, the gradient of its
+weights, and the activation that the next one reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fgrad import perturbations
-from fgrad.activity import mean_jacobians
+from fgrad.activity import joint_sites, mean_jacobians
 from fgrad.activity.example_losses import ExampleLosses
-from fgrad.activity.joint_parts import Correction, Part, Sums
+from fgrad.activity.joint_parts import Correction, Part, Sums, nodes_of, transposed
 from fgrad.activity.joint_sites import JointSite
-from fgrad.activity.joint_split import Split
+from fgrad.activity.joint_split import Region, Split
 from fgrad.activity.mean_jacobians import Teaching
 from fgrad.activity.site_gradients import root_mean, wide
-from fgrad.tracing import execution_order, graph
+from fgrad.tracing import derivatives, execution_order, graph
 
-# edit(number, values so far) -> what an activation becomes, or None if it stays.
-_Edit = Callable[[int, dict[int, Any]], Any]
+# The gradients of each example's loss that are known exactly, by what they serve:
+# "head", by the logits; "stream" and "branch", at the end of the residual stream.
+_Given = Mapping[str, jax.Array]
 
 
 class Learned(NamedTuple):
@@ -80,7 +87,7 @@ class JointStep:
       correction: the weight of r in the gradient, or "auto".
       on_the_way: whether to evaluate again instead of keeping activations.
       split: the losses of a part of the examples, to go through an activation in
-        parts; None to take it as a whole.
+        parts.
     """
 
     losses: ExampleLosses
@@ -96,36 +103,34 @@ class JointStep:
     epsilon: Any
     correction: Correction
     on_the_way: bool
-    split: Split | None = None
+    split: Split
 
     def results(self) -> tuple[dict[str, SiteResult], jax.Array]:
         """What the step found by the names of the sites, and the pairs left out."""
-        directions = self.teaching.num_perturbations
-        shape = (directions, self.losses.examples)
-        unexplained, nonfinite = jnp.zeros(shape, self.signal.dtype), jnp.int32(0)
-        if self._taught:
-            nothing = unexplained, nonfinite
-            unexplained, nonfinite = jax.lax.cond(
-                self.asked, self._unexplained, lambda: nothing
-            )
+        given = self._given()
+        unexplained, nonfinite = self._measured(given)
         found: dict[str, SiteResult] = {}
         if not self.on_the_way:
-            step: JointStep = self
+            values = self.losses.values
             for group in self._groups.values():
-                found |= (here := step._at(group, self.losses.values, unexplained))
+                here, _ = self._at(
+                    group, lambda _: values, unexplained, given, self.signal
+                )
+                found |= here
                 # One after the other, or the gradients of all would be there at once.
-                step = dataclasses.replace(step, signal=_after(step.signal, here))
+                given = {name: _after(value, here) for name, value in given.items()}
             return found, nonfinite
-
-        def edit(number: int, values: dict[int, Any]) -> Any:
-            if number not in self._groups:
-                return None
-            here = self._at(self._groups[number], values, unexplained)
-            found.update(here)
-            # What follows waits until nothing needs the layer's input any more.
-            return _after(values[number], here)
-
-        self._evaluate(list(self._groups), edit, after=unexplained)
+        way = self._evaluation([*given.values(), unexplained])
+        for ready, group in self._groups.items():
+            region = self._region(group)
+            way.find(region.sources)
+            waits = [way.values[number] for number in self._movable(region)]
+            measured = unexplained if self._taught else given["head"]
+            after = [*_arrays(waits), measured][0]
+            read = functools.partial(self.split.values, region, self._sources(way))
+            here, following = self._at(group, read, unexplained, given, after)
+            found |= here
+            way.values[ready] = following
         return found, nonfinite
 
     @functools.cached_property
@@ -137,58 +142,75 @@ class JointStep:
         return groups
 
     @functools.cached_property
-    def _taught(self) -> dict[int, JointSite]:
-        """The sites that are perturbed, by the numbers of their activations."""
-        return {s.activation: s for s in self.sites if s.feedback == "learned"}
+    def _taught(self) -> list[JointSite]:
+        """The sites that are perturbed."""
+        return [site for site in self.sites if site.feedback == "learned"]
+
+    def _given(self) -> _Given:
+        """The gradients that are known exactly."""
+        end = joint_sites.stream_of(self.sites)
+        if end is None:
+            return {"head": self.signal}
+        program, values = self.split.losses.program, self.losses.values
+        nodes = derivatives.between(program, [end], self.logits)
+        region = self.split.region(nodes, [self.logits])
+
+        def of_part(index: Any) -> tuple[Any, jax.Array]:
+            signal, here = self.split.block(self.signal, index, 0), values
+            if self.on_the_way:
+                here = self.split.values(region, values, index)
+            (at_end,) = transposed(program, [end], self.logits, here, signal)
+            return (), at_end
+
+        if self.split.count == 1:
+            _, at_end = of_part(0)
+        else:
+            _, at_end = _in_turn(of_part, self.split.count, self.signal)
+        signal = _delayed(self.signal, [at_end]) if self.on_the_way else self.signal
+        return {"head": signal, "stream": at_end, "branch": at_end}
 
     # ------------------------------------------------------------------- evaluations
 
-    def _evaluate(
-        self, outputs: Sequence[int], edit: _Edit, after: jax.Array
-    ) -> dict[int, Any]:
-        """Evaluates what some values need, with edited activations.
-
-        What no edit changes is taken from the clean evaluation; if no activation is
-        kept, it is evaluated again.
-
-        Args:
-          outputs: numbers of the values.
-          edit: makes of an activation, and of the values known so far, what follows it
-            reads in its place.
-          after: what to wait for.
-        """
-        program, clean = self.losses.program, self.losses.values
-        known = dict(self._inputs(after) if self.on_the_way else clean)
-        stale: set[int] = set()
-        for node in program.needed(outputs):
-            if self.on_the_way or not stale.isdisjoint(node.values):
-                results = node.evaluate(graph.operands(node, known))
-                known.update(zip(node.outputs, results, strict=True))
-                stale.update(node.outputs)
-            for value in node.outputs:
-                edited = edit(value, known)
-                if edited is not None:
-                    known[value] = edited
-                    stale.add(value)
-        return known
-
-    def _inputs(self, after: jax.Array) -> dict[int, Any]:
-        """What an evaluation starts from, with the data not before ``after``."""
-        program = self.losses.program
-        inputs = dict(program.constants)
-        for number in program.inputs:
+    def _evaluation(self, after: Sequence[jax.Array]) -> graph.Evaluation:
+        """An evaluation that starts with the data, not before some arrays are there."""
+        inputs = dict(self.losses.program.constants)
+        for number in self.losses.program.inputs:
             array = self.losses.values[number]
-            is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
-            if number in self.losses.batch and is_number and array.size:
-                array = execution_order.delayed(array, after)
-            inputs[number] = array
-        return inputs
+            of_data = number in self.losses.batch
+            inputs[number] = _delayed(array, after) if of_data else array
+        return graph.Evaluation(self.losses.program, inputs)
 
-    def _unexplained(self) -> tuple[jax.Array, jax.Array]:
+    def _sources(self, evaluation: graph.Evaluation) -> dict[int, Any]:
+        """What parts start from. They wait by themselves, and need no delayed data."""
+        if self.split.count == 1:
+            return evaluation.values
+        data = {number: self.losses.values[number] for number in self.losses.batch}
+        return evaluation.values | data
+
+    def _region(self, sites: Sequence[JointSite]) -> Region:
+        """What a part of the examples goes through at some sites of one group."""
+        program = self.split.losses.program
+        here = [site for site in self.split.sites if site.name in _names(sites)]
+        nodes = [node for site in here for node in nodes_of(program, site)]
+        read = (x for s in here for x in (s.output, s.activation, s.ready))
+        return self.split.region(nodes, read)
+
+    def _measured(self, given: _Given) -> tuple[jax.Array, jax.Array]:
+        """X [K, examples] of this step, or zeros, and the pairs left out."""
+        shape = (self.teaching.num_perturbations, self.losses.examples)
+        nothing = jnp.zeros(shape, self.signal.dtype), jnp.int32(0)
+        if not self._taught:
+            return nothing
+        found: tuple[jax.Array, jax.Array] = jax.lax.cond(
+            self.asked, lambda: self._unexplained(given), lambda: nothing
+        )
+        return found
+
+    def _unexplained(self, given: _Given) -> tuple[jax.Array, jax.Array]:
         """X [K, examples] of one pair for each direction, and the pairs left out."""
 
         def of_sign(sign: jax.Array) -> Any:
-            evaluate = functools.partial(self._perturbed, sign)
+            evaluate = functools.partial(self._perturbed, given, sign)
             return jax.lax.map(evaluate, jnp.arange(self.teaching.num_perturbations))
 
         losses, explained = jax.lax.map(of_sign, jnp.array([1, -1], jnp.int32))
@@ -199,47 +221,74 @@ class JointStep:
         return unexplained.astype(self.signal.dtype), nonfinite
 
     def _perturbed(
-        self, sign: jax.Array, index: jax.Array
+        self, given: _Given, sign: jax.Array, index: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The losses on one side of a pair, and what the predictions say of them."""
         keys = self._keys(index)
         explained = jnp.zeros(self.losses.examples, self.signal.dtype)
-
-        def edit(activation: int, values: dict[int, Any]) -> Any:
-            nonlocal explained
-            if activation not in self._taught:
-                return None
-            site, value = self._taught[activation], values[activation]
-            key = keys.delayed(site.name, value) if value.size else keys[site.name]
-            told, squares = self._told(site, values, key)
+        pair = self._evaluation([sign])
+        if not self.on_the_way:  # what no perturbation changes is known
+            after = self.losses.program.depending(s.activation for s in self._taught)
+            clean = self.losses.values.items()
+            pair.values.update((v, array) for v, array in clean if v not in after)
+        for site in self._taught:
+            told, squares = self._told(site, pair, keys, given)
+            pair.find([site.activation])
+            value = pair.values[site.activation]
             scale = root_mean(squares, value.size)
             explained += (scale * told).astype(explained.dtype)
+            key = keys.delayed(site.name, squares) if value.size else keys[site.name]
             u = self.perturbation.sample(key, value.shape).astype(wide(value))
-            moved = jnp.where(site.slope(values) != 0, u, 0)
+            moved = jnp.where(site.slope(pair.values) != 0, u, 0)
             amount = sign * self.epsilon * self.perturbation.step * scale
-            return value + (amount * moved).astype(value.dtype)
-
+            pair.values[site.activation] = value + (amount * moved).astype(value.dtype)
         output = self.losses.output(self.loss_name)
-        return self._evaluate([output], edit, after=sign)[output], explained
+        pair.find([output])
+        return pair.values[output], explained
 
     def _keys(self, index: Any) -> perturbations.LeafKeys:
         names = [site.name for site in self.sites]
         return perturbations.leaf_keys(self.step_key(index), names)
 
     def _told(
-        self, site: JointSite, values: Mapping[int, Any], key: jax.Array
+        self,
+        site: JointSite,
+        pair: graph.Evaluation,
+        keys: perturbations.LeafKeys,
+        given: _Given,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Part.told`, of all examples."""
+        """See `Part.told`, of all examples. On the way, what follows waits for it."""
         unexplained = jnp.zeros((1, self.losses.examples), self.signal.dtype)
+        program = self.split.losses.program
+        (here,) = (s for s in self.split.sites if s.name == site.name)
+        facts = [(node, node.facts) for node in nodes_of(program, here)]
+        nodes = [node for node, known in facts if known.elementwise or known.view]
+        region = self.split.region(nodes, [here.activation])
+        pair.find(region.sources)
+        sources = {number: pair.values[number] for number in region.sources}
+        key = keys[site.name]
+        if waits := _arrays(sources[v] for v in self._movable(region)):
+            key = keys.delayed(site.name, waits[0])
 
         def of_part(index: Any) -> tuple[jax.Array, jax.Array]:
-            part = self._parts([site], values, unexplained, index)[site.name]
-            return part.told(self._u(site, key, index))
+            values = self.split.values(region, sources, index)
+            part = self._parts([site], values, unexplained, given, index)[site.name]
+            told, squares = part.told(self._u(site, key, index))
+            return squares, told
 
-        if self.split is None:
-            return of_part(0)
-        told, squares = jax.lax.map(of_part, jnp.arange(self.split.count))
-        return told.reshape(-1), jnp.sum(squares)
+        if self.split.count == 1:
+            squares, told = of_part(0)
+            return told, squares
+        squares, told = _in_turn(of_part, self.split.count, given["head"])
+        for number in self._movable(region):
+            pair.values[number] = _delayed(sources[number], [told])
+        return told, squares
+
+    def _movable(self, region: Region) -> list[int]:
+        """The sources of a region that are computed from the batch."""
+        program = self.losses.program
+        computed = program.depending(self.losses.batch) - set(program.inputs)
+        return [number for number in region.sources if number in computed]
 
     def _direction(self, site: JointSite, index: Any, k: jax.Array) -> jax.Array:
         """Direction k at an activation, in a part of the examples."""
@@ -247,9 +296,9 @@ class JointStep:
 
     def _u(self, site: JointSite, key: jax.Array, index: Any) -> jax.Array:
         """A direction at an activation, in a part of the examples."""
-        count = 1 if self.split is None else self.split.count
+        count = self.split.count
         shape = self.losses.program.avals[site.activation].shape
-        block = None if self.split is None else index
+        block = None if count == 1 else index
         u = self.perturbation.sample(key, (shape[0] // count, *shape[1:]), block)
         return self.perturbation.step * u
 
@@ -258,13 +307,29 @@ class JointStep:
     def _at(
         self,
         sites: Sequence[JointSite],
-        values: Mapping[int, Any],
+        read: Callable[[Any], Mapping[int, Any]],
         unexplained: jax.Array,
-    ) -> dict[str, SiteResult]:
-        """The gradients of the leaves at some sites, and what these learn."""
+        given: _Given,
+        after: jax.Array,
+    ) -> tuple[dict[str, SiteResult], jax.Array]:
+        """The gradients of the leaves at the sites of a group, and what these learn.
 
-        def sums(index: Any) -> dict[str, Sums]:
-            parts = self._parts(sites, values, unexplained, index)
+        Args:
+          sites: of one group.
+          read: ``read(index)`` are the values of a part of the examples.
+          unexplained: x.
+          given: the gradients that are known exactly.
+          after: what to wait for.
+
+        Returns:
+          The results by the names of the sites, and the value with which the group is
+          ready.
+        """
+        (ready,) = {site.ready for site in sites}
+
+        def sums(index: Any) -> tuple[dict[str, Sums], jax.Array]:
+            values = read(index)
+            parts = self._parts(sites, values, unexplained, given, index)
             return {
                 name: part.sums(
                     functools.partial(self._direction, part.site, index),
@@ -272,53 +337,53 @@ class JointStep:
                     self.correction,
                 )
                 for name, part in parts.items()
-            }
+            }, values[ready]
 
-        found = sums(0) if self.split is None else _summed(sums, self.split.count)
-        sizes = {s.name: jnp.size(values[s.activation]) for s in sites}
-        return {
-            name: self._result(of_site, self.learned[name], sizes[name])
-            for name, of_site in found.items()
+        avals = self.losses.program.avals
+        if self.split.count == 1:
+            found, following = sums(0)
+        else:
+            found, following = _in_turn(sums, self.split.count, after)
+        results = {
+            s.name: self._result(
+                found[s.name],
+                self.learned[s.name],
+                math.prod(avals[s.activation].shape),
+            )
+            for s in sites
         }
+        if self.split.count == 1 and self.on_the_way:
+            following = _after(following, results)
+        return results, following
 
     def _parts(
         self,
         sites: Sequence[JointSite],
         values: Mapping[int, Any],
         unexplained: jax.Array,
+        given: _Given,
         index: Any,
     ) -> dict[str, Part]:
-        """A part of the examples at some sites, or all, by the names of the sites."""
-        names = [site.name for site in sites]
-        program, everywhere = self.losses.program, self.sites
-        clean, signal = self.losses.values, self.signal
+        """A part of the examples at some sites, by the names of the sites."""
         even = 1 - jnp.arange(self.losses.examples, dtype=jnp.int32) % 2
-        if self.split is not None:
-            program, everywhere = self.split.losses.program, self.split.sites
-            here = [site for site in everywhere if site.name in names]
-            values = self.split.part(here, self.logits, values, index)
-            clean = self.split.part(here, self.logits, clean, index)
-            signal = self.split.block(signal, index, 0)
-            unexplained = self.split.block(unexplained, index, 1)
-            even = self.split.block(even, index, 0)
         shared: dict[int, dict[int, jax.Array]] = {}
+        here = {name: self.split.block(x, index, 0) for name, x in given.items()}
         return {
             site.name: Part(
-                program=program,
-                sites=everywhere,
+                program=self.split.losses.program,
+                sites=self.split.sites,
                 site=site,
-                logits=self.logits,
                 values=values,
-                clean=clean,
-                signal=signal,
-                unexplained=unexplained,
+                signal=here["head"],
+                at_target=here.get(site.feedback, here["head"]),
+                unexplained=self.split.block(unexplained, index, 1),
                 jacobian=self.learned[site.name].jacobian,
-                even=even,
+                even=self.split.block(even, index, 0),
                 examples=self.losses.examples,
                 shared=shared,
             )
-            for site in everywhere
-            if site.name in names
+            for site in self.split.sites
+            if site.name in _names(sites)
         }
 
     def _result(self, sums: Sums, learned: Learned, size: int) -> SiteResult:
@@ -349,19 +414,37 @@ class JointStep:
         return SiteResult(gradients, Learned(jacobian, errors))
 
 
-def _summed(
-    function: Callable[[jax.Array], dict[str, Sums]], count: int
-) -> dict[str, Sums]:
-    """The sum of what a function of 0 to count - 1 gives, one after the other."""
-    first = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+def _in_turn(
+    function: Callable[[jax.Array], tuple[Any, jax.Array]],
+    count: int,
+    after: jax.Array,
+) -> tuple[Any, jax.Array]:
+    """The sums of what a function of 0 to count - 1 gives, and its values in a row.
+
+    Args:
+      function: gives a pytree of arrays to sum up, and a value [examples of a part,
+        ...], for the number of a part.
+      count: of parts, which are taken one after the other.
+      after: what to wait for before there is room for the results.
+
+    Returns:
+      The sums, and the values [examples, ...].
+    """
+    sums, value = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    zero, size = execution_order.dependent_zero(after), len(value)
+    row = jax.ShapeDtypeStruct((count * size, *value.shape[1:]), value.dtype)
+    # Zeros that wait: as constants, those of all layers would be there at once.
+    start = jax.tree.map(lambda x: jnp.full(x.shape, zero.astype(x.dtype)), (sums, row))
 
     def add(total: Any, index: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(index)), None
+        sums, row = total
+        more, value = function(index)
+        row = jax.lax.dynamic_update_slice_in_dim(row, value, index * size, 0)
+        return (jax.tree.map(jnp.add, sums, more), row), None
 
-    total: dict[str, Sums]
-    total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
-    return total
+    found: tuple[Any, jax.Array]
+    found, _ = jax.lax.scan(add, start, jnp.arange(count))
+    return found
 
 
 def correction_of(errors: jax.Array) -> jax.Array:
@@ -398,10 +481,25 @@ def _energies(
     return jnp.stack([4 * agreed, total]).astype(jnp.float32)
 
 
+def _names(sites: Sequence[JointSite]) -> set[str]:
+    return {site.name for site in sites}
+
+
 def _after(value: jax.Array, results: Mapping[str, SiteResult]) -> jax.Array:
     """A value, not before the gradients at some sites have been computed."""
-    for result in results.values():
-        for done in (*result.gradients.values(), *result.learned):
-            if done.size and value.size:
-                value = execution_order.delayed(value, done)
+    done = ((*x.gradients.values(), *x.learned) for x in results.values())
+    return _delayed(value, [array for arrays in done for array in arrays])
+
+
+def _delayed(value: jax.Array, after: Iterable[jax.Array]) -> jax.Array:
+    """A value, not before some arrays have been computed."""
+    for done in _arrays(after):
+        if _arrays([value]):
+            value = execution_order.delayed(value, done)
     return value
+
+
+def _arrays(values: Iterable[Any]) -> list[jax.Array]:
+    """Those of some values that hold numbers."""
+    extended = jax.dtypes.extended
+    return [x for x in values if x.size and not jnp.issubdtype(x.dtype, extended)]

@@ -187,6 +187,39 @@ def evaluate(nodes: Iterable[Node], values: Mapping[int, Any]) -> dict[int, Any]
     return known
 
 
+class Evaluation:
+    """Values of a program, computed when they are asked for.
+
+    Attributes:
+      values: those known so far, by number. What is put in the place of one is what all
+        that is computed later reads.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> program = trace(lambda x: jnp.exp(2 * x), jnp.zeros(2))
+      >>> evaluation = Evaluation(program, {program.inputs[0]: jnp.zeros(2)})
+      >>> evaluation.find(program.outputs)
+      >>> evaluation.values[program.outputs[0]]
+      Array([1., 1.], dtype=float32)
+    """
+
+    def __init__(self, program: Graph, values: Mapping[int, Any]) -> None:
+        self._program = program
+        self.values = dict(values)
+
+    def find(self, numbers: Iterable[int]) -> None:
+        """Computes some values, and all that they are computed from, if not known."""
+        wanted, nodes = set(numbers) - self.values.keys(), []
+        for node in reversed(self._program.nodes):
+            if not wanted.isdisjoint(node.outputs):
+                wanted.update(v for v in node.values if v not in self.values)
+                nodes.append(node)
+        for node in reversed(nodes):
+            results = node.evaluate(operands(node, self.values))
+            for number, result in zip(node.outputs, results, strict=True):
+                self.values.setdefault(number, result)
+
+
 def operands(node: Node, values: Mapping[int, Any]) -> list[Any]:
     """The arrays that a node computes from."""
     return [x.value if isinstance(x, Literal) else values[x] for x in node.inputs]

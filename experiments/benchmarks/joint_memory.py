@@ -1,0 +1,126 @@
+"""Memory of a step of joint pairs, on the way and not, as the compiler plans it."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+import fgrad
+from experiments.benchmarks import measure, programs, subjects
+from experiments.benchmarks.measure import Program
+from experiments.benchmarks.problem import Problem
+from experiments.benchmarks.table import Table, mib
+from fgrad import activity
+from fgrad.activity import joint_structure
+from fgrad.tracing import primitives
+
+_NETWORKS = ("cnn", "vit", "efficientnet_lite0")
+_COLUMNS = ("keeps all", "on the way", "on the way, Adam")
+
+
+def tables(smoke: bool) -> Iterator[Table]:
+    """Compiles the gradient of all layers, and the whole step with Adam.
+
+    Args:
+      smoke: whether to take a tiny network.
+    """
+    networks, batch_size = (("mlp",), 8) if smoke else (_NETWORKS, 64)
+    rows, raw = [], []
+    for name, arithmetic in itertools.product(networks, ("float32", "16w8a")):
+        problem = subjects.problem(
+            subjects.chosen(smoke)[name], batch_size, arithmetic, of_examples=True
+        )
+        memory = measure.plan(
+            {
+                "inference": programs.inference(problem),
+                "keeps all": gradient(problem, on_the_way=False),
+                "on the way": gradient(problem, on_the_way=True),
+                "on the way, Adam": adam_step(problem),
+            }
+        )
+        inference = memory["inference"].temporaries
+        ratios = {key: memory[key].temporaries / inference for key in _COLUMNS}
+        evaluations, work = passes(problem)
+        rows.append(
+            [
+                *(name, arithmetic, mib(inference)),
+                *(f"{ratio:.2f}" for ratio in ratios.values()),
+                *(str(evaluations), f"{work:.2f}"),
+            ]
+        )
+        raw.append(
+            {
+                "subject": name,
+                "arithmetic": arithmetic,
+                "batch_size": batch_size,
+                "memory": {key: plan.asdict() for key, plan in memory.items()},
+                "ratios": ratios,
+                "evaluations": evaluations,
+                "multiply_adds": work,
+            }
+        )
+    yield Table(
+        title=f"Temporaries of joint pairs over those of inference, batch {batch_size}",
+        columns=(
+            *("network", "arithmetic", "inference, MiB", *_COLUMNS),
+            *("evaluations", "multiply-adds"),
+        ),
+        rows=rows,
+        note="Gradients of all weights, as `fgrad.adapt` sets them up, are results; in "
+        "the step with Adam, whose weights and state are donated, they are temporaries "
+        "too. Evaluations of a step on the way that perturbs, and its multiply-adds "
+        "over those of one inference, products of the weights' gradients included.",
+        raw=raw,
+    )
+
+
+def gradient(problem: Problem, *, on_the_way: bool) -> Program:
+    """The gradients of all weights by joint pairs, as `fgrad.adapt` sets them up."""
+    update, state = _update(problem, on_the_way)
+    return Program(update, problem.params, state, problem.data)
+
+
+def adam_step(problem: Problem) -> Program:
+    """A step of `fgrad.adapt` on the way."""
+    loss_fn, params, data = problem
+    key = jax.random.key(2)
+    return programs.step(
+        problem, fgrad.adapt(key, loss_fn, params, data, on_the_way=True)
+    )
+
+
+def passes(problem: Problem) -> tuple[int, float]:
+    """What a step on the way costs, one that perturbs if any does.
+
+    Returns:
+      Its evaluations of the network; and its multiply-adds over those of one inference,
+      the products of the weights' gradients included.
+    """
+    loss_fn, params, data = problem
+    update, state = _update(problem, on_the_way=True)
+    step = jax.make_jaxpr(update)(params, state, data).jaxpr
+    once = jax.make_jaxpr(lambda params, data: loss_fn(params, **data))(params, data)
+    work, without = (primitives.multiply_adds(step.eqns, f) for f in (max, min))
+    evaluations = 4 if work > without else 2
+    return evaluations, work / primitives.multiply_adds(once.jaxpr.eqns)
+
+
+def _update(problem: Problem, on_the_way: bool) -> tuple[Callable[..., Any], Any]:
+    """The estimator as a function of parameters, state and data, and its state."""
+    loss_fn, params, data = problem
+    head, sites = joint_structure.find_head(loss_fn, params, data)
+    tx = activity.joint_forward_grad(
+        jax.random.key(2),
+        head,
+        sites,
+        transposed_head=True,
+        residual=joint_structure.has_stream(loss_fn, params, head, sites, data),
+        on_the_way=on_the_way,
+        activations=activity.explain_joint(loss_fn, params, head, sites, **data),
+    )
+
+    def update(params: Any, state: Any, data: Any) -> Any:
+        return tx.update(params, state, params, value_fn=loss_fn, **data)
+
+    return update, tx.init(params)
