@@ -8,6 +8,7 @@ every device makes the same update, and the bits of a run do not depend on its d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -376,13 +377,19 @@ def _sum(table: jax.Array) -> jax.Array:
     return total
 
 
-def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
+def with_auto_axes(
+    update_fn: Callable[..., Any], around: Mesh | None = None
+) -> Callable[..., Any]:
     """An optax ``update`` that computes on axes that the compiler places.
 
     On a mesh of explicit axes, as ``jax.make_mesh`` makes, types say how arrays are
     sharded, and a ``shard_map`` cannot read the arrays around it. Here the arguments
     are of such types outside only. Updates are sharded as the parameters, and the new
     state as the old one.
+
+    Args:
+      update_fn: of a transformation.
+      around: the mesh of a `Spread`; weights may be sharded over its other axes.
     """
 
     @functools.wraps(update_fn)
@@ -392,7 +399,8 @@ def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
         places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         mesh = _explicit_mesh([leaves[i] for i in places])
         if mesh is None:
-            return update_fn(updates, state, params, **extra)
+            with _known(around, leaves):
+                return update_fn(updates, state, params, **extra)
         structure: list[Any] = []
 
         def inside(arrays: list[jax.Array]) -> Any:
@@ -414,6 +422,19 @@ def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.unflatten(structure[-1], found), state
 
     return wrapped
+
+
+def _known(
+    mesh: Mesh | None, leaves: Sequence[Any]
+) -> contextlib.AbstractContextManager[Any]:
+    """Tells what is traced of a mesh, unless it is inside of one already."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if mesh is None or not traced or jax.sharding.get_abstract_mesh().axis_names:
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[Any] = jax.sharding.use_abstract_mesh(
+        _with_auto_axes(mesh).abstract_mesh
+    )
+    return found
 
 
 def _explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
