@@ -36,6 +36,13 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.")
+_MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "Devices that share the runs of a method, and of a step the pairs and the batch: "
+    "seeds=4,data=2. On a CPU XLA_FLAGS=--xla_force_host_platform_device_count=8 makes "
+    "as many.",
+)
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
@@ -71,6 +78,8 @@ def main(argv: Sequence[str]) -> None:
     sys.unraisablehook = _unraisable
     try:
         check_names("driver", [driver], _DRIVERS)
+        if _MESH.value is not None:
+            _set_mesh(config, _MESH.value)
         if _CACHE.value:
             compiled_programs.keep()
         _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
@@ -83,6 +92,16 @@ def main(argv: Sequence[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(_INTERRUPTED)
+
+
+def _set_mesh(config: Any, mesh: str) -> None:
+    """Puts the mesh into a configuration, or into all of its parts."""
+    for part in config.parts.values() if "parts" in config else [config]:
+        if "mesh" not in part:
+            raise UsageError(
+                "this configuration's runs are not shared by devices; leave out --mesh."
+            )
+        part.mesh = mesh
 
 
 def _interrupt(*_: Any) -> None:

@@ -226,7 +226,7 @@ class Spread:
             return local(batch.rows)
         mapped = jax.shard_map(
             local,
-            mesh=_with_auto_axes(self.mesh),
+            mesh=self._here(),
             in_specs=PartitionSpec(self.batch),
             out_specs=PartitionSpec(),
             axis_names=axes,
@@ -235,6 +235,25 @@ class Spread:
         )
         table: jax.Array = jax.jit(mapped)(batch.rows)
         return table
+
+    def _here(self) -> Any:
+        """The mesh, as a ``shard_map`` around has left it."""
+        around = jax.sharding.get_abstract_mesh()
+        if not around.manual_axes:
+            return _with_auto_axes(self.mesh)
+        taken = [name for name in self._named if name in around.manual_axes]
+        if around.axis_names != self.mesh.axis_names or taken:
+            raise ValueError(
+                f"the step is inside of a shard_map over the axes {taken or around} "
+                f"and spread= is to share evaluations along {self._named} of "
+                f"{self.mesh.axis_names}; give Spread the mesh of the shard_map, and "
+                "axes that it leaves alone (axis_names=)."
+            )
+        return around
+
+    @property
+    def _named(self) -> tuple[str, ...]:
+        return (*_names(self.pairs), *_names(self.batch))
 
     def _gathered(self, part: jax.Array) -> jax.Array:
         """The whole table from the part [own shards, 2, own pairs, ...] of each."""

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import registry
+from experiments.drivers import layouts
 from experiments.learners import adapt, learner, metrics, nearest_centroid
 from experiments.models import sampled
 from experiments.usage import UsageError, check_names
@@ -31,6 +32,7 @@ def check_training(config: ConfigDict) -> None:
         check_names("figure", [part.figure], report.FIGURES)
         registry.check_domains(part.dataset, [part.source, part.target])
         _check_seeds("seeds", part.seeds)
+        layouts.check(part)
         for name in part.run:
             rates = part.methods[name].learning_rates
             _check_some(f"methods.{name}.learning_rates", rates)

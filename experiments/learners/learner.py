@@ -100,12 +100,14 @@ class Learner:
       objective: what is minimised.
       skips_frozen: whether `step` and `logits` are given what the frozen stages at the
         beginning of the network make of an input (`behind_frozen`) in its place.
+      spread: how devices share the evaluations of a step, or None.
     """
 
     method: ConfigDict
     model: adapt.Adapted
     objective: Objective
     skips_frozen: bool
+    spread: fgrad.Spread | None = None
 
     @property
     def passes_per_step(self) -> float:
@@ -220,7 +222,7 @@ class Learner:
         """
         batch = self.objective.batch(jax.random.fold_in(state.key, state.count), data)
         optimizer = optimizers.make_optimizer(
-            self.method, learning_rate, steps, state.key
+            self.method, learning_rate, steps, state.key, self.spread
         )
         given = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
         if self.method.gradient == "backward":
@@ -325,6 +327,7 @@ def make_learner(
     objective: Objective,
     *,
     skips_frozen: bool = False,
+    spread: fgrad.Spread | None = None,
 ) -> Learner:
     """Applies a method to a network.
 
@@ -333,6 +336,7 @@ def make_learner(
       network: ``network(bits=...)`` gives the Flax module.
       objective: what to minimise.
       skips_frozen: see `Learner`; a method whose ``cache_frozen`` is set does as well.
+      spread: see `Learner`.
 
     Raises:
       UsageError: for names that there are not, and for settings that contradict each
@@ -343,7 +347,7 @@ def make_learner(
     module = network(bits=tuple(bits) if bits else None)
     model = adapt.make(module, method.get("adaptation", {}))
     skips_frozen = skips_frozen or method.get("cache_frozen", False)
-    return Learner(method, model, objective, skips_frozen)
+    return Learner(method, model, objective, skips_frozen, spread)
 
 
 def check_method(method: ConfigDict) -> None:
