@@ -24,6 +24,7 @@ from experiments.drivers import (
     landscape_figures,
     memory_table,
     private_table,
+    replay,
     sampled_table,
     training,
     training_time,
@@ -42,6 +43,12 @@ _MESH = flags.DEFINE_string(
     "Devices that share the runs of a method, and of a step the pairs and the batch: "
     "seeds=4,data=2. On a CPU XLA_FLAGS=--xla_force_host_platform_device_count=8 makes "
     "as many.",
+)
+_REPLAY = flags.DEFINE_string(
+    "replay",
+    None,
+    "A run to make again from its losses, such as forward_16w8a/seed_0; it has to end "
+    "in the same bits.",
 )
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
@@ -82,7 +89,10 @@ def main(argv: Sequence[str]) -> None:
             _set_mesh(config, _MESH.value)
         if _CACHE.value:
             compiled_programs.keep()
-        _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
+        if _REPLAY.value is not None:
+            replay.run(config, _WORKDIR.value, _REPLAY.value)
+        else:
+            _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
     except (UsageError, InUseError) as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, StoppedError):

@@ -42,6 +42,9 @@ class Spread:
     that of the batch is the mean over its shards. Whatever the loss takes beside the
     examples, such as a key for dropout, is the same for all shards.
 
+    A step may be inside of a ``shard_map`` over the axes that are named here. There it
+    takes parameters, state and batch whole on each of their devices.
+
     Attributes:
       mesh: the devices.
       pairs: axis of the mesh that shares the pairs, or several; None if each device
@@ -221,12 +224,15 @@ class Spread:
             cells = _Cells(evaluate, own, batch, rows, vectorize)
             return self._gathered(cells.filled(own_shards))
 
-        axes = {*_names(self.pairs), *_names(self.batch)}
+        axes = set(self._named)
         if not axes:
             return local(batch.rows)
+        if self._is_inside():
+            own = self._own_rows
+            return local([own(x) for x in batch.rows])
         mapped = jax.shard_map(
             local,
-            mesh=self._here(),
+            mesh=_with_auto_axes(self.mesh),
             in_specs=PartitionSpec(self.batch),
             out_specs=PartitionSpec(),
             axis_names=axes,
@@ -236,20 +242,29 @@ class Spread:
         table: jax.Array = jax.jit(mapped)(batch.rows)
         return table
 
-    def _here(self) -> Any:
-        """The mesh, as a ``shard_map`` around has left it."""
-        around = jax.sharding.get_abstract_mesh()
-        if not around.manual_axes:
-            return _with_auto_axes(self.mesh)
-        taken = [name for name in self._named if name in around.manual_axes]
-        if around.axis_names != self.mesh.axis_names or taken:
+    def _is_inside(self) -> bool:
+        """Whether a ``shard_map`` around has taken the axes that are named here.
+
+        Raises:
+          ValueError: if it has taken some of them, or others of the mesh only.
+        """
+        taken = jax.sharding.get_abstract_mesh().manual_axes
+        inside = set(self._named) <= set(taken)
+        if taken and not inside:
             raise ValueError(
-                f"the step is inside of a shard_map over the axes {taken or around} "
-                f"and spread= is to share evaluations along {self._named} of "
-                f"{self.mesh.axis_names}; give Spread the mesh of the shard_map, and "
-                "axes that it leaves alone (axis_names=)."
+                f"the step is inside of a shard_map over {tuple(taken)}, and spread= "
+                f"is to share evaluations along {self._named}; give those axes to the "
+                "shard_map as well (axis_names=), with what the step takes whole on "
+                "each of their devices."
             )
-        return around
+        return bool(taken)
+
+    def _own_rows(self, array: jax.Array) -> jax.Array:
+        """The examples of a device, of an array that has them all."""
+        size = array.shape[0] // self.devices_of_batch
+        first = size * _index(self.batch)
+        found: jax.Array = lax.dynamic_slice_in_dim(array, first, size)
+        return found
 
     @property
     def _named(self) -> tuple[str, ...]:

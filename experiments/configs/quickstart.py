@@ -109,6 +109,9 @@ def base(variant: str = "full") -> ConfigDict:
     # Seconds between two snapshots of a run; a killed run goes on from the last one.
     config.snapshot_seconds = 30.0
     config.event_files = False  # for TensorBoard, of every run, in <workdir>/runs
+    # Whether to keep the losses of all steps of the gradient "forward", in the file
+    # "losses" of every run; --replay=<method>/seed_0 makes the run again from them.
+    config.loss_files = False
     config.num_evals = 2 if smoke else 10  # points of a curve after its start
     # Whether to tell also the test scores where the validation score was best.
     config.early_stopping = False

@@ -1,5 +1,6 @@
 """The step of several runs as one program, on one device or on many."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,7 +120,6 @@ class Program:
             mesh=self._layout.mesh,
             in_specs=(specs, cut, whole, whole),
             out_specs=specs,
-            axis_names={"seeds"},
             check_vma=False,
         )
         return mapped
@@ -141,6 +141,7 @@ class Program:
 def _in_turn(one: Callable[..., Any], states: Any, rates: jax.Array) -> Any:
     """The next states of stacked runs, one run after the other."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(states)
+    build: Callable[[Any], Any] = functools.partial(jax.tree.unflatten, treedef)
     own = [_axis(path) is not None for path, _ in leaves]
     arrays = [leaf for _, leaf in leaves]
 
@@ -151,7 +152,7 @@ def _in_turn(one: Callable[..., Any], states: Any, rates: jax.Array) -> Any:
             next(of_run) if is_own else array
             for is_own, array in zip(own, arrays, strict=True)
         ]
-        found: list[Any] = jax.tree.leaves(one(treedef.unflatten(all_of_it), rate))
+        found: list[Any] = jax.tree.leaves(one(build(all_of_it), rate))
         return found
 
     stacked = [x for is_own, x in zip(own, arrays, strict=True) if is_own]
@@ -161,9 +162,7 @@ def _in_turn(one: Callable[..., Any], states: Any, rates: jax.Array) -> Any:
     else:
         found = jax.lax.map(next_of, (stacked, rates))
     # What counts steps is the same in all runs.
-    return treedef.unflatten(
-        [x if is_own else x[0] for is_own, x in zip(own, found, strict=True)]
-    )
+    return build([x if is_own else x[0] for is_own, x in zip(own, found, strict=True)])
 
 
 def _axis(path: Sequence[Any]) -> int | None:

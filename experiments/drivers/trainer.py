@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+import fgrad
 from experiments.drivers.layouts import ALONE, Layout
 from experiments.drivers.programs import Program
 from experiments.learners import gradient_quality, metrics
@@ -20,6 +21,7 @@ from experiments.registry import Splits
 from experiments.workdir import events, runs
 from fgrad.analysis import Memory
 from fgrad.tracing import primitives
+from fgrad.transform import ForwardGradState
 
 _CHUNK = 10  # steps between two looks at the clock
 # Steps at a learning rate of zero, in which synthetic gradients learn before they are
@@ -38,6 +40,7 @@ class Run(NamedTuple):
       seconds: wall time of the steps, without compilation and evaluation; of several
         runs that are one program, their share of it.
       digest: SHA-256 of the state at its end.
+      learning_rate: at its start.
     """
 
     validation: float
@@ -45,6 +48,7 @@ class Run(NamedTuple):
     curve: list[list[float]]
     seconds: float
     digest: str = ""
+    learning_rate: float | None = None
 
 
 class Planned(NamedTuple):
@@ -140,7 +144,11 @@ class Trainer:
         program = self._program(len(planned), snapshots[0].state)
         states = program.joined([snapshot.state for snapshot in snapshots])
         seconds = snapshots[0].seconds
-        logs = [_Log(x.directory, s) for x, s in zip(planned, snapshots, strict=True)]
+        keeps = self.learner.method.gradient == "forward"
+        logs = [
+            _Log(one.directory, done, snapshot, keeps)
+            for one, snapshot in zip(planned, snapshots, strict=True)
+        ]
         progress(done * len(planned))
         evals = set(np.linspace(0, steps, num_evals + 1).astype(int).tolist())
         rates = [one.learning_rate for one in planned]
@@ -153,6 +161,10 @@ class Trainer:
                 began = time.perf_counter()
                 for _ in range(done, end):
                     states = program(states, *arguments)
+                    if logs[0].losses is not None:
+                        links = program.each(_link(states.opt_state))
+                        for log, link in zip(logs, links, strict=True):
+                            log.losses.append(link)
                 jax.block_until_ready(states)
                 seconds += (time.perf_counter() - began) / len(planned)
                 progress((end - done) * len(planned))
@@ -163,7 +175,11 @@ class Trainer:
                     for log, state in zip(logs, now, strict=True)
                 ]
                 if any(one.directory.due() for one in planned):
+                    for log in logs:
+                        log.write_losses()
                     _save(planned, done, snapshots)
+            for log in logs:
+                log.write_losses()
         return snapshots
 
     def run(
@@ -183,23 +199,26 @@ class Trainer:
         ]
         ended = []
         if left:
-            given = {"steps": steps, "num_evals": num_evals, "progress": progress}
-            snapshots = self.train(params, left, **given)
+            snapshots = self.train(
+                params, left, steps=steps, num_evals=num_evals, progress=progress
+            )
             if len(left) > 1:  # one that is killed now ends all of them from here
                 _save(left, steps, snapshots)
             ended = [
-                self._finished(one.directory, snapshot)
+                self._finished(one, snapshot)
                 for one, snapshot in zip(left, snapshots, strict=True)
             ]
         new = iter(ended)
         return [next(new) if result is None else Run(**result) for result in results]
 
-    def _finished(self, directory: runs.RunDirectory, end: runs.Snapshot) -> Run:
+    def _finished(self, planned: Planned, end: runs.Snapshot) -> Run:
         """The scores of a run at its end, which its directory keeps."""
         validation = self._scores(end.state, "validation")[self._names[0]]
         scores = self._scores(end.state, "test")
-        run = Run(validation, scores, end.curve, end.seconds, runs.digest(end.state))
-        directory.finish(run._asdict())
+        digest = runs.digest(end.state)
+        rate = planned.learning_rate
+        run = Run(validation, scores, end.curve, end.seconds, digest, rate)
+        planned.directory.finish(run._asdict())
         return run
 
     def _begun(
@@ -298,14 +317,34 @@ class _Log(contextlib.AbstractContextManager["_Log"]):
       curve: see `Run`.
       points: of the event file.
       add: adds a point to the file; None if there is none.
+      losses: of all steps; None if they are not kept.
     """
 
-    def __init__(self, directory: runs.RunDirectory, snapshot: runs.Snapshot) -> None:
-        """Goes on from a snapshot."""
+    def __init__(
+        self,
+        directory: runs.RunDirectory,
+        done: int,
+        snapshot: runs.Snapshot,
+        keeps_losses: bool,
+    ) -> None:
+        """Goes on from a snapshot.
+
+        Args:
+          directory: of the run.
+          done: steps taken so far.
+          snapshot: of the run at this step.
+          keeps_losses: whether the method has losses to keep.
+        """
         self.curve = snapshot.curve
         self.points = list(snapshot.points)
         self.add: Callable[[events.Point], None] | None = None
+        self.losses: Any = None
+        self._directory = directory
         self._file = directory.log(self.points)
+        if keeps_losses and directory.keeps_losses:
+            self.losses = fgrad.RunLog(snapshot.state.params)
+            if done:
+                self.losses = fgrad.RunLog.load(directory.losses_file).until(done)
 
     def __enter__(self) -> "_Log":
         self.add = self._file.__enter__()
@@ -313,6 +352,21 @@ class _Log(contextlib.AbstractContextManager["_Log"]):
 
     def __exit__(self, *raised: Any) -> None:
         self._file.__exit__(*raised)
+
+    def write_losses(self) -> None:
+        """Writes the losses so far, if they are kept."""
+        if self.losses:
+            self.losses.save(self._directory.losses_file)
+
+
+def _link(opt_state: Any) -> Any:
+    """The state of the one estimator of pairs in that of a chain."""
+
+    def is_link(x: Any) -> bool:
+        return isinstance(x, ForwardGradState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_link)
+    return next(x for x in leaves if is_link(x))
 
 
 def _save(

@@ -274,15 +274,16 @@ class _Method:
             for name, seed, rate in runs_of
         ]
         groups = [planned] if self._layout.one_program else [[x] for x in planned]
-        given = {
-            "steps": steps,
-            "num_evals": num_evals,
-            "progress": self._progress.advance,
-        }
         return [
             run
             for group in groups
-            for run in self.trainer.run(self._start, group, **given)
+            for run in self.trainer.run(
+                self._start,
+                group,
+                steps=steps,
+                num_evals=num_evals,
+                progress=self._progress.advance,
+            )
         ]
 
 
@@ -329,7 +330,12 @@ def _adapt(
 
 
 def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
-    return runs.RunDirectory(path, config.snapshot_seconds, config.event_files)
+    return runs.RunDirectory(
+        path,
+        config.snapshot_seconds,
+        config.event_files,
+        config.get("loss_files", False),
+    )
 
 
 def best(tuned: Mapping[float, float]) -> float:

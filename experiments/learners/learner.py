@@ -210,7 +210,12 @@ class Learner:
         }
 
     def step(
-        self, state: TrainState, learning_rate: Any, steps: Any, data: Any
+        self,
+        state: TrainState,
+        learning_rate: Any,
+        steps: Any,
+        data: Any,
+        losses: jax.Array | None = None,
     ) -> TrainState:
         """Takes a step.
 
@@ -219,18 +224,24 @@ class Learner:
           learning_rate: of the first step of the run; it decays linearly to 0.
           steps: length of the run.
           data: what the objective draws the batch from.
+          losses: [2, m] of a step of the gradient "forward" that was made before; it is
+            made again, and ``data`` is not looked at.
         """
-        batch = self.objective.batch(jax.random.fold_in(state.key, state.count), data)
         optimizer = optimizers.make_optimizer(
             self.method, learning_rate, steps, state.key, self.spread
         )
-        given = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
-        if self.method.gradient == "backward":
-            incoming = jax.grad(self.loss_fn)(state.params, **given)
-            extra = {}
+        incoming: Any = state.params
+        extra: dict[str, Any] = {}
+        if losses is None:
+            key = jax.random.fold_in(state.key, state.count)
+            batch = self.objective.batch(key, data)
+            extra = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
+        if losses is not None:
+            extra = {"losses": losses}
+        elif self.method.gradient == "backward":
+            incoming, extra = jax.grad(self.loss_fn)(state.params, **extra), {}
         else:  # the chain begins with an estimator, which ignores what comes in
-            incoming = state.params
-            extra = {"value_fn": self._value_fn, **given}
+            extra["value_fn"] = self._value_fn
         updates, opt_state = optimizer.update(
             incoming, state.opt_state, state.params, **extra
         )

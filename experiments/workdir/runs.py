@@ -151,7 +151,11 @@ class RunDirectory:
     """What is kept of one run."""
 
     def __init__(
-        self, path: pathlib.Path, every_seconds: float, event_files: bool = False
+        self,
+        path: pathlib.Path,
+        every_seconds: float,
+        event_files: bool = False,
+        loss_files: bool = False,
     ):
         """Makes the directory.
 
@@ -159,10 +163,12 @@ class RunDirectory:
           path: of the directory.
           every_seconds: least time between two snapshots.
           event_files: whether to write TensorBoard's.
+          loss_files: whether to keep the losses of all steps, see `losses_file`.
         """
         self._path = path.absolute()
         self._every = every_seconds
         self._event_files = event_files
+        self.keeps_losses = loss_files
         self._last = time.monotonic()
         self._unreadable: set[int] = set()  # steps of snapshots that are left out
         self._path.mkdir(parents=True, exist_ok=True)
@@ -180,6 +186,11 @@ class RunDirectory:
         except ValueError as error:
             logging.warning("%s is damaged; the run is repeated. (%s)", file, error)
             return None
+
+    @property
+    def losses_file(self) -> pathlib.Path:
+        """The `fgrad.RunLog` of the run, which can be made again from it."""
+        return self._path / "losses"
 
     def due(self) -> bool:
         """Whether it is time for a snapshot."""
