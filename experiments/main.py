@@ -25,6 +25,7 @@ from experiments.drivers import (
     landscape_figures,
     memory_table,
     private_table,
+    replay,
     sampled_table,
     test_time_table,
     text_table,
@@ -39,6 +40,19 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; values are overridden by --config.name=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data and results.")
+_MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "Devices that share the runs of a method, and of a step the pairs and the batch: "
+    "seeds=4,data=2. On a CPU XLA_FLAGS=--xla_force_host_platform_device_count=8 makes "
+    "as many.",
+)
+_REPLAY = flags.DEFINE_string(
+    "replay",
+    None,
+    "A run to make again from its losses, such as forward_16w8a/seed_0; it has to end "
+    "in the same bits.",
+)
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with what the workdir holds; --noresume begins anew."
 )
@@ -77,9 +91,14 @@ def main(argv: Sequence[str]) -> None:
     sys.unraisablehook = _unraisable
     try:
         check_names("driver", [driver], _DRIVERS)
+        if _MESH.value is not None:
+            _set_mesh(config, _MESH.value)
         if _CACHE.value:
             compiled_programs.keep()
-        _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
+        if _REPLAY.value is not None:
+            replay.run(config, _WORKDIR.value, _REPLAY.value)
+        else:
+            _DRIVERS[driver](config, _WORKDIR.value, _RESUME.value)
     except (UsageError, InUseError) as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, StoppedError):
@@ -89,6 +108,16 @@ def main(argv: Sequence[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(_INTERRUPTED)
+
+
+def _set_mesh(config: Any, mesh: str) -> None:
+    """Puts the mesh into a configuration, or into all of its parts."""
+    for part in config.parts.values() if "parts" in config else [config]:
+        if "mesh" not in part:
+            raise UsageError(
+                "this configuration's runs are not shared by devices; leave out --mesh."
+            )
+        part.mesh = mesh
 
 
 def _interrupt(*_: Any) -> None:

@@ -39,7 +39,7 @@ def link(
       spread: how devices share the evaluations that ``update_fn`` makes.
     """
     if spread is not None:
-        update_fn = spreads.with_auto_axes(update_fn)
+        update_fn = spreads.with_auto_axes(update_fn, spread.mesh)
     usual = promotion.usual_rules(update_fn)
 
     @functools.wraps(usual)

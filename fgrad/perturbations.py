@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -49,6 +50,9 @@ class Perturbation:
         [..., n * values_per_word].
       generator: makes the random words; `counter_hash` or `threefry_words`.
       largest: the largest value of z.
+      value: ``value(words, places) -> z_q``: of each word the value at a place, which
+        is an index below ``values_per_word``; arrays of the same shape. None if there
+        is nothing but ``decode``.
     """
 
     name: str
@@ -57,6 +61,9 @@ class Perturbation:
     decode: Callable[[jax.Array], jax.Array] = dataclasses.field(repr=False)
     generator: Generator = dataclasses.field(repr=False)
     largest: float = 1.0
+    value: Callable[[jax.Array, jax.Array], jax.Array] | None = dataclasses.field(
+        default=None, repr=False, kw_only=True
+    )
 
     def sample(
         self, key: jax.Array, shape: tuple[int, ...], block: Any = None
@@ -73,7 +80,10 @@ class Perturbation:
         Returns:
           int8 z_q of that shape.
         """
-        z: jax.Array = _sample(self, shape, key, block)
+        if self.value is not None and _is_cut(shape, self.values_per_word):
+            z: jax.Array = _sample_values(self, shape, key, block)
+        else:
+            z = _sample(self, shape, key, block)
         return z
 
     def sample_together(
@@ -293,6 +303,64 @@ def _sample(
     return values[:size].reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample_values(
+    perturbation: Perturbation, shape: tuple[int, ...], key: jax.Array, block: Any
+) -> jax.Array:
+    """`_sample` to the same bits, each value from a word of its own.
+
+    It hashes as many words as there are values. In return all arrays have the shape of
+    the leaf, and can be sharded as it is.
+    """
+    per_word, size = perturbation.values_per_word, math.prod(shape)
+    first: Any = np.uint32(0)
+    offset: Any = np.uint32(0)
+    if block is not None:
+        first, offset = word_of_block(block, size, per_word)
+    # Otherwise the indices are made ahead of a loop over keys, and stored.
+    zero = execution_order.dependent_zero(jax.random.key_data(key))
+    first, offset = first + zero, offset + zero
+    word = jnp.zeros(shape, jnp.uint32) + first
+    place = jnp.zeros(shape, jnp.uint32) + offset
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        # The index of a value itself could need more than 32 bits.
+        words, rest = divmod(stride, per_word)
+        word = word + along * np.uint32(words % 2**32)
+        place = place + along % np.uint32(per_word) * np.uint32(rest)
+        word = word + along // np.uint32(per_word) * np.uint32(rest)
+        stride *= shape[axis]
+    word = word + place // np.uint32(per_word)
+    assert perturbation.value is not None
+    random = perturbation.generator(key, word)
+    return perturbation.value(random, place % np.uint32(per_word))
+
+
+def _is_cut(shape: tuple[int, ...], per_word: int) -> bool:
+    """Whether some device of a mesh has a part of a leaf that cuts random words.
+
+    That is what the axes of the mesh around would make of the leaf, along any of its
+    own axes, except those that a ``shard_map`` has taken.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = getattr(mesh, "manual_axes", ())
+    sizes = [n for name, n in mesh.shape.items() if name not in manual and n > 1]
+    if not sizes or per_word == 1:
+        return False
+    axes = _axes_of_words(shape, per_word) or ()
+    counts = {
+        math.prod(some)
+        for r in range(1, len(sizes) + 1)
+        for some in itertools.combinations(sizes, r)
+    }
+    for place, length in enumerate(shape):
+        words = axes[place] if place < len(axes) else 1
+        if any(length % n == 0 and words % n for n in counts):
+            return True
+    return False
+
+
 def word_of_block(
     block: jax.typing.ArrayLike, size: int, per_word: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -359,8 +427,17 @@ def accumulate(
     keys: jax.Array,
     coefficients: jax.Array,
     shape: tuple[int, ...],
+    like: Any = None,
 ) -> jax.Array:
-    """``Σᵢ cᵢ sample(keyᵢ)``, one after the other, in the dtype of c."""
+    """``Σᵢ cᵢ sample(keyᵢ)``, one after the other, in the dtype of c.
+
+    Args:
+      sample: ``sample(key)`` is an array of that shape.
+      keys: [m].
+      coefficients: [m].
+      shape: of the sum.
+      like: an array as which the samples are sharded, or None.
+    """
 
     def add(index: Any, total: jax.Array) -> jax.Array:
         z = sample(keys[index]).astype(coefficients.dtype)
@@ -370,7 +447,7 @@ def accumulate(
         return add(0, jnp.zeros((), coefficients.dtype))
     # Plain zeros of all leaves would be made at once, long before they are needed.
     zero = execution_order.dependent_zero(jax.random.key_data(keys))
-    start = jnp.full(shape, zero.astype(coefficients.dtype))
+    start = execution_order.filled(shape, zero.astype(coefficients.dtype), like)
     total: jax.Array = jax.lax.fori_loop(0, len(coefficients), add, start)
     return total
 
@@ -490,8 +567,13 @@ def _normal(bits: int, z_max: float | None, generator: Generator) -> Perturbatio
         return _joined(jnp.asarray(table)[_bytes(words)])
 
     arguments = "" if bits == 8 and z_max is None else f"bits={bits}, z_max={z_max}"
+
+    def value(words: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.asarray(table)[(words >> (8 * places)).astype(jnp.uint8)]
+
     largest = step * float(np.abs(table).max())
-    return Perturbation(f"normal({arguments})", step, 4, decode, generator, largest)
+    name = f"normal({arguments})"
+    return Perturbation(name, step, 4, decode, generator, largest, value=value)
 
 
 def rademacher(*, generator: Generator = counter_hash) -> Perturbation:
@@ -505,7 +587,7 @@ def rademacher(*, generator: Generator = counter_hash) -> Perturbation:
       Array([...], dtype=int8)
     """
     _checks.function("generator", generator, "key", "indices")
-    return Perturbation("rademacher()", 1.0, 32, _signs, generator)
+    return Perturbation("rademacher()", 1.0, 32, _signs, generator, value=_sign)
 
 
 def low_rank(rank: int = 1, *, generator: Generator = counter_hash) -> LowRank:
@@ -578,7 +660,11 @@ def _binomial(generator: Generator) -> Perturbation:
         ones = jax.lax.population_count(_bytes(words)).astype(jnp.int8)
         return _joined(ones[..., ::2] + ones[..., 1::2] - 8)
 
-    return Perturbation("binomial()", 0.5, 2, decode, generator, 4.0)
+    def value(words: jax.Array, places: jax.Array) -> jax.Array:
+        bits = words >> (16 * places) & np.uint32(2**16 - 1)
+        return jax.lax.population_count(bits).astype(jnp.int8) - 8
+
+    return Perturbation("binomial()", 0.5, 2, decode, generator, 4.0, value=value)
 
 
 def checked(z: Any) -> Perturbation:
@@ -665,6 +751,11 @@ def _bytes(words: jax.Array) -> jax.Array:
 def _signs(words: jax.Array) -> jax.Array:
     bits = (_bytes(words)[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
     return _joined(_joined(2 * bits.astype(jnp.int8) - 1))
+
+
+def _sign(words: jax.Array, places: jax.Array) -> jax.Array:
+    bits = words >> places & np.uint32(1)
+    return 2 * bits.astype(jnp.int8) - 1
 
 
 def _joined(values: jax.Array) -> jax.Array:

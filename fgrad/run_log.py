@@ -87,6 +87,26 @@ class RunLog:
         # Copies: the next step may be given the memory of the state.
         self._steps.append(_Step(jnp.copy(link.count), jnp.copy(link.losses)))
 
+    def until(self, step: int) -> RunLog:
+        """The log of the steps up to a number, of a run that goes on from there.
+
+        Args:
+          step: how many steps the run had made in all.
+
+        Raises:
+          ValueError: for a step beyond the last one, or before the first.
+        """
+        kept = step - self.start
+        if not 0 <= kept <= len(self):
+            raise ValueError(
+                f"the log has the steps {self.start + 1} to {self.start + len(self)}, "
+                f"and the run goes on from step {step}."
+            )
+        log = RunLog()
+        log._digest, log._key = self._digest, self._key
+        log._steps = self._steps[:kept]
+        return log
+
     @property
     def losses(self) -> np.ndarray:
         """float32 [steps, 2, m], ``L₊`` and ``L₋`` of each pair of each step.

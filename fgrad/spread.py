@@ -8,6 +8,7 @@ every device makes the same update, and the bits of a run do not depend on its d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -40,6 +41,9 @@ class Spread:
     that are not named here. The loss has to be a mean over the examples of its batch:
     that of the batch is the mean over its shards. Whatever the loss takes beside the
     examples, such as a key for dropout, is the same for all shards.
+
+    A step may be inside of a ``shard_map`` over the axes that are named here. There it
+    takes parameters, state and batch whole on each of their devices.
 
     Attributes:
       mesh: the devices.
@@ -220,9 +224,12 @@ class Spread:
             cells = _Cells(evaluate, own, batch, rows, vectorize)
             return self._gathered(cells.filled(own_shards))
 
-        axes = {*_names(self.pairs), *_names(self.batch)}
+        axes = set(self._named)
         if not axes:
             return local(batch.rows)
+        if self._is_inside():
+            own = self._own_rows
+            return local([own(x) for x in batch.rows])
         mapped = jax.shard_map(
             local,
             mesh=_with_auto_axes(self.mesh),
@@ -234,6 +241,34 @@ class Spread:
         )
         table: jax.Array = jax.jit(mapped)(batch.rows)
         return table
+
+    def _is_inside(self) -> bool:
+        """Whether a ``shard_map`` around has taken the axes that are named here.
+
+        Raises:
+          ValueError: if it has taken some of them, or others of the mesh only.
+        """
+        taken = jax.sharding.get_abstract_mesh().manual_axes
+        inside = set(self._named) <= set(taken)
+        if taken and not inside:
+            raise ValueError(
+                f"the step is inside of a shard_map over {tuple(taken)}, and spread= "
+                f"is to share evaluations along {self._named}; give those axes to the "
+                "shard_map as well (axis_names=), with what the step takes whole on "
+                "each of their devices."
+            )
+        return bool(taken)
+
+    def _own_rows(self, array: jax.Array) -> jax.Array:
+        """The examples of a device, of an array that has them all."""
+        size = array.shape[0] // self.devices_of_batch
+        first = size * _index(self.batch)
+        found: jax.Array = lax.dynamic_slice_in_dim(array, first, size)
+        return found
+
+    @property
+    def _named(self) -> tuple[str, ...]:
+        return (*_names(self.pairs), *_names(self.batch))
 
     def _gathered(self, part: jax.Array) -> jax.Array:
         """The whole table from the part [own shards, 2, own pairs, ...] of each."""
@@ -376,13 +411,19 @@ def _sum(table: jax.Array) -> jax.Array:
     return total
 
 
-def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
+def with_auto_axes(
+    update_fn: Callable[..., Any], around: Mesh | None = None
+) -> Callable[..., Any]:
     """An optax ``update`` that computes on axes that the compiler places.
 
     On a mesh of explicit axes, as ``jax.make_mesh`` makes, types say how arrays are
     sharded, and a ``shard_map`` cannot read the arrays around it. Here the arguments
     are of such types outside only. Updates are sharded as the parameters, and the new
     state as the old one.
+
+    Args:
+      update_fn: of a transformation.
+      around: the mesh of a `Spread`; weights may be sharded over its other axes.
     """
 
     @functools.wraps(update_fn)
@@ -392,7 +433,8 @@ def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
         places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         mesh = _explicit_mesh([leaves[i] for i in places])
         if mesh is None:
-            return update_fn(updates, state, params, **extra)
+            with _known(around, leaves):
+                return update_fn(updates, state, params, **extra)
         structure: list[Any] = []
 
         def inside(arrays: list[jax.Array]) -> Any:
@@ -414,6 +456,19 @@ def with_auto_axes(update_fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.unflatten(structure[-1], found), state
 
     return wrapped
+
+
+def _known(
+    mesh: Mesh | None, leaves: Sequence[Any]
+) -> contextlib.AbstractContextManager[Any]:
+    """Tells what is traced of a mesh, unless it is inside of one already."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if mesh is None or not traced or jax.sharding.get_abstract_mesh().axis_names:
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[Any] = jax.sharding.use_abstract_mesh(
+        _with_auto_axes(mesh).abstract_mesh
+    )
+    return found
 
 
 def _explicit_mesh(arrays: Sequence[jax.Array]) -> Any:

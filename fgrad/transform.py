@@ -474,7 +474,11 @@ def _rounded_up_or_down(exact: jax.Array) -> jax.Array:
     nearest, floor = jnp.round(exact), jnp.floor(exact)
     bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.uint32)
     salt = jnp.sum(bits, dtype=jnp.uint32).reshape(1)
-    words = perturbations.hashed(salt, perturbations.row_major(exact.shape))
+
+    def hashes(salt: jax.Array) -> jax.Array:
+        return perturbations.hashed(salt, perturbations.row_major(exact.shape))
+
+    words = execution_order.laid_out(hashes, exact, salt)
     # 24 bits, all of which a float32 can tell apart.
     uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
     drawn = floor + (uniform < exact - floor)

@@ -1,10 +1,12 @@
 """Compiles a step whose weights are sharded over 8 devices, and says what is in it.
 
-    python sharded_steps.py int16:columns,float:both
+    python sharded_steps.py int16:columns,float:both,float:columns:odd:explicit
 
-Prints a line of JSON for each kind of weights and way to shard them.
+Prints a line of JSON for each kind of weights and way to shard them. The devices' parts
+of "odd" weights hold no whole random words; "explicit" axes are in the arrays' types.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -22,7 +24,7 @@ import optax
 
 import fgrad
 
-SHAPE, PAIRS = (256, 512), 4
+SHAPE, ODD, PAIRS = (256, 512), (264, 520), 4
 SPECS = {
     "columns": (None, ("r", "c")),
     "rows": (("r", "c"), None),
@@ -30,8 +32,8 @@ SPECS = {
 }
 
 
-def problem(kind):
-    params = {"w": jax.random.normal(jax.random.key(1), SHAPE) / 16}
+def problem(kind, shape):
+    params = {"w": jax.random.normal(jax.random.key(1), shape) / 16}
     bits = {"int16": 16, "on grid": 8}.get(kind)
     if bits:
         params = fgrad.quantize(params, bits=bits, channel_axis=-1)
@@ -47,7 +49,10 @@ def problem(kind):
         estimator=fgrad.estimators.spsa,
         **options.get(kind, {}),
     )
-    return optax.chain(estimate, optax.sgd(1e-2), fgrad.quantized_update()), params
+    tx = optax.chain(estimate, optax.sgd(1e-2), fgrad.quantized_update())
+    if kind == "sparse":
+        tx = fgrad.enhancements.sparse_update(tx, density=0.1)
+    return tx, params
 
 
 def loss_fn(params, x):
@@ -78,44 +83,54 @@ def step_of(tx, params, state, **given):
     return optax.apply_updates(params, updates), state
 
 
-def sharded(kind, how):
-    tx, params = problem(kind)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("r", "c"))
-    put = functools.partial(placed, mesh, SPECS[how])
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    there = jax.tree.map(put, params)
-    state = tx.init(params)
-    state_there = jax.device_put(tx.init(there), whole)
-    x = jax.random.normal(jax.random.key(2), (4, SHAPE[0]))
-
-    # From given losses the update of sharded weights is that of whole ones.
+def sharded(kind, how, options):
+    shape = ODD if "odd" in options else SHAPE
+    tx, params = problem(kind, shape)
+    x = jax.random.normal(jax.random.key(2), (4, shape[0]))
     losses = jax.random.normal(jax.random.key(3), (2, PAIRS))
     update = jax.jit(functools.partial(step_of, tx))
+    step = jax.jit(
+        functools.partial(step_of, tx, value_fn=loss_fn), donate_argnums=(0, 1)
+    )
+    state = tx.init(params)
     one, _ = update(params, state, losses=losses)
-    many, _ = update(there, state_there, losses=losses)
+    alone = step.lower(params, state, x=x).compile()
+
+    explicit = "explicit" in options
+    axis_type = jax.sharding.AxisType.Explicit if explicit else None
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()).reshape(2, 4),
+        ("r", "c"),
+        axis_types=axis_type and (axis_type,) * 2,
+    )
+    with jax.set_mesh(mesh) if options else contextlib.nullcontext():
+        put = functools.partial(placed, mesh, SPECS[how])
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        there = jax.tree.map(put, params)
+        state_there = jax.device_put(tx.init(there), whole)
+        # From given losses the update of sharded weights is that of whole ones.
+        many, _ = update(there, state_there, losses=losses)
+        there = jax.tree.map(put, params)
+        x = jax.device_put(x, whole)
+        together = step.lower(there, state_there, x=x).compile()
     same = [
         np.asarray(a).tobytes() == np.asarray(b).tobytes()
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
     ]
-
-    step = jax.jit(
-        functools.partial(step_of, tx, value_fn=loss_fn), donate_argnums=(0, 1)
-    )
-    alone = step.lower(params, state, x=x).compile()
-    together = step.lower(there, state_there, x=jax.device_put(x, whole)).compile()
     return {
         "same": all(same),
         "largest": largest_array(together.as_text()),
         "memory": memory(together),
         "memory alone": memory(alone),
+        "share": int(np.prod(shape)) // 8,
         # What every device has: data, activations, and of sharded rows the scales.
-        "whole": 4 * (x.size + len(x) * SHAPE[1] + SHAPE[1]),
+        "whole": 4 * (x.size + len(x) * shape[1] + shape[1]),
     }
 
 
 if __name__ == "__main__":
     for case in sys.argv[1].split(","):
-        kind, how = case.split(":")
-        print(
-            json.dumps({"kind": kind, "layout": how, **sharded(kind, how)}), flush=True
-        )
+        kind, how, *options = case.split(":")
+        found = sharded(kind, how, options)
+        layout = ":".join([how, *options])
+        print(json.dumps({"kind": kind, "layout": layout, **found}), flush=True)

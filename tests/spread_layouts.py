@@ -8,11 +8,13 @@ the number of devices is fixed before JAX starts.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 
@@ -163,8 +165,8 @@ def mesh_of(layout):
     return jax.make_mesh(shape, ("seeds", "data"), devices=devices)
 
 
-def step_on(name, layout):
-    """A compiled step on a mesh, its data, and what it begins with."""
+def step_of(name, layout):
+    """A step on a mesh, its data, and what it begins with."""
     spread = fgrad.Spread(mesh_of(layout), pairs="seeds", batch="data", shards=SHARDS)
     kind = kind_of(name, spread)
     start = kind.params, kind.tx.init(kind.params)
@@ -177,8 +179,13 @@ def step_on(name, layout):
         )
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step).lower(*start, batch, extra).compile()
-    return compiled, (batch, extra), start
+    return step, (batch, extra), start
+
+
+def step_on(name, layout):
+    """As `step_of`, compiled."""
+    step, data, start = step_of(name, layout)
+    return jax.jit(step).lower(*start, *data).compile(), data, start
 
 
 def trained(name, layout):
@@ -206,6 +213,33 @@ def resumed(layout):
         checkpointer.wait_until_finished()
         shapes = jax.tree.map(orbax.utils.to_shape_dtype_struct, start)
         run = checkpointer.restore(pathlib.Path(folder) / "run", shapes)
+    params, state = step(*run, *data)
+    return {"params": digest(params), "state": digest(state)}
+
+
+def killed(layout):
+    """As `trained` of "float", but the last process dies before the last step.
+
+    The losses so far are in the file that LOSSES names.
+    """
+    step, data, run = step_on("float", layout)
+    log = fgrad.RunLog()
+    for number in range(STEPS):
+        if number == STEPS - 1 and int(PROCESS) == int(PROCESSES) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run = jax.block_until_ready(step(*run, *data))
+        log.append(run[1])
+        if number < STEPS - 1 and PROCESS == "0":
+            log.save(os.environ["LOSSES"])
+    return {"ended": "as if nobody had died"}
+
+
+def after_death(layout):
+    """Goes on where the processes of `killed` were."""
+    step, data, (params, _) = step_on("float", layout)
+    spread = fgrad.Spread(mesh_of(layout), pairs="seeds", batch="data", shards=SHARDS)
+    log = fgrad.RunLog.load(os.environ["LOSSES"])
+    run = spread.replicate(log.replay(chain(spread), params))
     params, state = step(*run, *data)
     return {"params": digest(params), "state": digest(state)}
 
@@ -269,6 +303,58 @@ def trained_in_integers(layout):
     }
 
 
+def gathered(layout):
+    """As `trained` of "float", from weights that are sharded where `Spread` is."""
+    step_fn, (batch, extra), (params, state) = step_of("float", layout)
+    rows = jax.sharding.NamedSharding(
+        mesh_of(layout), jax.sharding.PartitionSpec(("data", "seeds"))
+    )
+    params = {name: jax.device_put(leaf, rows) for name, leaf in params.items()}
+    step = jax.jit(step_fn)
+    for _ in range(STEPS):
+        params, state = step(params, state, batch, extra)
+        params = {name: jax.device_put(leaf, rows) for name, leaf in params.items()}
+    return {"params": digest(params), "state": digest(state)}
+
+
+def with_own_parts(layout):
+    """A loss with a ``shard_map`` of its own, over an axis that `Spread` leaves alone.
+
+    Its step has to be that of the same loss without it.
+    """
+    shape = tuple(map(int, layout.split("x")))
+    mesh = jax.make_mesh((*shape, 8 // int(np.prod(shape))), ("seeds", "data", "model"))
+    P = jax.sharding.PartitionSpec
+
+    def columns(x, a):
+        # Each device multiplies with some columns of the weights.
+        product = functools.partial(
+            jax.shard_map,
+            in_specs=(P(), P(None, "model")),
+            out_specs=P(None, "model"),
+            axis_names={"model"},
+        )
+        return product(lambda x, a: jnp.tanh(x @ a))(x, a)
+
+    def loss(product, params, x, y):
+        return jnp.mean((product(x, params["a"]) @ params["c"] - y) ** 2)
+
+    params, batch = problem()
+    spread = fgrad.Spread(mesh, pairs="seeds", batch="data", shards=SHARDS)
+    tx = chain(spread)
+    batch = spread.split(batch)
+    start = spread.replicate((params, tx.init(params)))
+    products = {"own": columns, "plain": lambda x, a: jnp.tanh(x @ a)}
+    ends = {}
+    for name, product in products.items():
+        value_fn = functools.partial(loss, product)
+        update = jax.jit(functools.partial(tx.update, value_fn=value_fn, **batch))
+        updates, _ = update(start[0], *start[::-1])
+        ends[name] = np.asarray(updates["a"])
+    largest = np.max(np.abs(ends["plain"]))
+    return {"off": float(np.max(np.abs(ends["own"] - ends["plain"])) / largest)}
+
+
 def evaluations(layout):
     """How many evaluations of the loss each device makes in a step."""
     spread = fgrad.Spread(mesh_of(layout), pairs="seeds", batch="data", shards=SHARDS)
@@ -294,8 +380,14 @@ def evaluations(layout):
 def main():
     if ADDRESS:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(ADDRESS, int(PROCESSES), int(PROCESS))
+        jax.distributed.initialize(
+            ADDRESS, int(PROCESSES), int(PROCESS), heartbeat_timeout_seconds=10
+        )
     others = {
+        "after death": after_death,
+        "gathered": gathered,
+        "killed": killed,
+        "own parts": with_own_parts,
         "counted": evaluations,
         "elsewhere": elsewhere,
         "integer": trained_in_integers,

@@ -7,7 +7,7 @@ from tensorboardX.proto import event_pb2
 
 from experiments.configs import quickstart
 from experiments.data import arrays
-from experiments.drivers.trainer import Trainer
+from experiments.drivers.trainer import Planned, Trainer
 from experiments.models import linear
 from experiments.workdir import events, runs
 
@@ -73,15 +73,15 @@ class Setting:
             if taken > die_after:
                 raise KilledError
 
-        return self.trainer.run(
+        directory = runs.RunDirectory(path, 0.0, event_files)
+        (run,) = self.trainer.run(
             self.params,
-            0,
-            0.1,
+            [Planned(0, 0.1, directory)],
             steps=self.steps,
             num_evals=self.num_evals,
             progress=progress,
-            directory=runs.RunDirectory(path, 0.0, event_files),
         )
+        return run
 
 
 @pytest.fixture(scope="module", params=["backprop", "forward_fp32"])

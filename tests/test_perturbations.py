@@ -619,6 +619,27 @@ def test_the_words_of_a_leaf_are_counted_in_the_order_of_memory(name, shape):
     np.testing.assert_array_equal(z.sample(key, shape), expected)
 
 
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_values_made_one_by_one_are_those_of_the_words(name):
+    z, key = DISTRIBUTIONS[name], jax.random.key(7)
+    for shape in ((5, 3, 6), (64,), ()):
+        whole = z.sample(key, (4, *shape))
+        found = perturbations._sample_values(z, (4, *shape), key, None)
+        np.testing.assert_array_equal(found, whole)
+        for block in (1, 3):
+            found = perturbations._sample_values(z, shape, key, jnp.int32(block))
+            np.testing.assert_array_equal(found, whole[block])
+
+
+def test_values_are_made_one_by_one_where_a_device_has_parts_of_words():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("rows", "columns"))
+    shapes = {(264, 520): True, (256, 512): False, (9, 15): False, (3, 12): True}
+    for shape, cut in shapes.items():
+        assert not perturbations._is_cut(shape, 4)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert perturbations._is_cut(shape, 4) == cut
+
+
 @pytest.mark.parametrize("name", WITH_LOW_RANK)
 def test_leaves_sampled_together_get_the_z_that_they_get_alone(name):
     z = WITH_LOW_RANK[name]

@@ -104,12 +104,16 @@ def test_no_mesh_changes_a_bit_of_what_enhancements_and_integer_steps_make():
 
 @pytest.mark.slow
 def test_sharded_weights_are_perturbed_and_updated_where_they_are():
-    cases = "int16:columns,int16:rows,int16:both,on grid:both,low rank:rows"
-    for (kind, how), one in results(start(SHARDED, cases)).items():
+    cases = [
+        *("int16:columns", "int16:rows", "on grid:both"),
+        # The parts of the devices cut random words, or types say what is where.
+        *("int16:both:odd", "float:columns:odd:explicit", "low rank:both:odd:explicit"),
+    ]
+    for (kind, how), one in results(start(SHARDED, ",".join(cases))).items():
         assert one["same"], (kind, how)
-        assert one["largest"] <= 256 * 512 // 8, (kind, how)
+        assert one["largest"] <= one["share"], (kind, how)
         least = one["memory alone"] / 8 + one["whole"]
-        assert one["memory"] <= 1.05 * least, (kind, how)
+        assert one["memory"] <= 1.05 * least, (kind, how, one)
 
 
 # --------------------------------------------------------------------- one device

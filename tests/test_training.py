@@ -227,11 +227,11 @@ def test_rates_are_tuned_over_all_seeds(monkeypatch, tmp_path):
         def __init__(self, *args):
             pass
 
-        def run(self, start, seed, rate, *, steps, **kwargs):
+        def run(self, start, planned, *, steps, **kwargs):
+            ((seed, rate, _),) = planned
             asked.append((rate, seed, steps))
-            return Run(
-                validation.get((rate, seed), 0.5), {"accuracy": 0.5}, [[0.5, 0.5]], 0.0
-            )
+            score = validation.get((rate, seed), 0.5)
+            return [Run(score, {"accuracy": 0.5}, [[0.5, 0.5]], 0.0)]
 
     monkeypatch.setattr(training, "Trainer", Scripted)
     config = quickstart.base("smoke")

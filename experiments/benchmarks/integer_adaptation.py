@@ -34,7 +34,7 @@ from experiments.configs import quickstart
 from experiments.data.arrays import Split
 from experiments.drivers import training
 from experiments.drivers.progress import show_progress
-from experiments.drivers.trainer import Trainer
+from experiments.drivers.trainer import Planned, Trainer
 from experiments.models import linear
 from experiments.registry import Splits
 from experiments.workdir.runs import RunDirectory
@@ -182,14 +182,13 @@ def _library(task: Task, directory: pathlib.Path) -> Run:
     trainer = Trainer(task.method, task.network, task.start, task.data, ("accuracy",))
 
     def run(name: str, seed: int, rate: float, steps: int) -> tuple[float, float]:
-        found = trainer.run(
+        where = _run_directory(directory, "library", name)
+        (found,) = trainer.run(
             task.start,
-            seed,
-            rate,
+            [Planned(seed, rate, where)],
             steps=steps,
             num_evals=1,
             progress=lambda steps: None,
-            directory=_run_directory(directory, "library", name),
         )
         return found.validation, found.scores["accuracy"]
 

@@ -105,9 +105,20 @@ def base(variant: str = "full") -> ConfigDict:
     # How many further rates may be tried while the best one is the smallest or largest.
     config.wider_tuning = 0
     config.parallel_runs = 2  # methods that train at a time, each with one run
+    # Devices that share runs, such as "seeds=4,data=2"; --mesh=... sets it.
+    config.mesh = ""
+    # Whether the runs of a method are one program: "vmapped", or "in_turn"; by default
+    # what is faster, see docs/how_to/devices.md.
+    config.together = ""
+    # Parts of a batch, whose losses are summed in one order on any devices; 0 for as
+    # many as devices share batches.
+    config.batch_shards = 0
     # Seconds between two snapshots of a run; a killed run goes on from the last one.
     config.snapshot_seconds = 30.0
     config.event_files = False  # for TensorBoard, of every run, in <workdir>/runs
+    # Whether to keep the losses of all steps of the gradient "forward", in the file
+    # "losses" of every run; --replay=<method>/seed_0 makes the run again from them.
+    config.loss_files = False
     config.num_evals = 2 if smoke else 10  # points of a curve after its start
     # Whether to tell also the test scores where the validation score was best.
     config.early_stopping = False

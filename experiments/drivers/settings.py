@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments import published, registry
 from experiments.data import corruptions, texts
+from experiments.drivers import layouts
 from experiments.learners import (
     adapt,
     learner,
@@ -40,6 +41,7 @@ def check_training(config: ConfigDict) -> None:
         registry.check_domains(part.dataset, [part.source, part.target])
         _check_seeds("seeds", part.seeds)
         predicted_time.Question.of(part.get("estimate", {}))
+        layouts.check(part)
         for name in part.run:
             rates = part.methods[name].learning_rates
             _check_some(f"methods.{name}.learning_rates", rates)

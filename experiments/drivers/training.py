@@ -16,9 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import features, registry, starts
-from experiments.drivers import settings
+from experiments.drivers import layouts, settings
 from experiments.drivers.progress import Progress, show_progress
-from experiments.drivers.trainer import Run, Trainer
+from experiments.drivers.trainer import Planned, Run, Trainer
 from experiments.learners import adapt, metrics, optimizers, predicted_time
 from experiments.models import cnn
 from experiments.registry import Splits
@@ -70,17 +70,20 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         }
         report.write_parts(results, config, directory)
         return results
+    layout = layouts.resolved(config)
     with runs.owned(directory, config, resume):
-        return _run(config, directory)
+        return _run(config, directory, layout)
 
 
-def _run(config: ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
+def _run(
+    config: ConfigDict, directory: pathlib.Path, layout: layouts.Layout
+) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with show_progress() as progress:
         progress.expect(_total_steps(config))
         task = prepare(config, directory, progress)
         results.update(_untrained(config, task))
-        for name, result in _side_by_side(config, task, progress, directory):
+        for name, result in _side_by_side(config, task, progress, directory, layout):
             results[name] = result
             report.write_json(results, directory)
     report.write(results, config, directory)
@@ -99,14 +102,20 @@ def _untrained(config: ConfigDict, task: Task) -> dict[str, Any]:
 
 
 def _side_by_side(
-    config: ConfigDict, task: Task, progress: Progress, directory: pathlib.Path
+    config: ConfigDict,
+    task: Task,
+    progress: Progress,
+    directory: pathlib.Path,
+    layout: layouts.Layout,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the results of the methods; one compiles while another trains."""
 
     def adapt(name: str) -> dict[str, Any]:
-        return _adapt(config, name, task, progress, directory)
+        return _adapt(config, name, task, progress, directory, layout)
 
-    with futures.ThreadPoolExecutor(config.parallel_runs) as pool:
+    # Programs of many devices must not meet: each would wait for devices of the other.
+    at_a_time = config.parallel_runs if layout.mesh is None else 1
+    with futures.ThreadPoolExecutor(at_a_time) as pool:
         try:
             yield from zip(config.run, pool.map(adapt, config.run), strict=True)
         except BaseException:  # an interrupt as well: nobody waits for the other runs
@@ -161,14 +170,13 @@ def pretrain(
     params = registry.initial(config, network, data)
     trainer = Trainer(config.pretrain, network, params, data, config.metrics)
     directory = _run_directory(config, where / "pretrain")
-    end = trainer.train(
+    rate, seed = config.pretrain.learning_rate, config.pretrain.seed
+    (end,) = trainer.train(
         params,
-        config.pretrain.seed,
-        config.pretrain.learning_rate,
+        [Planned(seed, rate, directory)],
         steps=config.pretrain.steps,
         num_evals=1,
         progress=progress.advance,
-        directory=directory,
     )
     directory.save(config.pretrain.steps, end)  # read when the experiment goes on
     progress.say("the pre-training is finished")
@@ -198,6 +206,7 @@ class _Method:
         task: Task,
         progress: Progress,
         where: pathlib.Path,
+        layout: layouts.Layout,
     ):
         """Compiles the step of the method.
 
@@ -207,14 +216,16 @@ class _Method:
           task: where the runs start.
           progress: told of the steps.
           where: directory of the runs.
+          layout: of the devices.
         """
         self._config = config
         self._method = method
         self._start = task.start
         self._progress = progress
         self._where = where
+        self._layout = layout
         self.trainer = Trainer(
-            method, task.network, task.start, task.target, config.metrics
+            method, task.network, task.start, task.target, config.metrics, layout
         )
 
     @property
@@ -226,27 +237,19 @@ class _Method:
         rates = self._method.learning_rates
         if len(rates) == 1:
             return {}
-        tuned = {rate: self._tune(rate) for rate in rates}
+        tuned = self._tuned(rates)
         for _ in range(self._config.wider_tuning):
             if not (rate := beyond(tuned)):
                 break
             seeds = len(self._config.tuning_seeds)
             self._progress.expect(seeds * self._tuning_steps)
-            tuned[rate] = self._tune(rate)
+            tuned |= self._tuned([rate])
         return tuned
 
     def adapted(self, learning_rate: float) -> list[Run]:
         """The runs of all seeds at a learning rate."""
-        return [
-            self._run(
-                f"seed_{seed}",
-                seed,
-                learning_rate,
-                self._method.steps,
-                self._config.num_evals,
-            )
-            for seed in self._config.seeds
-        ]
+        runs_of = [(f"seed_{x}", x, learning_rate) for x in self._config.seeds]
+        return self._made(runs_of, self._method.steps, self._config.num_evals)
 
     def estimated(self, name: str, learning_rate: float) -> dict[str, int | None]:
         """Predicts the length of a run and tells it; nothing if nobody asks.
@@ -274,32 +277,34 @@ class _Method:
             return {}
         return self.trainer.cosines(self._start, self._config.seeds[0], count)
 
-    def _tune(self, learning_rate: float) -> float:
-        """The mean validation score of short runs with seeds of their own."""
-        ran = [
-            self._run(
-                f"tune_{learning_rate:g}_{seed}",
-                seed,
-                learning_rate,
-                self._tuning_steps,
-                num_evals=1,
-            )
-            for seed in self._config.tuning_seeds
-        ]
-        return float(np.mean([run.validation for run in ran]))
+    def _tuned(self, rates: Sequence[float]) -> dict[float, float]:
+        """Mean validation scores of short runs with seeds of their own, by rate."""
+        seeds = self._config.tuning_seeds
+        runs_of = [(f"tune_{x:g}_{seed}", seed, x) for x in rates for seed in seeds]
+        scores = [run.validation for run in self._made(runs_of, self._tuning_steps, 1)]
+        each = np.reshape(scores, (len(rates), len(seeds)))
+        return dict(zip(rates, each.mean(1).tolist(), strict=True))
 
-    def _run(
-        self, name: str, seed: int, learning_rate: float, steps: int, num_evals: int
-    ) -> Run:
-        return self.trainer.run(
-            self._start,
-            seed,
-            learning_rate,
-            steps=steps,
-            num_evals=num_evals,
-            progress=self._progress.advance,
-            directory=_run_directory(self._config, self._where / name),
-        )
+    def _made(
+        self, runs_of: Sequence[tuple[str, int, float]], steps: int, num_evals: int
+    ) -> list[Run]:
+        """Runs by their names, seeds and learning rates, as one program or in turn."""
+        planned = [
+            Planned(seed, rate, _run_directory(self._config, self._where / name))
+            for name, seed, rate in runs_of
+        ]
+        groups = [planned] if self._layout.one_program else [[x] for x in planned]
+        return [
+            run
+            for group in groups
+            for run in self.trainer.run(
+                self._start,
+                group,
+                steps=steps,
+                num_evals=num_evals,
+                progress=self._progress.advance,
+            )
+        ]
 
 
 def _adapt(
@@ -308,10 +313,12 @@ def _adapt(
     task: Task,
     progress: Progress,
     directory: pathlib.Path,
+    layout: layouts.Layout = layouts.ALONE,
 ) -> dict[str, Any]:
     """Chooses a learning rate on the validation split, then runs every seed."""
     method, metric = config.methods[name], config.metrics[0]
-    runs_of = _Method(config, method, task, progress, directory / "runs" / name)
+    where = directory / "runs" / name
+    runs_of = _Method(config, method, task, progress, where, layout)
     tuned = runs_of.tuned()
     learning_rate = best(tuned) if tuned else method.learning_rates[0]
     progress.say(f"{name}: the learning rate is {learning_rate:g}")
@@ -345,7 +352,12 @@ def _adapt(
 
 
 def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
-    return runs.RunDirectory(path, config.snapshot_seconds, config.event_files)
+    return runs.RunDirectory(
+        path,
+        config.snapshot_seconds,
+        config.event_files,
+        config.get("loss_files", False),
+    )
 
 
 def best(tuned: Mapping[float, float]) -> float:

@@ -103,12 +103,14 @@ class Learner:
       objective: what is minimised.
       skips_frozen: whether `step` and `logits` are given what the frozen stages at the
         beginning of the network make of an input (`behind_frozen`) in its place.
+      spread: how devices share the evaluations of a step, or None.
     """
 
     method: ConfigDict
     model: adapt.Adapted
     objective: Objective
     skips_frozen: bool
+    spread: fgrad.Spread | None = None
 
     @property
     def passes_per_step(self) -> float:
@@ -211,7 +213,12 @@ class Learner:
         }
 
     def step(
-        self, state: TrainState, learning_rate: Any, steps: Any, data: Any
+        self,
+        state: TrainState,
+        learning_rate: Any,
+        steps: Any,
+        data: Any,
+        losses: jax.Array | None = None,
     ) -> TrainState:
         """Takes a step.
 
@@ -220,20 +227,26 @@ class Learner:
           learning_rate: of the first step of the run; it decays linearly to 0.
           steps: length of the run.
           data: what the objective draws the batch from.
+          losses: [2, m] of a step of the gradient "forward" that was made before; it is
+            made again, and ``data`` is not looked at.
         """
-        key = jax.random.fold_in(state.key, state.count)
-        batch = self.objective.batch(key, data)
         optimizer = optimizers.make_optimizer(
-            self.method, learning_rate, steps, state.key
+            self.method, learning_rate, steps, state.key, self.spread
         )
-        given = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
-        if self.method.gradient == "backward":
+        incoming: Any = state.params
+        extra: dict[str, Any] = {}
+        key = jax.random.fold_in(state.key, state.count)
+        if losses is None:
+            batch = self.objective.batch(key, data)
+            extra = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
+        if losses is not None:
+            extra = {"losses": losses}
+        elif self.method.gradient == "backward":
             with self._sampled(jax.random.fold_in(key, 1)):
-                incoming = jax.grad(self.loss_fn)(state.params, **given)
+                incoming = jax.grad(self.loss_fn)(state.params, **extra)
             extra = {}
         else:  # the chain begins with an estimator, which ignores what comes in
-            incoming = state.params
-            extra = {"value_fn": self._value_fn, **given}
+            extra["value_fn"] = self._value_fn
         updates, opt_state = optimizer.update(
             incoming, state.opt_state, state.params, **extra
         )
@@ -335,6 +348,7 @@ def make_learner(
     objective: Objective,
     *,
     skips_frozen: bool = False,
+    spread: fgrad.Spread | None = None,
 ) -> Learner:
     """Applies a method to a network.
 
@@ -343,6 +357,7 @@ def make_learner(
       network: ``network(bits=...)`` gives the Flax module.
       objective: what to minimise.
       skips_frozen: see `Learner`; a method whose ``cache_frozen`` is set does as well.
+      spread: see `Learner`.
 
     Raises:
       UsageError: for names that there are not, and for settings that contradict each
@@ -353,7 +368,7 @@ def make_learner(
     module = network(bits=tuple(bits) if bits else None)
     model = adapt.make(module, method.get("adaptation", {}))
     skips_frozen = skips_frozen or method.get("cache_frozen", False)
-    return Learner(method, model, objective, skips_frozen)
+    return Learner(method, model, objective, skips_frozen, spread)
 
 
 def check_method(method: ConfigDict) -> None:

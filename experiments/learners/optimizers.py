@@ -83,7 +83,11 @@ def check_method(method: ConfigDict) -> None:
 
 
 def make_optimizer(
-    method: ConfigDict, learning_rate: Any, steps: Any, key: jax.Array
+    method: ConfigDict,
+    learning_rate: Any,
+    steps: Any,
+    key: jax.Array,
+    spread: fgrad.Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the chain.
 
@@ -92,6 +96,7 @@ def make_optimizer(
       learning_rate: at the start; it decays linearly to 0. May be traced.
       steps: length of the run. May be traced.
       key: of all random choices: perturbations, ascents and sparse weights.
+      spread: how devices share the evaluations of the gradient "forward", or None.
 
     Raises:
       UsageError: for names that there are not.
@@ -113,7 +118,7 @@ def make_optimizer(
     if "cone" in chosen:
         guides.append(rivals.Cone(**chosen["cone"]))
     chain = optax.chain(
-        make_estimator(method, key, schedule, guide=next(iter(guides), None)),
+        make_estimator(method, key, schedule, next(iter(guides), None), spread),
         *links("kernel_normalization"),
         fgrad.on_values(optimizer),
         *links("error_feedback"),
@@ -133,7 +138,11 @@ def make_optimizer(
 
 
 def make_estimator(
-    method: ConfigDict, key: jax.Array, schedule: optax.Schedule, guide: Any = None
+    method: ConfigDict,
+    key: jax.Array,
+    schedule: optax.Schedule,
+    guide: Any = None,
+    spread: fgrad.Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the first link of a forward method's chain: it estimates the gradient.
 
@@ -142,6 +151,7 @@ def make_estimator(
       key: of the perturbations.
       schedule: learning rate, which weights of less than 16 bits are estimated with.
       guide: of momentum-guided sampling, or None.
+      spread: how devices share the evaluations of the gradient "forward", or None.
     """
 
     def weights(mask: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -160,6 +170,7 @@ def make_estimator(
             if method.low_bit
             else None,
             guide=guide,
+            spread=spread,
         )
 
     if method.estimator == "one_sided":

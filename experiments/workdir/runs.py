@@ -34,8 +34,9 @@ from experiments.workdir import events
 
 _KEPT = 2  # snapshots: one may be damaged
 _RUNS_OF = "runs.json"  # the configuration that the runs of a workdir belong to
-# Fields on which no run depends: where data lies, what runs beside it, when it saves.
-_FREE = frozenset({"data_dir", "parallel_runs", "run", "snapshot_seconds"})
+# Fields on which no run depends: where data lies, what runs beside it and on which
+# devices, when it saves.
+_FREE = frozenset({"data_dir", "mesh", "parallel_runs", "run", "snapshot_seconds"})
 
 
 # Methods train side by side in threads. Orbax counts its operations in one place, and two
@@ -60,8 +61,8 @@ def owned(directory: pathlib.Path, config: ConfigDict, resume: bool) -> Iterator
     Raises:
       InUseError: if another process owns the workdir.
       UsageError: if it holds runs of another configuration, or does not tell of which.
-        It may name other methods to run and another ``data_dir``, ``parallel_runs`` and
-        ``snapshot_seconds``.
+        It may name other methods to run and another ``data_dir``, ``mesh``,
+        ``parallel_runs`` and ``snapshot_seconds``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
@@ -150,7 +151,11 @@ class RunDirectory:
     """What is kept of one run."""
 
     def __init__(
-        self, path: pathlib.Path, every_seconds: float, event_files: bool = False
+        self,
+        path: pathlib.Path,
+        every_seconds: float,
+        event_files: bool = False,
+        loss_files: bool = False,
     ):
         """Makes the directory.
 
@@ -158,10 +163,12 @@ class RunDirectory:
           path: of the directory.
           every_seconds: least time between two snapshots.
           event_files: whether to write TensorBoard's.
+          loss_files: whether to keep the losses of all steps, see `losses_file`.
         """
         self._path = path.absolute()
         self._every = every_seconds
         self._event_files = event_files
+        self.keeps_losses = loss_files
         self._last = time.monotonic()
         self._unreadable: set[int] = set()  # steps of snapshots that are left out
         self._path.mkdir(parents=True, exist_ok=True)
@@ -179,6 +186,11 @@ class RunDirectory:
         except ValueError as error:
             logging.warning("%s is damaged; the run is repeated. (%s)", file, error)
             return None
+
+    @property
+    def losses_file(self) -> pathlib.Path:
+        """The `fgrad.RunLog` of the run, which can be made again from it."""
+        return self._path / "losses"
 
     def due(self) -> bool:
         """Whether it is time for a snapshot."""
@@ -205,7 +217,7 @@ class RunDirectory:
         path = self._path / str(step)
         with _one_checkpointer, ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path / "state", snapshot.state, force=True)
-        rest = snapshot._replace(state=_digest(snapshot.state))
+        rest = snapshot._replace(state=digest(snapshot.state))
         write_text(path / "rest.json", sealed(rest._asdict()))
         self._unreadable.discard(step)
         readable = [
@@ -218,14 +230,19 @@ class RunDirectory:
         self._unreadable.clear()
         self._last = time.monotonic()
 
-    def latest(self, like: Any) -> tuple[int, Snapshot] | None:
+    def latest(
+        self, like: Any, until: int | None = None
+    ) -> tuple[int, Snapshot] | None:
         """The last snapshot that can be read, with its step.
 
         Args:
           like: a state of the same structure and shapes.
+          until: the last step that is asked for; None for any.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for step in reversed(self._steps()):
+            if until is not None and step > until:
+                continue
             path = self._path / str(step)
             try:
                 return step, _read(path, target)
@@ -276,7 +293,7 @@ def _read(path: pathlib.Path, target: Any) -> Snapshot:
     rest = Snapshot(**unsealed((path / "rest.json").read_text()))
     with _one_checkpointer, ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path / "state", target)
-    if _digest(state) != rest.state:
+    if digest(state) != rest.state:
         raise ValueError("the numbers are not those that were written")
     points = [events.Point(*point) for point in rest.points]
     return rest._replace(state=state, points=points)
@@ -347,12 +364,12 @@ def _differences(one: Any, other: Any, name: str = "") -> list[str]:
     ]
 
 
-def _digest(state: Any) -> str:
+def digest(state: Any) -> str:
     """SHA-256 of all bits of a state."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for leaf in jax.tree.leaves(state):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-        digest.update(f"{array.dtype} {array.shape} ".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fgrad import perturbations
-from fgrad.fixed_point import is_qtensor, max_qvalue, perturb_qvalue
+from fgrad.fixed_point import is_qtensor, max_qvalue, perturb_qvalue, stored
 from fgrad.leaves import low_bit
 from fgrad.leaves.guidance import GUIDED_STEP, Guidance
 from fgrad.tracing import execution_order
@@ -84,16 +84,28 @@ class Arithmetic:
         """Whether the leaf is sampled and perturbed with all other small ones."""
         return self.source.is_small(self.shape)
 
-    def sample(
-        self, key: jax.Array, shape: tuple[int, ...], block: Any = None
-    ) -> jax.Array:
-        """z_q of the leaf or a block of that shape."""
-        return self.z_of(self.source.sample(key, shape, block), block)
+    def sample(self, key: jax.Array, like: Any, block: Any = None) -> jax.Array:
+        """z_q of the leaf or a block of it.
+
+        Args:
+          key: of the leaf.
+          like: its values, or those of the block.
+          block: index of the block, or None.
+        """
+
+        def raw(key: jax.Array, block: Any) -> jax.Array:
+            return self.source.sample(key, jnp.shape(like), block)
+
+        return self.z_of(execution_order.laid_out(raw, like, key, block), block)
 
     def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
         """``Σᵢ cᵢ z_qᵢ`` of the leaf, one z at a time."""
         return perturbations.accumulate(
-            lambda key: self.sample(key, self.shape), keys, coefficients, self.shape
+            lambda key: self.sample(key, stored(self.leaf)),
+            keys,
+            coefficients,
+            self.shape,
+            stored(self.leaf),
         )
 
     def direction(self, z: jax.Array) -> jax.Array:
@@ -275,11 +287,12 @@ class NarrowFloatArithmetic(FloatArithmetic):
     def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
         """``Σᵢ cᵢ dᵢ / E[d²]``, one z at a time."""
         zero = execution_order.dependent_zero(jax.random.key_data(keys))
-        zeros = jnp.full(self.shape, zero.astype(jnp.float32))
+        like = stored(self.leaf)
+        zeros = execution_order.filled(self.shape, zero.astype(jnp.float32), like)
 
         def add(index: Any, sums: tuple[jax.Array, jax.Array]) -> Any:
             total, squares = sums
-            z = self.sample(keys[index], self.shape)
+            z = self.sample(keys[index], like)
             d = self.direction(z)
             both = [jnp.mean(jnp.square(x.astype(jnp.float32))) for x in (d, z)]
             return total + coefficients[index] * d, squares + jnp.stack(both)
@@ -347,7 +360,11 @@ class LowRankArithmetic(FloatArithmetic):
 
     def weighted_sum(self, keys: jax.Array, coefficients: jax.Array) -> jax.Array:
         """``Σᵢ cᵢ z_qᵢ`` of the leaf, as one product."""
-        return self.source.weighted_sum(keys, coefficients, self.shape)
+
+        def total(keys: jax.Array, coefficients: jax.Array) -> jax.Array:
+            return self.source.weighted_sum(keys, coefficients, self.shape)
+
+        return execution_order.laid_out(total, stored(self.leaf), keys, coefficients)
 
     def terms(
         self, array: jax.Array, sign: int | jax.Array, block: Any = None
@@ -500,9 +517,13 @@ class Side(NamedTuple):
         if self.factors is not None:
             u, v = self.factors
             u = execution_order.delayed(u, after)
-            z = _product_of_block(u, v, array.shape, block)
+
+            def product(u: jax.Array, v: jax.Array, block: Any) -> jax.Array:
+                return _product_of_block(u, v, array.shape, block)
+
+            z = execution_order.laid_out(product, array, u, v, block)
         else:
-            z = self.arithmetic.sample(self.key_after(after), array.shape, block)
+            z = self.arithmetic.sample(self.key_after(after), array, block)
         if is_qtensor(self.arithmetic.leaf):
             # Otherwise the 32-bit products of equation (6) that no z enters are made
             # for all leaves ahead of the loop over evaluations.

@@ -203,7 +203,7 @@ class Plan:
 
         def leaf_fn(leaf: Any, name: str) -> Any:
             one = self.arithmetic[name]
-            z = one.sample(keys[name], one.shape)
+            z = one.sample(keys[name], stored(leaf))
             return with_stored(leaf, one.perturbed(stored(leaf), z, sign))
 
         return self.map_trained(leaf_fn, lambda leaf: leaf)

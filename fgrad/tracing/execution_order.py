@@ -6,6 +6,7 @@ it schedules on a CPU. What is to wait for something has to depend on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,6 +64,29 @@ def entered(tree: Any) -> Any:
 def is_spread(array: jax.Array) -> bool:
     """Whether an array is spread over a mesh, along explicit axes."""
     return any(getattr(jax.typeof(array).sharding, "spec", ()))
+
+
+def laid_out(make: Callable[..., jax.Array], like: Any, *args: Any) -> jax.Array:
+    """An array, made in the parts that the devices have of another one.
+
+    On a mesh of explicit axes the type of a new array says that every device has it
+    whole, and so it is made.
+
+    Args:
+      make: ``make(*args)`` is the array.
+      like: an array of its shape, or None.
+      *args: arrays; ``make`` reads no others.
+    """
+    if like is None or not is_spread(like):
+        return make(*args)
+    sharding = jax.typeof(like).sharding
+    made: jax.Array = jax.sharding.auto_axes(make, out_sharding=sharding)(*args)
+    return made
+
+
+def filled(shape: tuple[int, ...], value: jax.Array, like: Any) -> jax.Array:
+    """An array of one value, which is `laid_out` like another one."""
+    return laid_out(lambda x: jnp.full(shape, x), like, value)
 
 
 def hidden(value: int, zero: jax.Array) -> jax.Array:
