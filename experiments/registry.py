@@ -94,12 +94,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     ),
     "linear": linear.Linear,
     "reparameterized": reparameterized.ReparameterizedCNN,
-    # For images of 64 pixels a side.
-    "reparameterized_4": functools.partial(
-        reparameterized.ReparameterizedCNN,
-        features=(8, 16, 32, 48),
-        strides=(2, 2, 2, 2),
-    ),
     "resnet12": resnet12.ResNet12,
     "resnet18": resnet.ResNet,
     "vit_tiny": vit.ViT,

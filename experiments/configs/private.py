@@ -102,7 +102,7 @@ def _to_solar(config: ConfigDict, smoke: bool) -> None:
     """Turns digits into features of solar cells."""
     config.network, config.dataset = "linear", "solar_cells"
     config.backbone = "efficientnet_lite0"
-    size = 32 if smoke else 96  # pixels
+    size = 32 if smoke else 64  # pixels
     config.source, config.target = f"mono_{size}", f"poly_{size}"
     config.standardized_by = config.source  # the target's statistics are private
     config.deviation_floor = 1.0  # as in fine_tuning.py

@@ -4,8 +4,8 @@ A small network of re-parameterized blocks (`experiments.models.reparameterized`
 pre-trained and adapted by its 320 scales of branches alone, which fold into the kernels
 in every evaluation; by its head alone; or by both. "ood" goes from clean images of
 MNIST to the fifteen corruptions of CIFAR-10-C, at severity 3 and 5 (``pip install -e
-'.[corruptions]'``); "solar" from mono- to polycrystalline solar cells of 64 pixels with
-416 scales (``pip install -e '.[solar]'``).
+'.[corruptions]'``); "solar" from mono- to polycrystalline solar cells of 32 pixels
+(``pip install -e '.[solar]'``).
 
 Forward gradients (`normalized_spsa`, m = 4) take 3,200 forward passes of 32 images
 each, in float32 and in 16w8a, where the int16 kernel is folded from int16 branches and
@@ -61,9 +61,8 @@ def get_config(variant: str = "ood") -> ConfigDict:
     smoke = length == "smoke"
     if task == "solar":
         config = _common(smoke)
-        config.network, config.dataset = "reparameterized_4", "solar_cells"
-        size = 32 if smoke else 64  # pixels
-        config.source, config.target = f"mono_{size}", f"poly_{size}"
+        config.network, config.dataset = "reparameterized", "solar_cells"
+        config.source, config.target = "mono_32", "poly_32"
         config.metrics = ("auc", "accuracy", "balanced_accuracy")
         return config
     config = ConfigDict()
