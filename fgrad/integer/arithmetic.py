@@ -141,7 +141,9 @@ def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Ar
     rises = np.diff(values)
     if np.all(np.abs(values) < 2**15) and np.all(np.abs(rises) < 2**15):
         # Both in one word: XLA makes a loop of its own for every look-up.
-        pair = _read(jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32)), index)
+        pair = _read(
+            jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32)), index
+        )
         here, rise = pair >> 16, jnp.left_shift(pair, 16) >> 16
     else:
         here = _read(entries, index)

@@ -202,7 +202,9 @@ class _Function:
                 copies.append((value, name))
         arguments = {buffer.name: value for value, buffer in buffers.items()}
         overwritten = {
-            value: arguments[name] for value, name in places.items() if name in arguments
+            value: arguments[name]
+            for value, name in places.items()
+            if name in arguments
         }
         for operation in self.storage.order(self.block, overwritten):
             self._operation(operation, places)

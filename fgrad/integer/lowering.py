@@ -155,7 +155,7 @@ def _block(
 
 
 def _make_slices_lazy(scan: Operation) -> None:
-    """Gives a loop its own copy of cheap computations whose results it reads one by one.
+    """Gives a loop its own copy of cheap computations that it reads one by one.
 
     The keys of all evaluations of a step are an example: in each round the loop makes
     those of one evaluation, so that there is no memory for all of them.
@@ -349,7 +349,9 @@ class Storage:
         """Whether a computed value has memory of its own."""
         return value in self._stored
 
-    def order(self, block: Block, overwritten: Mapping[Value, Value]) -> list[Operation]:
+    def order(
+        self, block: Block, overwritten: Mapping[Value, Value]
+    ) -> list[Operation]:
         """Operations that write memory, so that little of it is in use at a time.
 
         What is cheap and made of arguments alone waits until something reads it. What

@@ -275,7 +275,9 @@ def multiply_channels(
     shifts = np.where(is_zero, _WIDE_SHIFT, shifts)
     halves = 1 << np.maximum(shifts - 1, 0)
     function = arithmetic.multiply_shift
-    if np.any((shifts < 1) | (shifts > 31) | (magnitudes * multipliers + halves > INT32)):
+    if np.any(
+        (shifts < 1) | (shifts > 31) | (magnitudes * multipliers + halves > INT32)
+    ):
         function = arithmetic.multiply_shift_wide
         up = np.maximum(_WIDE_SHIFT - shifts, 0)
         magnitudes, shifts = magnitudes << up, shifts + up
