@@ -9,15 +9,14 @@ cells ``pip install -e '.[solar,weights]'``.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 
 from experiments import features
-from experiments.benchmarks import integer_problems
+from experiments.benchmarks import integer_problems, integer_tables
 from experiments.benchmarks.integer_problems import Problem
 from fgrad import fixed_point, integer
 
@@ -57,22 +56,10 @@ def _outputs(problem: Problem, bits: tuple[int, int]) -> np.ndarray:
     return features.batched(lambda x: program.decode(program.params, x), encoded)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the table."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    given = flags.FLAGS
-    print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|", flush=True)
-    for name in given.only:
-        make = integer_problems.PROBLEMS[name]
-        problem = make(pathlib.Path(given.out) / name, given.smoke)
-        print(row(problem), flush=True)
+def lines(name: str, directory: pathlib.Path, smoke: bool) -> Iterator[str]:
+    """The line of a network."""
+    yield row(integer_problems.PROBLEMS[name](directory, smoke))
 
 
 if __name__ == "__main__":
-    # Here, so that a program may import this module beside others with such flags.
-    flags.DEFINE_string("out", None, "Directory for data and runs.", required=True)
-    flags.DEFINE_list("only", list(integer_problems.PROBLEMS), "Which networks.")
-    flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
-    app.run(main)
+    integer_tables.print_parts(integer_problems.PROBLEMS, _COLUMNS, lines)

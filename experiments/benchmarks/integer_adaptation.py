@@ -17,18 +17,17 @@ costs one forward pass.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import fgrad
 from experiments import features
-from experiments.benchmarks import integer_problems
+from experiments.benchmarks import integer_problems, integer_tables
 from experiments.benchmarks.integer_problems import applied
 from experiments.configs import quickstart
 from experiments.data.arrays import Split
@@ -272,22 +271,10 @@ def _run_directory(directory: pathlib.Path, method: str, name: str) -> RunDirect
     return RunDirectory(directory / "adapted" / method / name, np.inf)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the table."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    given = flags.FLAGS
-    print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|", flush=True)
-    for name in given.only:
-        directory = pathlib.Path(given.out) / name
-        for line in rows(TASKS[name](directory, given.smoke), directory):
-            print(line, flush=True)
+def lines(name: str, directory: pathlib.Path, smoke: bool) -> Iterator[str]:
+    """The lines of a task."""
+    yield from rows(TASKS[name](directory, smoke), directory)
 
 
 if __name__ == "__main__":
-    # Here, so that a program may import this module beside others with such flags.
-    flags.DEFINE_string("out", None, "Directory for data and runs.", required=True)
-    flags.DEFINE_list("only", list(TASKS), "Which tasks.")
-    flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
-    app.run(main)
+    integer_tables.print_parts(TASKS, _COLUMNS, lines)

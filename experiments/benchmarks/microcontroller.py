@@ -14,14 +14,14 @@ import ctypes
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.benchmarks import emulation
+from experiments.benchmarks import emulation, integer_tables
 from experiments.configs import quickstart
 from experiments.drivers import training
 from experiments.drivers.progress import show_progress
@@ -167,17 +167,6 @@ def inference_only(program: Program, settings: Settings, where: pathlib.Path) ->
     return written, emulation.CortexM3(written).flash_bytes
 
 
-def run(workdir: str, smoke: bool, settings: Settings, emulated: bool = True) -> None:
-    """Prints the tables."""
-    directory = pathlib.Path(workdir)
-    program, data, test = prepared(directory, smoke)
-
-    def step_of(seed: int) -> TrainStep:
-        return made(program, settings, seed)
-
-    print_tables(step_of, data, test, settings, directory, emulated)
-
-
 def print_tables(
     step_of: Callable[[int], TrainStep],
     data: Any,
@@ -233,22 +222,54 @@ def print_tables(
     print(f"\nBits of JAX after {settings.emulated_steps} steps: {found['same']}")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Makes the tables."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    given = flags.FLAGS
-    settings = SMOKE if given.smoke else Settings(batch_size=given.batch_size)
-    if not given.adapt:
-        settings = dataclasses.replace(settings, seeds=())
-    run(given.out, given.smoke, settings, given.emulate)
+class Example(NamedTuple):
+    """A network that a microcontroller adapts.
 
+    Attributes:
+      prepared: ``prepared(directory, smoke)`` gives the calibrated program, and the
+        examples to adapt to and to be tested on.
+      made: ``made(program, settings, seed)`` gives the step of a seed.
+      full: how long and how finely to adapt.
+      smoke: the same for a try.
+    """
+
+    prepared: Callable[[pathlib.Path, bool], tuple[Program, Any, Any]]
+    made: Callable[[Program, Settings, int], TrainStep]
+    full: Settings
+    smoke: Settings
+
+    def run(
+        self, workdir: str, smoke: bool, settings: Settings, emulated: bool = True
+    ) -> None:
+        """Prints the tables."""
+        directory = pathlib.Path(workdir)
+        program, data, test = self.prepared(directory, smoke)
+
+        def step_of(seed: int) -> TrainStep:
+            return self.made(program, settings, seed)
+
+        print_tables(step_of, data, test, settings, directory, emulated)
+
+    def start(self) -> None:
+        """Runs from the command line."""
+
+        def main(argv: Sequence[str]) -> None:
+            integer_tables.check(argv)
+            given = flags.FLAGS
+            settings = self.smoke if given.smoke else self.full
+            if given.batch_size is not None and not given.smoke:
+                settings = dataclasses.replace(settings, batch_size=given.batch_size)
+            if not given.adapt:
+                settings = dataclasses.replace(settings, seeds=())
+            self.run(given.out, given.smoke, settings, given.emulate)
+
+        flags.DEFINE_integer("batch_size", None, "Examples in a step.")
+        flags.DEFINE_bool("adapt", True, "Whether to take whole adaptations.")
+        flags.DEFINE_bool("emulate", True, "Whether to run the Cortex-M3.")
+        integer_tables.start(main)
+
+
+EXAMPLE = Example(prepared, made, Settings(), SMOKE)
 
 if __name__ == "__main__":
-    # Here, so that a program may import this module beside others with such flags.
-    flags.DEFINE_string("out", None, "Directory for data and C files.", required=True)
-    flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
-    flags.DEFINE_integer("batch_size", 16, "Examples in a step.")
-    flags.DEFINE_bool("adapt", True, "Whether to take whole adaptations.")
-    flags.DEFINE_bool("emulate", True, "Whether to run the Cortex-M3.")
-    app.run(main)
+    EXAMPLE.start()

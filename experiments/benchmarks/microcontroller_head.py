@@ -13,17 +13,15 @@ Prints its tables as Markdown. The recordings are those of Debian's packages
 """
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
 
 import fgrad
 from experiments.benchmarks import integer_problems
 from experiments.benchmarks.integer_problems import applied
-from experiments.benchmarks.microcontroller import Settings, print_tables
+from experiments.benchmarks.microcontroller import Example, Settings
 from experiments.drivers.progress import show_progress
 from fgrad import integer
 from fgrad.integer import Program, TrainStep
@@ -82,29 +80,7 @@ def made(program: Program, settings: Settings, seed: int) -> TrainStep:
     )[1]
 
 
-def run(workdir: str, smoke: bool, settings: Settings, emulated: bool = True) -> None:
-    """Prints the tables."""
-    directory = pathlib.Path(workdir)
-    program, data, test = prepared(directory, smoke)
-
-    def step_of(seed: int) -> TrainStep:
-        return made(program, settings, seed)
-
-    print_tables(step_of, data, test, settings, directory, emulated)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Makes the tables."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # orbax tells much of every snapshot
-    given = flags.FLAGS
-    run(given.out, given.smoke, SMOKE if given.smoke else FULL, given.emulate)
-
+EXAMPLE = Example(prepared, made, FULL, SMOKE)
 
 if __name__ == "__main__":
-    # Here, so that a program may import this module beside others with such flags.
-    flags.DEFINE_string("out", None, "Directory for data and C files.", required=True)
-    flags.DEFINE_bool("smoke", False, "Tiny settings, which show no result.")
-    flags.DEFINE_bool("emulate", True, "Whether to run the Cortex-M3.")
-    app.run(main)
+    EXAMPLE.start()

@@ -55,7 +55,7 @@ def multiply_shift_wide(q: jax.Array, multiplier: Any, shift: Any) -> jax.Array:
     """`multiply_shift` of any q whose product may need 46 bits.
 
     Args:
-      q: int32 array, ``|q| < 2**31 - 2**15``.
+      q: int32 array, ``|q| m + 2**(s - 1) < 2**46 - 2**30``.
       multiplier: m, 1 to 2**15 - 1.
       shift: s, 16 to 46.
 

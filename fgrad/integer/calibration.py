@@ -20,7 +20,6 @@ from fgrad.tracing import graph as tracing
 from fgrad.tracing.graph import Graph, Node
 from fgrad.tracing.primitives import scan_sizes
 
-
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 

@@ -194,9 +194,9 @@ def convert(
       channel_axis: None for one scale per tensor; an axis (-1: the output channels of
         Flax) for one scale per channel, as `fgrad.quantize` has it. With 8-bit weights
         it matters.
-      calibration: which magnitude the 8 bits of an activation end at; `fgrad.abs_max`,
-        ``fgrad.percentile(q)`` or ``fgrad.mse_optimal()``, which lets outliers
-        saturate.
+      calibration: which magnitude the 8 bits of an activation end at: that of
+        ``fgrad.fixed_point.abs_max``, ``percentile(q)`` or ``mse_optimal()``, which
+        lets outliers saturate.
       headroom: how far weights and activations may grow beyond what is seen here.
 
     Returns:

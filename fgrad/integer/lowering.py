@@ -155,7 +155,7 @@ def _block(
 
 
 def _make_slices_lazy(scan: Operation) -> None:
-    """Gives a loop its own copy of cheap computations whose results it reads one by one.
+    """Gives a loop its own copy of cheap computations that it reads one by one.
 
     The keys of all evaluations of a step are an example: in each round the loop makes
     those of one evaluation, so that there is no memory for all of them.

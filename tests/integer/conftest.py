@@ -1,4 +1,6 @@
-"""Digits, and a small network that knows the upright ones."""
+"""Digits, a small network that knows the upright ones, and steps in C beside JAX's."""
+
+import ctypes
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import pytest
 from scipy import ndimage
 from sklearn import datasets
 
+from experiments.benchmarks import emulation
 from experiments.models import cnn
+from fgrad.integer import to_c
 
 TRAIN = slice(0, 1297)
 TEST = slice(1297, None)
@@ -54,3 +58,31 @@ def pretrained(digits):
         return jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 300))[0]
 
     return train(MODEL.init(jax.random.key(0), images[:1])["params"])[0]
+
+
+def steps_in_c(step, batches, directory):
+    """Takes steps in C on this machine and in JAX, checks that all bits are the same.
+
+    Returns the program in C, and JAX's last weights and state.
+    """
+    weights, state = step.init()
+    batches = list(batches)
+    written = to_c(step, directory, batch_size=len(batches[0][1]))
+    library = emulation.host_library(written)
+    c_weights = emulation.filled(written, "weights", written.held(weights))
+    c_state = emulation.filled(written, "state", list(state))
+    advance = jax.jit(step)
+    for batch in batches:
+        c_batch = emulation.filled(written, "batch", batch)
+        library.fgrad_step(*map(ctypes.byref, (c_weights, c_state, c_batch)))
+        weights, state = advance(weights, state, batch)
+    same_arrays(written, "weights", c_weights, written.held(weights))
+    same_arrays(written, "state", c_state, state)
+    return written, weights, state
+
+
+def same_arrays(written, name, struct, arrays):
+    """Checks the arrays in a struct of C."""
+    found = emulation.arrays(written, name, struct)
+    for ours, theirs in zip(found, arrays, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

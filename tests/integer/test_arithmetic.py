@@ -28,7 +28,7 @@ def rounded(product, shift):
 )
 def test_wide_products_are_exact(q, multiplier, shift):
     exact = [rounded(v * multiplier, shift) for v in q]
-    if max(map(abs, exact)) >= 2**31 - 2**16:
+    if max(map(abs, q)) * multiplier + 2 ** (shift - 1) >= 2**46 - 2**30:
         return
     found = arithmetic.multiply_shift_wide(jnp.array(q, jnp.int32), multiplier, shift)
     assert found.tolist() == exact
@@ -49,6 +49,54 @@ def test_rescaling_saturates_and_stays_within_its_bounds(q, ratio, bits):
     assert found.q.tolist() == exact
     assert all(found.low <= v <= found.high for v in exact)
     assert -limit <= found.low <= found.high <= limit
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    q=st.lists(st.integers(-(2**30), 2**30), min_size=3, max_size=3),
+    ratio=st.floats(2**-30, 2.0**8),
+    spread=st.lists(st.floats(2**-12, 1), min_size=3, max_size=3),
+    bits=st.sampled_from([8, 16, 24]),
+)
+def test_each_channel_is_rescaled_as_if_it_were_alone(q, ratio, spread, bits):
+    channels = np.array(spread)
+    x = Fixed(jnp.array([q, q], jnp.int32), ratio, -(2**30), 2**30, channels=channels)
+    found = ranges.rescale(x, 1.0, bits)
+    assert found.channels is None
+    for c, share in enumerate(spread):
+        alone = Fixed(jnp.array(q[c], jnp.int32), ratio * share, -(2**30), 2**30)
+        exact = int(ranges.rescale(alone, 1.0, bits).q)
+        assert found.q[:, c].tolist() == [exact, exact]
+        assert found.low <= exact <= found.high
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    q=st.lists(st.integers(-(2**19), 2**19), min_size=3, max_size=3),
+    rates=st.lists(st.floats(2**-20, 2.0**9), min_size=3, max_size=3),
+    share=st.none() | st.integers(0, 2**15),
+)
+def test_a_share_of_each_channel_s_rate(q, rates, share):
+    multipliers, shifts = ranges.ratios_of(np.array(rates))
+    taken = None if share is None else jnp.int32(share)
+    found = ranges.multiply_channels(
+        jnp.array(q, jnp.int32), multipliers, shifts, 2**19, taken
+    )
+    exact = np.array(q) * rates * (1 if share is None else share / 2**15)
+    # The multiplier has 15 bits, of which a share leaves the upper ones.
+    allowed = 0.5 + np.abs(np.array(q) * rates) * 2.0**-14
+    assert np.all(np.abs(np.asarray(found) - exact) <= allowed)
+
+
+@pytest.mark.parametrize("ratio", [2**-16.01, 2**-17.01, 2**-24.5, 2**-31.01])
+@pytest.mark.parametrize("channels", [None, np.array([1.0, 0.99])])
+def test_the_largest_sums_are_rescaled_without_overflow(ratio, channels):
+    ends = np.array([-ranges.INT32, ranges.INT32])
+    x = Fixed(jnp.array(ends, jnp.int32), ratio, *map(int, ends), channels=channels)
+    found = np.asarray(ranges.rescale(x, 1.0, 24).q)
+    limit = 2**23 - 1
+    exact = ends * ratio * (1 if channels is None else channels)
+    assert np.all(np.abs(found - np.clip(exact, -limit, limit)) <= 1 + limit * 2**-14)
 
 
 @given(ratio=st.floats(2**-40, 2.0**30))

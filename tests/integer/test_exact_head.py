@@ -1,7 +1,5 @@
 """The exact gradient of the last layer in integers, against floats, and in C."""
 
-import ctypes
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +15,9 @@ from fgrad.integer import (
     convert,
     integers,
     loss,
-    to_c,
     train_step,
 )
-from tests.integer.conftest import TEST, function
+from tests.integer.conftest import TEST, function, steps_in_c
 
 X = np.random.default_rng(0).uniform(-1, 1, (24, 6)).astype(np.float32)
 LABELS = jnp.arange(24) % 3
@@ -28,6 +25,18 @@ PARAMS = {
     "hidden": {"w": np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)},
     "head": {
         "w": np.random.default_rng(2).normal(size=(5, 3)).astype(np.float32),
+        "b": np.array([0.1, -0.2, 0.3], np.float32),
+    },
+}
+# So large that the C step writes the new kernel over the one that the head has read.
+WIDE = {
+    "hidden": {
+        "w": np.random.default_rng(1).normal(size=(6, 20)).astype(np.float32)
+        * np.geomspace(0.2, 5, 20, dtype=np.float32)
+    },
+    "head": {
+        "w": np.random.default_rng(2).normal(size=(20, 3)).astype(np.float32)
+        * np.array([0.1, 1, 3], np.float32),
         "b": np.array([0.1, -0.2, 0.3], np.float32),
     },
 }
@@ -173,12 +182,19 @@ def test_a_head_learns_rotated_digits_on_a_frozen_backbone(digits, pretrained):
 @pytest.mark.slow
 @pytest.mark.skipif(not emulation.has_host_compiler(), reason="needs gcc or cc")
 @pytest.mark.parametrize(
-    ("bits", "where"),
-    [(16, None), (8, None), (16, lambda name: name.startswith("hidden"))],
+    ("bits", "where", "channel_axis"),
+    [
+        (16, None, None),
+        (8, None, -1),
+        (16, lambda name: name.startswith("hidden"), None),
+        (16, lambda name: name.startswith("hidden"), -1),
+        (8, lambda name: name.startswith("hidden"), -1),
+    ],
 )
-def test_c_has_the_bits_of_jax(bits, where, tmp_path):
-    program = convert(logits, fgrad.quantize(PARAMS, bits=bits), X)
-    init, step = train_step(
+def test_c_has_the_bits_of_jax(bits, where, channel_axis, tmp_path):
+    params = fgrad.quantize(WIDE, bits=bits, channel_axis=channel_axis)
+    program = convert(logits, params, X)
+    _, step = train_step(
         program,
         jax.random.key(0),
         learning_rate=0.3,
@@ -188,25 +204,9 @@ def test_c_has_the_bits_of_jax(bits, where, tmp_path):
         exact_head="head",
         where=where,
     )
-    weights, state = init()
-    written = to_c(step, tmp_path, batch_size=24)
-    library = emulation.host_library(written)
     batch = np.asarray(program.encode(X)), np.asarray(LABELS, np.int32)
-    structs = (
-        emulation.filled(written, "weights", written.held(weights)),
-        emulation.filled(written, "state", list(state)),
-        emulation.filled(written, "batch", batch),
-    )
-    advance = jax.jit(step)
-    for _ in range(20):
-        library.fgrad_step(*map(ctypes.byref, structs))
-        weights, state = advance(weights, state, batch)
+    written, weights, _ = steps_in_c(step, [batch] * 20, tmp_path)
     assert len(written.fields["weights"]) == (2 if where is None else 3)
-    for name, arrays in (("weights", written.held(weights)), ("state", state)):
-        struct = structs[0 if name == "weights" else 1]
-        found = emulation.arrays(written, name, struct)
-        for ours, theirs in zip(found, arrays, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
     start = integers(program.params)
     assert np.any(weights["head"]["w"] != start["head"]["w"])
     moved = np.any(weights["hidden"]["w"] != start["hidden"]["w"])

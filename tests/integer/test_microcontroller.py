@@ -34,7 +34,7 @@ def check(printed):
 @pytest.mark.slow
 @host
 def test_the_tables_are_printed(tmp_path, capsys):
-    microcontroller.run(str(tmp_path), True, microcontroller.SMOKE)
+    microcontroller.EXAMPLE.run(str(tmp_path), True, microcontroller.SMOKE)
     check(capsys.readouterr().out)
 
 
@@ -57,7 +57,7 @@ def test_a_head_on_a_frozen_backbone(tmp_path, capsys, monkeypatch):
     backbone = jax.tree.leaves(program.params["recurrent"], is_leaf=is_qtensor)
     widths = {leaf.bits for leaf in backbone}
     assert widths == {8}
-    head.run(str(tmp_path), True, head.SMOKE)
+    head.EXAMPLE.run(str(tmp_path), True, head.SMOKE)
     check(capsys.readouterr().out)
 
 

@@ -1,7 +1,5 @@
 """The networks of the experiments, small: audited, close to float, the same in C."""
 
-import ctypes
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,8 @@ pytest.importorskip("tensorflow_datasets")
 
 from experiments.benchmarks import emulation
 from experiments.models import cnn, crnn, efficientnet, lstm, mlp, resnet12, vit
-from fgrad.integer import audit, convert, to_c, train_step
+from fgrad.integer import audit, convert, train_step
+from tests.integer.conftest import steps_in_c
 
 
 class EfficientNetHead(efficientnet.EfficientNetLite0):
@@ -67,20 +66,4 @@ def test_a_step_has_no_float_and_the_bits_of_jax_in_c(name, tmp_path):
     assert types <= {"i1", "i8", "i16", "i32", "ui32"}
     if not emulation.has_host_compiler():
         pytest.skip("needs a C compiler (gcc or cc)")
-    written = to_c(step, tmp_path, batch_size=2)
-    library = emulation.host_library(written)
-    structs = (
-        emulation.filled(written, "weights", jax.tree.leaves(weights)),
-        emulation.filled(written, "state", list(state)),
-        emulation.filled(written, "batch", batch),
-    )
-    library.fgrad_step(*map(ctypes.byref, structs))
-    weights, state = jax.jit(step)(weights, state, batch)
-    for part, struct, arrays in (
-        ("weights", structs[0], jax.tree.leaves(weights)),
-        ("state", structs[1], state),
-    ):
-        for ours, theirs in zip(
-            emulation.arrays(written, part, struct), arrays, strict=True
-        ):
-            np.testing.assert_array_equal(ours, theirs)
+    steps_in_c(step, [(np.asarray(batch[0]), np.array([0, 2], np.int32))], tmp_path)

@@ -62,19 +62,25 @@ def test_digits_are_adapted_without_a_float(digits, pretrained, program, bits):
     )
 
 
-def test_the_optax_link_takes_the_same_trajectory():
+@pytest.mark.parametrize("channel_axis", some([None, -1], [None]))
+def test_the_optax_link_takes_the_same_trajectory(channel_axis):
     x = np.random.default_rng(0).integers(-127, 128, (8, 5)).astype(np.float32) / 127
     labels = jnp.arange(8) % 3
-    start = fgrad.quantize({"w": jnp.eye(5, 3)}, bits=16)
+    start = fgrad.quantize(
+        {"w": jnp.eye(5, 3) * jnp.array([1.0, 4, 0.5])},
+        bits=16,
+        channel_axis=channel_axis,
+    )
 
     def logits(params, x):
         return x @ jnp.asarray(params["w"])
 
     program = convert(logits, start, x)
     encoded = program.encode(x)
-    scale = float(start["w"].scale)
-    # A unit of z is 7 whole grid steps of the perturbation and 3 of the update, which
-    # both arithmetics hold exactly.
+    scale = float(jnp.max(start["w"].scale))
+    # A unit of z is 7 whole grid steps of the perturbation and 3 of the update, or
+    # four or eight times as many in a channel of finer steps: both arithmetics hold
+    # these exactly.
     epsilon, rate = 7 * 32 * scale, 3 * 2 * scale * 32
     init, step = train_step(
         program,
