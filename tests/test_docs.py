@@ -147,6 +147,9 @@ SEARCHED = {
     "aqt": "how_to/quantized_networks",
     "qwix": "how_to/quantized_networks",
     "recalibr": "how_to/recalibrate",
+    "dropout": "how_to/training_loop",
+    "equinox": "how_to/equinox",
+    "keyword": "how_to/keyword_network",
 }
 
 

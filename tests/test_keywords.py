@@ -151,6 +151,7 @@ def hidden_of(cut, features):
     return np.maximum(hidden, 0)
 
 
+@pytest.mark.slow
 def test_the_tail_computes_what_the_network_computes_behind_the_cut():
     net = network()
     x = np.random.default_rng(1).integers(-128, 128, (5, 7, FRAMES, BINS))

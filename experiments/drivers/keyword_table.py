@@ -98,7 +98,7 @@ def features(
             heard = sounds.read(made)
         except (ModuleNotFoundError, FileNotFoundError) as error:
             raise UsageError(str(error)) from error
-        found = {}
+        found: dict[str, Any] = {}
         for split, (samples, labels) in heard.items():
             found |= {split: cut(samples), f"{split}_labels": labels}
         partial = cache.with_suffix(".partial.npz")
@@ -186,7 +186,7 @@ def adapted(
       where: the directory of finished methods; one that is there is read.
     """
     draw = functools.partial(TASKS[name].task, data, config.shots)
-    tests = [draw(seed, tuning=False) for seed in config.seeds]
+    tests = [draw(seed, False) for seed in config.seeds]
     queries = len(tests[0].query.labels)
     found: dict[str, Any] = {"test_examples": queries, "methods": {}}
     where.mkdir(exist_ok=True)
@@ -196,7 +196,7 @@ def adapted(
             found["methods"][method_name] = json.loads(finished.read_text())
             continue
         method = _Method(config, config.methods[method_name], cut, progress)
-        tuned = method.tuned([draw(seed, tuning=True) for seed in config.tuning_seeds])
+        tuned = method.tuned([draw(seed, True) for seed in config.tuning_seeds])
         rate = best(tuned)
         accuracies = [
             method.accuracy(rate, task, seed)

@@ -203,7 +203,8 @@ def cut(network: Int8Network, first: int, last: int) -> Cut:
     end = places[2 * first - 2]
     begun = graph._replace(operations=graph.operations[: end + 1])
     out = graph.tensors[graph.operations[end].outputs[0]]
-    params, windows, widths = {}, [], []
+    params: dict[str, dict[str, Any]] = {}
+    windows, widths = [], []
     for i, (depthwise, pointwise) in enumerate(blocks[first - 1 : last]):
         over_time = _layer(graph, graph.operations[depthwise])
         over_channels = _layer(graph, graph.operations[pointwise])
