@@ -10,7 +10,6 @@ import pytest
 from compiling import fast_jit
 from hypothesis import given
 from hypothesis import strategies as st
-from lanes import some
 
 import fgrad
 from experiments import starts
@@ -229,20 +228,14 @@ def training(monkeypatch, tmp_path):
     return made, task
 
 
-@pytest.mark.parametrize(
-    "name", some(["lora_backprop", "lora_8w8a"], ["lora_backprop"])
-)
-def test_lengths_that_vary_compile_a_step_per_bucket(training, name):
+def test_lengths_that_vary_compile_a_step_per_bucket(training):
     made, task = training
-    one = made(name, num_perturbations=1, batch_size=3)
+    one = made("lora_backprop", batch_size=3)
     assert sorted(task.train) == [8, 16]
     before = one._scores(one._begun(0)[0], "test")["nats"]
     after = one._scores(one._trained(3e-2, 0, 12), "test")["nats"]
     assert one.compilations == 2
-    assert np.isfinite(after)
-    assert after != before
-    if name == "lora_backprop":
-        assert after < before - 0.3
+    assert after < before - 0.3
 
 
 def test_lora_begins_as_the_network(training):
@@ -262,13 +255,20 @@ def test_smoke(training, tmp_path, monkeypatch):
     del training  # its network
     monkeypatch.setattr(starts, "committed", lambda config: None)
     config = text_config.get_config("smoke")
-    config.run = ("lora_backprop", "lora_16w8a")
+    config.run, config.tasks = ("lora_8w8a",), ("kinds",)
     config.lines = {"train": 8, "validation": 4, "test": 4}
-    found = text_table.run(config, str(tmp_path))
-    assert set(found["kinds"]) == {"start", *config.run}
-    assert found["language"]["lora_backprop"]["compilations"] <= 2
-    assert all(0 <= x <= 1 for x in found["kinds"]["lora_16w8a"]["accuracy"])
-    assert "lora_16w8a" in (tmp_path / "table.md").read_text()
+    config.pretrain.steps = 1
+    found = text_table.run(config, str(tmp_path))["kinds"]
+    assert set(found) == {"start", "lora_8w8a"}
+    assert found["lora_8w8a"]["weights"] == 2 * (
+        8 * 2 + 2 * 8
+    )  # D and U, of two kernels
+    assert found["lora_8w8a"]["compilations"] <= 2
+    assert all(0 <= x <= 1 for x in found["lora_8w8a"]["accuracy"])
+    assert "lora_8w8a" in (tmp_path / "table.md").read_text()
+    # What is kept is not computed again.
+    monkeypatch.setattr(text_table._Training, "_trained", None)
+    assert text_table.run(config, str(tmp_path))["kinds"] == found
 
 
 def test_the_committed_start_knows_english():
