@@ -1,5 +1,6 @@
 """A decoder of bytes: losses by hand, causality, pieces, and few compilations."""
 
+import functools
 import math
 
 import jax
@@ -97,11 +98,12 @@ def test_nats_and_accuracy_of_a_split_by_hand():
 
 
 def small(**settings):
-    return decoder.Decoder(width=8, depth=2, num_heads=2, mlp_width=12, **settings)
+    return decoder.Decoder(width=8, depth=1, num_heads=2, mlp_width=12, **settings)
 
 
 def small_params(seed=0):
-    params = small().init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    init = fast_jit(small().init)
+    params = init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     # The first table is so small that no byte would change much.
     return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params)
 
@@ -119,9 +121,10 @@ def test_no_byte_sees_what_comes_after_it():
 def test_16w8a_is_close_to_float():
     params = small_params()
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 1, 256)
-    expected = small().apply({"params": params}, tokens)
+    expected = fast_jit(small().apply)({"params": params}, tokens)
     model = small(bits=(16, 8))
-    variables = layers.calibrate(model, {"params": fgrad.quantize(params)}, tokens)
+    quantized = {"params": fgrad.quantize(params)}
+    variables = fast_jit(functools.partial(layers.calibrate, model))(quantized, tokens)
     found = fast_jit(model.apply)(variables, tokens)
     error = np.sqrt(np.mean((found - expected) ** 2) / np.var(expected))
     assert error < 0.05
@@ -203,7 +206,7 @@ def test_buckets_are_drawn_as_often_as_they_are_full():
 
 
 @pytest.fixture
-def training(monkeypatch):
+def training(monkeypatch, tmp_path):
     """Runs of a small decoder on a text of lines of all lengths."""
     monkeypatch.setattr(
         text_table,
@@ -220,23 +223,19 @@ def training(monkeypatch):
 
     def made(name, **changes):
         method = quickstart.changed(config.methods[name], changes)
-        return text_table._Training(config, method, small_params(), task)
+        return text_table._Training(config, method, small_params(), task, tmp_path)
 
     return made, task
 
 
-@pytest.mark.parametrize("name", ["lora_backprop", "lora_8w8a", "full_fp32"])
-def test_lengths_that_vary_compile_a_step_per_bucket(training, name):
+def test_lengths_that_vary_compile_a_step_per_bucket(training):
     made, task = training
-    one = made(name, num_perturbations=1, batch_size=3)
+    one = made("lora_backprop", batch_size=3)
     assert sorted(task.train) == [8, 16]
     before = one._scores(one._begun(0)[0], "test")["nats"]
     after = one._scores(one._trained(3e-2, 0, 12), "test")["nats"]
     assert one.compilations == 2
-    assert np.isfinite(after)
-    assert after != before
-    if name == "lora_backprop":
-        assert after < before - 0.3
+    assert after < before - 0.3
 
 
 def test_lora_begins_as_the_network(training):
@@ -245,9 +244,9 @@ def test_lora_begins_as_the_network(training):
     trained, frozen = one._begun(3)
     assert {name.split("/")[-2] for name in trained} == {"query", "value"}
     batch = task.train[8]
-    found = one._losses(trained, frozen, {}, batch)
+    found = fast_jit(one._losses)(trained, frozen, {}, batch)
     logits = text_table._logits(small(), small_params(), {})
-    expected = next_byte.byte_losses(logits, batch.tokens)
+    expected = fast_jit(lambda x: next_byte.byte_losses(logits, x))(batch.tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -256,13 +255,20 @@ def test_smoke(training, tmp_path, monkeypatch):
     del training  # its network
     monkeypatch.setattr(starts, "committed", lambda config: None)
     config = text_config.get_config("smoke")
-    config.run = ("lora_backprop", "lora_16w8a")
+    config.run, config.tasks = ("lora_8w8a",), ("kinds",)
     config.lines = {"train": 8, "validation": 4, "test": 4}
-    found = text_table.run(config, str(tmp_path))
-    assert set(found["kinds"]) == {"start", *config.run}
-    assert found["language"]["lora_backprop"]["compilations"] <= 2
-    assert all(0 <= x <= 1 for x in found["kinds"]["lora_16w8a"]["accuracy"])
-    assert "lora_16w8a" in (tmp_path / "table.md").read_text()
+    config.pretrain.steps = 1
+    found = text_table.run(config, str(tmp_path))["kinds"]
+    assert set(found) == {"start", "lora_8w8a"}
+    assert found["lora_8w8a"]["weights"] == 2 * (
+        8 * 2 + 2 * 8
+    )  # D and U, of two kernels
+    assert found["lora_8w8a"]["compilations"] <= 2
+    assert all(0 <= x <= 1 for x in found["lora_8w8a"]["accuracy"])
+    assert "lora_8w8a" in (tmp_path / "table.md").read_text()
+    # What is kept is not computed again.
+    monkeypatch.setattr(text_table._Training, "_trained", None)
+    assert text_table.run(config, str(tmp_path))["kinds"] == found
 
 
 def test_the_committed_start_knows_english():
@@ -272,8 +278,9 @@ def test_the_committed_start_knows_english():
     )
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes["params"])
     logits = text_table._logits(decoder.Decoder(), params, {})
+    mean = fast_jit(lambda tokens: next_byte.mean_loss(logits, tokens))
     losses = [
-        float(next_byte.mean_loss(logits, texts.padded([one], [32])))
+        float(mean(texts.padded([one], [32])))
         for one in (
             b"the value of the expression.\n",
             b"zqj vxk wqz pfq xjv kqw zzv.\n",

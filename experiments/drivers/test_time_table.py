@@ -86,11 +86,9 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
         task = prepare(config, directory, progress)
         data = _load(config, task, directory)
         for name in config.run:
-            kept = runs.RunDirectory(directory / "runs" / name, config.snapshot_seconds)
-            if (found := kept.result()) is None:
-                found = _Method(config, config.methods[name], task, data).results()
-                kept.finish(found)
-            results[name] = found
+            where = directory / "runs" / name
+            method = _Method(config, config.methods[name], task, data, where)
+            found = results[name] = runs.once(where, method.results)
             after = [float(np.mean(one)) for one in found["reset"]["after"]]
             progress.say(f"{name}: {report.mean_and_deviation(after)}")
             report.write_json(results, directory)
@@ -135,9 +133,10 @@ class _Method:
         method: ConfigDict,
         task: Task,
         data: dict[str, _Data],
+        where: pathlib.Path,
     ) -> None:
         self._config, self._method, self._task = config, method, task
-        self._data = data
+        self._data, self._where = data, where
         objective: Any = (
             test_time.Labelled(method)
             if method.labels
@@ -154,8 +153,8 @@ class _Method:
         long = list(every) * config.rounds
         found: dict[str, list[Scores]] = {"reset": [], "long": []}
         for seed in config.seeds:
-            found["reset"].append(self._run("test", every, rate, seed, reset=True))
-            found["long"].append(self._run("test", long, rate, seed, reset=False))
+            found["reset"].append(self._kept("test", every, rate, seed, reset=True))
+            found["long"].append(self._kept("test", long, rate, seed, reset=False))
         state = self._begin(config.seeds[0])
         trained = adapt.num_weights(state.params)
         updates = self._method.updates
@@ -175,7 +174,7 @@ class _Method:
         def score(rate: float) -> float:
             kinds = config.tuning_kinds
             ended = [
-                self._run("validation", kinds, rate, seed, reset=True)
+                self._kept("validation", kinds, rate, seed, reset=True)
                 for seed in config.tuning_seeds
             ]
             return float(np.mean([one.after for one in ended]))
@@ -188,6 +187,17 @@ class _Method:
                 break
             tuned[rate] = score(rate)
         return best(tuned), tuned
+
+    def _kept(
+        self, split: str, kinds: Sequence[int], rate: float, seed: int, reset: bool
+    ) -> Scores:
+        """What `_run` tells, from the workdir if it is there."""
+        kind = "reset" if reset else "long"
+        found = runs.once(
+            self._where / f"{split}_{kind}_{rate:g}_{seed}",
+            lambda: _listed(self._run(split, kinds, rate, seed, reset)),
+        )
+        return Scores(**{name: np.asarray(found[name]) for name in Scores._fields})
 
     def _run(
         self, split: str, kinds: Sequence[int], rate: float, seed: int, reset: bool
@@ -284,10 +294,13 @@ class _Method:
 
 def _summary(found: Sequence[Scores]) -> dict[str, Any]:
     """By kind of score, for each seed the accuracy at each kind of the stream."""
-    return {
-        name: [getattr(scores, name).tolist() for scores in found]
-        for name in Scores._fields
-    }
+    listed = [_listed(scores) for scores in found]
+    return {name: [one[name] for one in listed] for name in Scores._fields}
+
+
+def _listed(scores: Scores) -> dict[str, list[float]]:
+    """By kind of score, the accuracy at each kind of the stream."""
+    return {name: getattr(scores, name).tolist() for name in Scores._fields}
 
 
 def _write(

@@ -94,11 +94,9 @@ def run(config: ConfigDict, workdir: str, resume: bool = True) -> dict[str, Any]
             before = _untrained(config, start, task)
             results[name] = {"start": before}
             for method in config.run:
-                kept = runs.RunDirectory(directory / "runs" / name / method, math.inf)
-                if (found := kept.result()) is None:
-                    training = _Training(config, config.methods[method], start, task)
-                    found = training.results(progress)
-                    kept.finish(found)
+                where = directory / "runs" / name / method
+                training = _Training(config, config.methods[method], start, task, where)
+                found = runs.once(where, functools.partial(training.results, progress))
                 results[name][method] = found
                 told = report.mean_and_deviation(found["nats"], 1, 3)
                 progress.say(f"{name}, {method}: {told} nats")
@@ -258,9 +256,15 @@ class _Training:
     """The runs of one method on one task; a step is compiled once for each bucket."""
 
     def __init__(
-        self, config: ConfigDict, method: ConfigDict, start: Any, task: Task
+        self,
+        config: ConfigDict,
+        method: ConfigDict,
+        start: Any,
+        task: Task,
+        where: pathlib.Path,
     ) -> None:
         self._config, self._method, self._task = config, method, task
+        self._where = where
         self._model = _network(method.bits, method.get("checkpoint", False))
         first = next(iter(task.train.values()))
         self.compilations = 0  # of the step, one for each bucket
@@ -277,16 +281,15 @@ class _Training:
         config, method = self._config, self._method
         rate, tuned = self._best_rate()
         progress.expect(method.steps * len(config.seeds))
-        ended = [
-            self._trained(rate, seed, method.steps, progress) for seed in config.seeds
-        ]
-        compilations = self.compilations
+        scores = []
+        for seed in config.seeds:
+            scores.append(self._kept("test", rate, seed, method.steps))
+            progress.advance(method.steps)
         trained, frozen = self._begun(0)
         state = self._optimizer(0.0, 1, 0).init(trained)
         memory = analysis.memory_report(
             self._step, trained, state, frozen, self._scales, 0.0, 1.0, 0, self._first
         )
-        scores = [self._scores(one, "test") for one in ended]
         return {
             "weights": adapt.num_weights(trained),
             "nats": [one["nats"] for one in scores],
@@ -297,7 +300,7 @@ class _Training:
             "passes": method.steps * optimizers.forward_passes(method),
             "live_mib": memory.live / 2**20,
             "temporaries_mib": memory.memory.temporaries / 2**20,
-            "compilations": compilations,
+            "compilations": max(one["compilations"] for one in scores),
         }
 
     def _best_rate(self) -> tuple[float, dict[float, float]]:
@@ -307,8 +310,9 @@ class _Training:
         steps = max(1, int(config.tuning_fraction * method.steps))
 
         def score(rate: float) -> float:
-            ended = [self._trained(rate, seed, steps) for seed in config.tuning_seeds]
-            found = [self._scores(one, "validation")["nats"] for one in ended]
+            seeds = config.tuning_seeds
+            ended = [self._kept("validation", rate, seed, steps) for seed in seeds]
+            found = [one["nats"] for one in ended]
             return -float(np.nan_to_num(np.mean(found), nan=np.inf))
 
         tuned = {rate: score(rate) for rate in method.learning_rates}
@@ -318,9 +322,16 @@ class _Training:
             tuned[rate] = score(rate)
         return best(tuned), {rate: -score for rate, score in tuned.items()}
 
-    def _trained(
-        self, rate: float, seed: int, steps: int, progress: Progress | None = None
-    ) -> Any:
+    def _kept(self, split: str, rate: float, seed: int, steps: int) -> dict[str, float]:
+        """Scores of a run, from the workdir if they are there."""
+
+        def compute() -> dict[str, float]:
+            scores = self._scores(self._trained(rate, seed, steps), split)
+            return {**scores, "compilations": self.compilations}
+
+        return runs.once(self._where / f"{split}_{rate:g}_{seed}", compute)
+
+    def _trained(self, rate: float, seed: int, steps: int) -> Any:
         """What trains, after a run."""
         trained, frozen = self._begun(seed)
         state = self._optimizer(0.0, 1, seed).init(trained)
@@ -330,8 +341,6 @@ class _Training:
             trained, state = self._step(
                 trained, state, frozen, self._scales, rate, float(steps), seed, batch
             )
-            if progress:
-                progress.advance(1)
         return trained
 
     def _begun(self, seed: int) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ count, and the run that it belongs to goes on from what was written before.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -281,6 +282,20 @@ class RunDirectory:
     def _steps(self) -> list[int]:
         """Steps of the snapshots, complete or not."""
         return sorted(int(p.name) for p in self._path.iterdir() if p.name.isdecimal())
+
+
+def once(path: pathlib.Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a part of an experiment found, computed unless it is kept already.
+
+    Args:
+      path: directory of the part.
+      compute: gives what JSON can hold.
+    """
+    kept = RunDirectory(path, math.inf)
+    if (found := kept.result()) is None:
+        found = compute()
+        kept.finish(found)
+    return found
 
 
 def _read(path: pathlib.Path, target: Any) -> Snapshot:
