@@ -27,7 +27,7 @@ def test_configurations_can_be_run(task, length):
     assert {f"joint_{x}" for x in quickstart.BITS} <= set(config.run)
 
 
-@pytest.mark.parametrize("length, expected", [("", 900), ("_long", 6000)])
+@pytest.mark.parametrize(("length", "expected"), [("", 900), ("_long", 6000)])
 def test_every_method_spends_as_many_evaluations(length, expected):
     for task in joint.RATES:
         config = joint.get_config(task + length)

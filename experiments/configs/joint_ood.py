@@ -69,7 +69,9 @@ def get_config(variant: str = "severity_5") -> ConfigDict:
     parts = ood.get_config("smoke" if smoke else "full").parts
     part = "severity_5" if smoke else variant
     if part not in parts:
-        raise ValueError(f"variant must be one of {[*parts, 'smoke']}, got {variant!r}.")
+        raise ValueError(
+            f"variant must be one of {[*parts, 'smoke']}, got {variant!r}."
+        )
     config = parts[part]
     config.count_products = True
     if not smoke:
