@@ -27,7 +27,7 @@ def test_configurations_can_be_run(task, length):
     assert {f"joint_{x}" for x in quickstart.BITS} <= set(config.run)
 
 
-@pytest.mark.parametrize("length, expected", [("", 900), ("_long", 6000)])
+@pytest.mark.parametrize(("length", "expected"), [("", 900), ("_long", 6000)])
 def test_every_method_spends_as_many_evaluations(length, expected):
     for task in joint.RATES:
         config = joint.get_config(task + length)
@@ -52,7 +52,7 @@ def test_corrupted_images_are_adapted_to_by_backpropagations_evaluations():
     config = joint_ood.get_config()
     settings.check_training(config)
     for name in config.run:
-        longer = "pairs" in name or "long" in name
+        longer = "d_vpt_pairs" in name
         assert evaluations(config.methods[name]) == (3600 if longer else 900), name
         way = next(way for way in joint_ood.ORDER if name.startswith(way))
         backprop = config.methods[f"{way}_backprop"]

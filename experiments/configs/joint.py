@@ -11,9 +11,9 @@ methods are
   (``fgrad.activity.joint_forward_grad``), and for the transformer the exact gradient
   at the end of its residual stream, handed down.
 
-Each spends 900 evaluations, where a backward pass counts as two; with "_long" behind the
-name of the task 6,000, with seeds 0 to 2. Learning rates are chosen on the validation
-split by runs of full length with a seed of their own.
+Each spends 900 evaluations, where a backward pass counts as two; with "_long" behind
+the name of the task 6,000, with seeds 0 to 2. Learning rates are chosen on the
+validation split by runs of full length with a seed of their own.
 
 One task, one method and one seed at a time take less than two minutes on one core:
 

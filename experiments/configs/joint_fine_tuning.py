@@ -13,7 +13,8 @@ Each trains by backpropagation without and with a checkpoint of every stage, and
 joint pairs (``fgrad.activity.joint_forward_grad``) in float32 and 16w8a; beside them
 stands the head alone, by its exact gradient and as many steps as the pairs take.
 
-    python -m experiments.main --config=experiments/configs/joint_fine_tuning.py:adapter \
+    python -m experiments.main \
+        --config=experiments/configs/joint_fine_tuning.py:adapter \
         --workdir=workdir/joint_fine_tuning/adapter
 
 needs ``pip install -e '.[solar,weights]'``. A smoke run of some seconds that shows no
