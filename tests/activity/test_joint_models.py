@@ -143,7 +143,7 @@ def expected():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [plain, flax, of_nnx, haiku, equinox])
+@pytest.mark.parametrize("make", [flax, of_nnx, haiku, equinox])
 def test_the_layers_of_a_network_of_a_library_are_found(make):
     """Its last two have the exact gradient, and the first one is taught."""
     losses, params, head, layers_of = make()
@@ -266,6 +266,7 @@ def test_a_scan_written_out_is_the_same_function(reverse):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_comes_beside_the_losses_is_in_the_state():
     losses, params, head, _ = plain()
 
