@@ -313,17 +313,21 @@ class _Options:
 
     def init(self, params: Any) -> JointForwardGradState:
         """The state before the first step."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
+        # The placeholder of optax.tree.map_params has no leaves to be learned of.
+        jacobians: Any = jnp.zeros([])
+        errors: Any = jnp.zeros([])
+        if jax.tree.leaves(params):
             shapes = self._shapes(params)
-        auto = self.correction == "auto"
+            jacobians = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+            auto = self.correction == "auto"
+            errors = {name: jnp.zeros(2) for name in shapes} if auto else {}
         return JointForwardGradState(
             key=jnp.array(self.key, copy=True),
             count=jnp.zeros([], jnp.int32),
             loss=jnp.array(jnp.inf, jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
-            jacobians={name: jnp.zeros(shape) for name, shape in shapes.items()},
-            errors={name: jnp.zeros(2) for name in shapes} if auto else {},
+            jacobians=jacobians,
+            errors=errors,
             others=() if self.others is None else self.others.init(params),
             aux=self.aux.at_first(),
         )
@@ -355,18 +359,27 @@ class _Options:
     ) -> dict[str, Learned]:
         """What the sites of a traced loss have learned so far."""
         nothing = jnp.zeros(2)
-        if missing := [s.name for s in found if s.name not in state.jacobians]:
+        names = {site.name: _stored(site.name, state.jacobians) for site in found}
+        if missing := [name for name, stored in names.items() if stored is None]:
             raise ValueError(
                 f"the activations of {missing} are not among those that the state was "
                 f"made for, {list(state.jacobians)}; make activations= of the same "
                 "loss, head and sites."
             )
         return {
-            site.name: Learned(
-                state.jacobians[site.name], state.errors.get(site.name, nothing)
-            )
-            for site in found
+            name: Learned(state.jacobians[stored], state.errors.get(stored, nothing))
+            for name, stored in names.items()
+            if stored is not None
         }
+
+
+def _stored(name: str, jacobians: Mapping[str, Any]) -> str | None:
+    """The name under which a state keeps what an activation has learned.
+
+    The optimizer of Flax NNX hands variables to ``init``, and their values to
+    ``update``.
+    """
+    return next((x for x in (name, f"{name}/value") if x in jacobians), None)
 
 
 def _update(
@@ -394,7 +407,10 @@ def _update(
     split = _in_parts(trace, whole, params, kwargs) if options.on_the_way else whole
     step = _step(options, state, whole, split, loss_name, at_head)
     results, nonfinite = step.results()
-    learned = {name: result.learned for name, result in results.items()}
+    learned = {
+        _stored(name, state.jacobians): result.learned
+        for name, result in results.items()
+    }
     gradients = dict(at_head.gradients)
     for result in results.values():
         gradients.update(result.gradients)
