@@ -49,6 +49,29 @@ def on_examples(key):
     return optax.GradientTransformationExtraArgs(lambda p: link(p).init(p), update)
 
 
+def jointly(key):
+    """`joint_forward_grad` of all leaves, of which the last is the head.
+
+    A single leaf is a head alone, whose gradient `activity_forward_grad` has exactly.
+    """
+
+    def link(params):
+        names = list(params) if isinstance(params, Mapping) else ["a"]
+        if isinstance(params, Mapping) and len(names) == 1:
+            head = fgrad.activity.Site(*names, exact=True, epsilon=1.0)
+            estimator = fgrad.activity_forward_grad(key, [head])
+        else:
+            options = {"every": 1, "epsilon": 1.0, "correction": 1.0}
+            estimator = fgrad.activity.joint_forward_grad(key, names[-1], **options)
+        return optax.chain(estimator, optax.scale(20.0))
+
+    def update(updates, state, params=None, *, value_fn=None, **extra):
+        losses = value_fn and losses_fn
+        return link(params).update(updates, state, params, value_fn=losses, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda p: link(p).init(p), update)
+
+
 def private(key):
     """`private_forward_grad` by signs, without noise, given `losses_fn`."""
     link = enhancements.private_forward_grad(
@@ -92,6 +115,7 @@ TRANSFORMATIONS = {
         fgrad.qzo_ff(LEARNING_RATE, key, **OPTIONS), scale=0.5
     ),
     "activity_forward_grad": on_examples,
+    "joint_forward_grad": jointly,
     "private_forward_grad": private,
     "error_feedback": lambda key: optax.chain(
         enhancements.error_feedback(below=17), fgrad.quantized_update()
@@ -396,7 +420,8 @@ def test_vmap_over_keys_and_params(name):
     step = jax.jit(jax.vmap(make_step(ref.tx), in_axes=(0, 0, None)))
     found = step(*stacked(carries), X)
     assert_close(found, stacked([ref.step(*carry) for carry in carries]))
-    if name in ESTIMATORS:  # the key matters, and so does the step
+    # The key matters, and so does the step; not for an exact head, which is alone here.
+    if name in ESTIMATORS and name != "joint_forward_grad":
         params, _ = ref.carries[0]
         for other in (carries[1][1], ref.carries[1][1]):
             assert np.any(

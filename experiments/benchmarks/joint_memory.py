@@ -10,13 +10,13 @@ import fgrad
 from experiments.benchmarks import measure, programs, subjects
 from experiments.benchmarks.measure import Program
 from experiments.benchmarks.problem import Problem
+from experiments.benchmarks.subjects import Subject
 from experiments.benchmarks.table import Table, mib
 from fgrad import activity
 from fgrad.activity import joint_structure
 from fgrad.tracing import primitives
 
 _NETWORKS = ("cnn", "vit", "efficientnet_lite0")
-_COLUMNS = ("keeps all", "on the way", "on the way, Adam")
 
 
 def tables(smoke: bool) -> Iterator[Table]:
@@ -26,52 +26,45 @@ def tables(smoke: bool) -> Iterator[Table]:
       smoke: whether to take a tiny network.
     """
     networks, batch_size = (("mlp",), 8) if smoke else (_NETWORKS, 64)
-    rows, raw = [], []
     for name, arithmetic in itertools.product(networks, ("float32", "16w8a")):
-        problem = subjects.problem(
-            subjects.chosen(smoke)[name], batch_size, arithmetic, of_examples=True
-        )
-        memory = measure.plan(
-            {
-                "inference": programs.inference(problem),
-                "keeps all": gradient(problem, on_the_way=False),
-                "on the way": gradient(problem, on_the_way=True),
-                "on the way, Adam": adam_step(problem),
-            }
-        )
-        inference = memory["inference"].temporaries
-        ratios = {key: memory[key].temporaries / inference for key in _COLUMNS}
-        evaluations, work = passes(problem)
-        rows.append(
-            [
-                *(name, arithmetic, mib(inference)),
-                *(f"{ratio:.2f}" for ratio in ratios.values()),
-                *(str(evaluations), f"{work:.2f}"),
-            ]
-        )
-        raw.append(
-            {
-                "subject": name,
-                "arithmetic": arithmetic,
-                "batch_size": batch_size,
-                "memory": {key: plan.asdict() for key, plan in memory.items()},
-                "ratios": ratios,
-                "evaluations": evaluations,
-                "multiply_adds": work,
-            }
-        )
-    yield Table(
-        title=f"Temporaries of joint pairs over those of inference, batch {batch_size}",
-        columns=(
-            *("network", "arithmetic", "inference, MiB", *_COLUMNS),
-            *("evaluations", "multiply-adds"),
-        ),
-        rows=rows,
-        note="Gradients of all weights, as `fgrad.adapt` sets them up, are results; in "
-        "the step with Adam, whose weights and state are donated, they are temporaries "
-        "too. Evaluations of a step on the way that perturbs, and its multiply-adds "
-        "over those of one inference, products of the weights' gradients included.",
-        raw=raw,
+        yield table(name, subjects.chosen(smoke)[name], arithmetic, batch_size)
+
+
+def table(name: str, subject: Subject, arithmetic: str, batch_size: int) -> Table:
+    """The table of one network in one arithmetic."""
+    problem = subjects.problem(subject, batch_size, arithmetic, of_examples=True)
+    memory = measure.plan(
+        {
+            "inference": programs.inference(problem),
+            "gradient": gradient(problem, on_the_way=False),
+            "gradient, on the way": gradient(problem, on_the_way=True),
+            "Adam, on the way": adam_step(problem),
+        }
+    )
+    inference = memory["inference"].temporaries
+    ratios = {name: plan.temporaries / inference for name, plan in memory.items()}
+    evaluations, work = passes(problem)
+    return Table(
+        title=f"Joint pairs, {name}, {arithmetic}, batch {batch_size}",
+        columns=("program", "temporaries, MiB", "of inference's"),
+        rows=[
+            [program, mib(plan.temporaries), f"{ratios[program]:.2f}"]
+            for program, plan in memory.items()
+        ],
+        note="As `fgrad.adapt` sets them up. Gradients are results; in the step with "
+        "Adam, whose weights and state are donated, they are temporaries too. A step "
+        f"on the way has {evaluations} evaluations, if it perturbs, and {work:.2f} "
+        "times the multiply-adds of inference, with the products of the weights' "
+        "gradients.",
+        raw={
+            "subject": name,
+            "arithmetic": arithmetic,
+            "batch_size": batch_size,
+            "memory": {program: plan.asdict() for program, plan in memory.items()},
+            "ratios": ratios,
+            "evaluations": evaluations,
+            "multiply_adds": work,
+        },
     )
 
 

@@ -19,7 +19,7 @@ from fgrad.activity import layer_gradients
 from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.sites import Site, site_leaves
 from fgrad.fixed_point import integer_reads, is_qtensor, path_str
-from fgrad.tracing import graph
+from fgrad.tracing import graph, unrolled
 from fgrad.tracing.graph import Graph
 
 
@@ -43,8 +43,17 @@ def traced(
     kwargs: Mapping[str, Any],
     *,
     has_aux: bool = False,
+    over_layers: bool = False,
 ) -> Traced:
-    """The jaxpr of ``value_fn(params, **kwargs)``, and what it returns."""
+    """The jaxpr of ``value_fn(params, **kwargs)``, and what it returns.
+
+    Args:
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      params: pytree of float arrays and `QTensor`.
+      kwargs: its other arguments.
+      has_aux: whether it returns an aux beside the losses.
+      over_layers: whether to write out every ``scan`` over weights.
+    """
     names: list[str] = []
     structures: list[Any] = []
 
@@ -59,6 +68,8 @@ def traced(
         return [*losses.values(), *leaves]
 
     program = jax.make_jaxpr(function)(params, dict(kwargs))
+    if over_layers:
+        program = unrolled.over_layers(program, len(jax.tree.leaves(params)))
     return Traced(program, tuple(names), structures[0])
 
 
@@ -83,8 +94,18 @@ class ExampleLosses:
         params: Any,
         sites: Sequence[Site],
         kwargs: Mapping[str, Any],
+        *,
+        over_layers: bool = False,
     ) -> None:
         """Evaluates what `traced` returned, at the same ``params`` and ``kwargs``.
+
+        Args:
+          program: from `traced`.
+          names: of the losses.
+          params: pytree of float arrays and `QTensor`.
+          sites: layers that are going to be asked for.
+          kwargs: the other arguments of the losses.
+          over_layers: whether a leaf may hold the weights of several layers, in rows.
 
         Raises:
           TypeError, ValueError: for losses of another shape than [examples], and for
@@ -108,8 +129,9 @@ class ExampleLosses:
             for i, path in enumerate(_value_paths(params))
             if path is not None
         }
+        self._over_layers = over_layers
         self._layers = {
-            path: self.layer(path) for paths in self._leaves.values() for path in paths
+            path: self.layers(path) for paths in self._leaves.values() for path in paths
         }
         arrays = jax.tree.leaves((params, kwargs))
         inputs = dict(zip(self.program.inputs, arrays, strict=True))
@@ -126,30 +148,51 @@ class ExampleLosses:
         params: Any,
         sites: Sequence[Site],
         kwargs: Mapping[str, Any],
+        *,
+        over_layers: bool = False,
     ) -> ExampleLosses:
         """Those of ``value_fn(params, **kwargs)``, which is traced first."""
-        found = traced(value_fn, params, kwargs)
-        return cls(found.program, found.names, params, sites, kwargs)
+        found = traced(value_fn, params, kwargs, over_layers=over_layers)
+        return cls(
+            found.program, found.names, params, sites, kwargs, over_layers=over_layers
+        )
 
     def outputs(self, site: Site) -> dict[int, dict[str, Layer]]:
         """The activations of a site, each with its layers by their leaf's path."""
         found: dict[int, dict[str, Layer]] = {}
         for path in self._leaves[site]:
-            layer = self._layers[path]
-            found.setdefault(layer.output, {})[path] = layer
+            for name, layer in self._layers[path].items():
+                found.setdefault(layer.output, {})[name] = layer
         return found
 
-    def layer(self, path: str) -> Layer:
-        """The layer of a leaf by the leaf's path.
+    def layers(self, path: str) -> dict[str, Layer]:
+        """The layers of a leaf by the leaf's path, or by those of its rows.
+
+        A leaf of [layers, ...] that a scan goes over has one for each row, named by its
+        number: "kernel/0".
 
         Raises:
-          ValueError: if it cannot be followed to an activation.
+          ValueError: if one cannot be followed to an activation.
         """
+        leaf = self._numbers[path]
+        rows = layer_gradients.rows(self.program, leaf) if self._over_layers else []
+        if not rows:
+            return {path: self._layer(path, leaf)}
+        return {f"{path}/{i}": self._layer(path, row) for i, row in enumerate(rows)}
+
+    def whole_leaves(self, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Gradients by the paths of leaves, from those by the names of `layers`."""
+        found = dict(gradients)
+        for path, layers in self._layers.items():
+            if path not in layers and layers.keys() <= found.keys():
+                found[path] = jnp.stack([found.pop(name) for name in layers])
+        return found
+
+    def _layer(self, path: str, leaf: int) -> Layer:
+        """The layer of a leaf or a row of it, by the number of its values."""
         data = self.program.depending(self.batch)
         try:
-            return layer_gradients.layer_of(
-                self.program, self._numbers[path], data, self.examples
-            )
+            return layer_gradients.layer_of(self.program, leaf, data, self.examples)
         except ValueError as error:
             raise ValueError(
                 f"the layer of leaf {path!r} has no output to perturb: {error}. Name "

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrad import _arguments, estimators, fixed_point, perturbations
+from fgrad import _arguments, _loss_and_aux, estimators, fixed_point, perturbations
 from fgrad.activity import joint_sites, joint_structure, layer_gradients
-from fgrad.activity.example_losses import ExampleLosses, mean_of
+from fgrad.activity.example_losses import ExampleLosses, mean_of, traced
 from fgrad.activity.joint_parts import nodes_of
 from fgrad.activity.joint_split import Split
 from fgrad.activity.joint_step import JointStep, Learned
@@ -53,6 +53,8 @@ class JointForwardGradState(NamedTuple):
         ..., channels]. Of several leaves at one activation the first holds it.
       errors: likewise float32 [2], for ``correction="auto"``; else empty.
       others: state of ``others``, or empty.
+      aux: with ``has_aux`` what the losses of the last step came with, before it
+        ``initial_aux``; or empty.
     """
 
     key: jax.Array
@@ -62,6 +64,7 @@ class JointForwardGradState(NamedTuple):
     jacobians: Any
     errors: Any
     others: Any = ()
+    aux: Any = ()
 
 
 def joint_forward_grad(
@@ -81,6 +84,8 @@ def joint_forward_grad(
     per_position: bool = False,
     perturbation: perturbations.Perturbation | None = None,
     others: optax.GradientTransformation | None = None,
+    has_aux: bool = False,
+    initial_aux: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the gradient of all layers from joint pairs of evaluations.
 
@@ -94,6 +99,10 @@ def joint_forward_grad(
     ``fgrad.tracing.derivatives`` can differentiate), and only where it is not flat.
     Behind anything else, such as a normalisation, a pooling or a residual connection,
     the layer's output itself is perturbed.
+
+    A ``scan`` over layers is followed through its rounds, each of which is a layer of
+    its own: of a leaf ``[layers, ...]`` every row has an activation. ``activations`` is
+    needed then.
 
     Args:
       key: PRNG key, the only source of randomness.
@@ -132,6 +141,11 @@ def joint_forward_grad(
       perturbation: where u comes from; ``perturbations.rademacher()`` by default.
       others: a transformation for the gradient of the leaves of no site. It receives
         the mean of the losses. By default their updates are zero.
+      has_aux: whether ``value_fn`` returns ``(losses, aux)``, where aux is a pytree of
+        arrays. The state's ``aux`` is that of the evaluation in which nothing is
+        perturbed. ``others`` gets the losses alone.
+      initial_aux: the state's ``aux`` before the first step, as in
+        `fgrad.fixed_point_forward_grad`.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` (or ``obj_fn``), called as
@@ -142,7 +156,7 @@ def joint_forward_grad(
       TypeError, ValueError: here for bad options; in ``init`` for names of no parameter
         and leaves that are no floats or `QTensor`; in ``update`` for losses of another
         shape, and for a layer that cannot be followed from its parameters to its
-        output: inside ``scan`` or ``vmap`` over layers, or used twice.
+        output: inside ``vmap`` over layers, or used twice.
 
     Example:
       >>> def losses(params, x, y):  # one for each example
@@ -191,6 +205,7 @@ def joint_forward_grad(
         per_position=per_position,
         perturbation=_arguments.perturbation(perturbation, perturbations.rademacher),
         others=None if others is None else _arguments.transformation(others),
+        aux=_loss_and_aux.Aux.of(has_aux, initial_aux),
     )
 
     def init_fn(params: Any) -> JointForwardGradState:
@@ -233,6 +248,7 @@ class _Options:
     per_position: bool
     perturbation: perturbations.Perturbation
     others: optax.GradientTransformationExtraArgs | None
+    aux: _loss_and_aux.Aux
 
     def __post_init__(self) -> None:
         _arguments.count("every", self.every)
@@ -281,7 +297,12 @@ class _Options:
         kwargs: Mapping[str, Any],
     ) -> tuple[ExampleLosses, list[joint_sites.JointSite]]:
         """The losses of some data, and the activations in their trace."""
-        losses = ExampleLosses.of(loss_fn, params, [hidden, self.head], kwargs)
+        has_aux, sites = self.aux.expected, [hidden, self.head]
+        found = traced(loss_fn, params, kwargs, has_aux=has_aux, over_layers=True)
+        losses = ExampleLosses(
+            found.program, found.names, params, sites, kwargs, over_layers=True
+        )
+        losses.aux = jax.tree.unflatten(found.aux, losses.aux)
         return losses, joint_sites.joint_sites(
             losses,
             hidden,
@@ -292,18 +313,23 @@ class _Options:
 
     def init(self, params: Any) -> JointForwardGradState:
         """The state before the first step."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if jax.tree.leaves(params):  # optax.tree.map_params has a placeholder
+        # The placeholder of optax.tree.map_params has no leaves to be learned of.
+        jacobians: Any = jnp.zeros([])
+        errors: Any = jnp.zeros([])
+        if jax.tree.leaves(params):
             shapes = self._shapes(params)
-        auto = self.correction == "auto"
+            jacobians = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+            auto = self.correction == "auto"
+            errors = {name: jnp.zeros(2) for name in shapes} if auto else {}
         return JointForwardGradState(
             key=jnp.array(self.key, copy=True),
             count=jnp.zeros([], jnp.int32),
             loss=jnp.array(jnp.inf, jnp.float32),
             nonfinite_pairs=jnp.zeros([], jnp.int32),
-            jacobians={name: jnp.zeros(shape) for name, shape in shapes.items()},
-            errors={name: jnp.zeros(2) for name in shapes} if auto else {},
+            jacobians=jacobians,
+            errors=errors,
             others=() if self.others is None else self.others.init(params),
+            aux=self.aux.at_first(),
         )
 
     def _shapes(self, params: Any) -> dict[str, tuple[int, ...]]:
@@ -333,18 +359,27 @@ class _Options:
     ) -> dict[str, Learned]:
         """What the sites of a traced loss have learned so far."""
         nothing = jnp.zeros(2)
-        if missing := [s.name for s in found if s.name not in state.jacobians]:
+        names = {site.name: _stored(site.name, state.jacobians) for site in found}
+        if missing := [name for name, stored in names.items() if stored is None]:
             raise ValueError(
                 f"the activations of {missing} are not among those that the state was "
                 f"made for, {list(state.jacobians)}; make activations= of the same "
                 "loss, head and sites."
             )
         return {
-            site.name: Learned(
-                state.jacobians[site.name], state.errors.get(site.name, nothing)
-            )
-            for site in found
+            name: Learned(state.jacobians[stored], state.errors.get(stored, nothing))
+            for name, stored in names.items()
+            if stored is not None
         }
+
+
+def _stored(name: str, jacobians: Mapping[str, Any]) -> str | None:
+    """The name under which a state keeps what an activation has learned.
+
+    The optimizer of Flax NNX hands variables to ``init``, and their values to
+    ``update``.
+    """
+    return next((x for x in (name, f"{name}/value") if x in jacobians), None)
 
 
 def _update(
@@ -359,8 +394,9 @@ def _update(
     if options.others is None:
         gradient, others_state = jax.tree.map(jnp.zeros_like, params), ()
     else:
+        mean_fn = mean_of(loss_fn, has_aux=options.aux.expected)
         gradient, others_state = options.others.update(
-            updates, state.others, params, value_fn=mean_of(loss_fn), **extra_args
+            updates, state.others, params, value_fn=mean_fn, **extra_args
         )
     hidden = options.sites(params)
     trace = functools.partial(options.trace, loss_fn, hidden)
@@ -371,10 +407,14 @@ def _update(
     split = _in_parts(trace, whole, params, kwargs) if options.on_the_way else whole
     step = _step(options, state, whole, split, loss_name, at_head)
     results, nonfinite = step.results()
-    learned = {name: result.learned for name, result in results.items()}
+    learned = {
+        _stored(name, state.jacobians): result.learned
+        for name, result in results.items()
+    }
     gradients = dict(at_head.gradients)
     for result in results.values():
         gradients.update(result.gradients)
+    gradients = losses.whole_leaves(gradients)
     auto = options.correction == "auto"
     errors = {name: x.errors for name, x in learned.items()} if auto else {}
     clean = losses.values[losses.output(loss_name)]
@@ -385,6 +425,7 @@ def _update(
         jacobians=state.jacobians | {name: x.jacobian for name, x in learned.items()},
         errors=state.errors | errors,
         others=others_state,
+        aux=options.aux.checked(losses.aux),
     )
 
 

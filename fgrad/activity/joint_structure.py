@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def explain_joint(
 
     def collect(params: Any, kwargs: Any) -> None:
         hidden = Site(*names)
-        losses = ExampleLosses.of(value_fn, params, [hidden, exact], kwargs)
+        losses = _losses(value_fn, params, [hidden, exact], kwargs)
         for site in joint_sites.joint_sites(
             losses, hidden, exact, transposed_head=False, residual=False
         ):
@@ -110,12 +111,13 @@ def find_head(
     shapes: dict[int, tuple[int, ...]] = {}
 
     def collect(params: Any, kwargs: Any) -> None:
-        losses, lost = ExampleLosses.of(value_fn, params, [], kwargs), []
+        losses, lost = _losses(value_fn, params, [], kwargs), []
         for path in paths:
             if path in left_out:
                 continue
             try:
-                outputs[path] = losses.layer(path).output
+                layers = losses.layers(path).values()
+                outputs[path] = max(layer.output for layer in layers)
             except ValueError as error:
                 lost.append(str(error).partition(". Name")[0])
         if lost:
@@ -160,7 +162,7 @@ def has_stream(
 
     def collect(params: Any, kwargs: Any) -> None:
         hidden, exact = Site(*sites), as_head(head)
-        losses = ExampleLosses.of(value_fn, params, [hidden, exact], kwargs)
+        losses = _losses(value_fn, params, [hidden, exact], kwargs)
         all_sites = joint_sites.joint_sites(
             losses, hidden, exact, transposed_head=False, residual=False
         )
@@ -168,6 +170,10 @@ def has_stream(
 
     jax.eval_shape(collect, params, dict(kwargs))
     return found[0] is not None
+
+
+# Layers of a scan are found as well.
+_losses = functools.partial(ExampleLosses.of, over_layers=True)
 
 
 def outside_of(head: Site, params: Any) -> tuple[str, ...]:

@@ -104,6 +104,33 @@ def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
     return found
 
 
+def rows(program: Graph, leaf: int) -> list[int]:
+    """The rows of a leaf that holds the weights of several layers, one in each row.
+
+    Args:
+      program: the traced loss.
+      leaf: number of the leaf's values.
+
+    Returns:
+      The numbers of its rows in order; none unless all that the loss does with the leaf
+      is to read every row once.
+    """
+    readers = [node for node in program.nodes if leaf in node.inputs]
+    shape = program.avals[leaf].shape
+    found: dict[int, int] = {}
+    for node in readers:
+        params, (row,) = node.equation.params, node.outputs
+        after = [x for x in program.nodes if row in x.inputs]
+        one_row = (1, *shape[1:])
+        if node.name != "slice" or program.avals[row].shape != one_row:
+            return []
+        if len(after) != 1 or program.avals[after[0].outputs[0]].shape != shape[1:]:
+            return []
+        found[params["start_indices"][0]] = after[0].outputs[0]
+    every = len(readers) == len(found) == shape[0] if shape else False
+    return [found[row] for row in range(shape[0])] if every else []
+
+
 def _is_activation(program: Graph, value: int, data: set[int], examples: int) -> bool:
     """Whether a value is a float array [examples, ...] that depends on data."""
     aval = program.avals[value]

@@ -11,10 +11,8 @@ import pytest
 from lanes import some
 
 import fgrad
-from experiments.models import cnn
 from fgrad import activity, layers
 from fgrad.activity import joint_step
-from fgrad.analysis import Memory
 from fgrad.tracing import primitives
 
 EXAMPLES, CLASSES = 12, 3
@@ -494,43 +492,6 @@ def test_others_train_what_is_no_site():
     found, _ = steps(tx, losses, params, kwargs, 1)
     assert not np.any(found["stem"]["kernel"])
     assert list(tx.init(params).jacobians) == ["inner/bias", "inner/kernel"]
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize(("bits", "most"), [(None, 1.3), ((16, 8), 1.6)])
-def test_on_the_way_the_memory_is_near_that_of_inference(bits, most):
-    """As the compiler plans it; all activations together take several times as much."""
-    model = cnn.CNN(features=(16,) * 4, strides=(1,) * 4, bits=bits)
-    x, y = jnp.ones((64, 16, 16, 1)), jnp.zeros(64, jnp.int32)
-    variables = cnn.CNN(features=(16,) * 4, strides=(1,) * 4).init(KEY, x)
-    if bits:
-        params = fgrad.quantize(variables["params"], bits=bits[0])
-        variables = layers.calibrate(model, {"params": params}, x)
-    params = variables.pop("params")
-
-    def losses(params, variables, x, y):
-        logits = model.apply({"params": params, **variables}, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
-
-    given = {"variables": variables, "x": x, "y": y}
-
-    def temporaries(on_the_way):
-        tx = activity.joint_forward_grad(
-            KEY, "Dense_0", transposed_head=True, on_the_way=on_the_way
-        )
-        step = jax.jit(
-            lambda params, state, given: tx.update(
-                params, state, params, value_fn=losses, **given
-            )
-        )
-        lowered = step.lower(params, tx.init(params), given)
-        return Memory.planned(lowered.compile()).temporaries
-
-    lowered = jax.jit(losses).lower(params, **given)
-    inference = Memory.planned(lowered.compile()).temporaries
-    assert temporaries(on_the_way=True) <= most * inference
-    assert temporaries(on_the_way=False) > 3 * inference
 
 
 def residual_problem():
