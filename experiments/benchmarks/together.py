@@ -2,8 +2,9 @@
 
     python -m experiments.benchmarks.together joint_16w8a forward_16w8a
 
-For methods of ``experiments/configs/quickstart.py``. Of several measurements, taken in
-turn, the best one counts.
+For methods of ``experiments/configs/quickstart.py``. What counts is the time of the
+processor, and of several measurements, taken in turn, the best one. XLA_FLAGS with
+``--xla_cpu_multi_thread_eigen=false`` gives all ways one thread.
 """
 
 import pathlib
@@ -27,7 +28,7 @@ _SEEDS, _STEPS, _TIMES = (0, 1, 2), 20, 3
 
 
 def measured(name: str, task: training.Task) -> dict[str, float]:
-    """Milliseconds of a step of one run, by how the three runs are made.
+    """CPU milliseconds of a step of one run, by how the three runs are made.
 
     Args:
       name: of a method.
@@ -59,15 +60,15 @@ def measured(name: str, task: training.Task) -> dict[str, float]:
 
 
 def _seconds(program: Program, states: Sequence[Any]) -> float:
-    """Seconds of some steps of the runs of a program, the first one not counted."""
+    """CPU seconds of some steps of the runs of a program, the first one not counted."""
     step: Callable[..., Any] = program
     arguments = program.arguments([0.01] * len(states), 300)
     joined = jax.block_until_ready(step(program.joined(states), *arguments))
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(_STEPS):
         joined = step(joined, *arguments)
     jax.block_until_ready(joined)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     names = sys.argv[1:] or quickstart.get_config().run
     with tempfile.TemporaryDirectory() as folder, show_progress() as progress:
         task = training.prepare(quickstart.get_config(), pathlib.Path(folder), progress)
-    print("| method | separate | in turn | vmapped | (ms for a step of a run)")
+    print("| method | separate | in turn | vmapped | (CPU ms of a step of a run)")
     for name in names:
         best = measured(name, task)
         print(f"| {name} | " + " | ".join(f"{best[way]:.2f}" for way in best) + " |")
