@@ -98,7 +98,8 @@ def test_the_weights_of_links_around_the_estimator_are_made_again(chain):
 def test_a_log_may_begin_at_a_checkpoint():
     tx = guided()
     params, state, log = trained(tx, initial(), 4)
-    half, half_state = log.replay(tx, initial(), steps=2)
+    half, half_state = log.until(2).replay(tx, initial())
+    assert_same_bits((half, half_state), log.replay(tx, initial(), steps=2))
     later = fgrad.RunLog()
     later._key, later._steps = log._key, log._steps[2:]
     assert later.start == 2
@@ -166,6 +167,8 @@ def test_a_missing_step_is_an_error(run):
     wrong.append(state)
     with pytest.raises(ValueError, match="the log has step 2 after step 2"):
         _ = wrong.losses
+    with pytest.raises(ValueError, match="1 to 2, and the run goes on from step 5"):
+        run[2].until(5)
     with pytest.raises(ValueError, match="the log has no step"):
         fgrad.RunLog().save("never written")
     with pytest.raises(ValueError, match="one fixed_point_forward_grad in it, got 0"):

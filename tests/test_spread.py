@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ LINKS = ["guided", "normalized", "feedback", "sharpness", "sparse", "integer"]
 
 
 def start(
-    program: pathlib.Path, *arguments: str, fast: bool = False
+    program: pathlib.Path, *arguments: str, fast: bool = False, **variables: str
 ) -> subprocess.Popen:
     root = str(PROGRAM.parent.parent)
     unoptimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if fast else {}
@@ -35,7 +37,13 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **unoptimized},
+        env={
+            **os.environ,
+            "PYTHONPATH": root,
+            "JAX_PLATFORMS": "cpu",
+            **unoptimized,
+            **variables,
+        },
     )
 
 
@@ -43,6 +51,11 @@ def results(process: subprocess.Popen) -> dict[tuple[str, str], dict[str, Any]]:
     """What a program printed, by kind and layout."""
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
+    return lines_of(out)
+
+
+def lines_of(out: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The lines of a program, by kind and layout."""
     lines = [json.loads(line) for line in out.splitlines() if line[:1] == "{"]
     return {(line.pop("kind"), line.pop("layout")): line for line in lines}
 
@@ -65,36 +78,60 @@ def test_the_bits_of_a_run_do_not_depend_on_its_devices():
 
 
 @pytest.mark.slow
-def test_no_mesh_and_no_process_changes_a_bit_of_any_kind_of_training():
-    found = results(start(PROGRAM, ",".join(KINDS), "1x1,8x1,2x4,4x2"))
-    check_same(found, KINDS)
-    for (kind, layout), one in found.items():
-        if kind != "activity":
-            assert one["bytes"] <= 4 * 2 * PAIRS * SHARDS, (kind, layout)
+def test_no_mesh_and_no_process_changes_a_bit_of_any_kind_of_training(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    losses = {"LOSSES": str(tmp_path / "losses")}
     two = [
-        start(PROGRAM, "int16,elsewhere", "2x4", str(i), "2", address) for i in range(2)
+        start(
+            PROGRAM,
+            ",".join([*KINDS, "elsewhere", "killed"]),
+            *("2x4", str(process), "2", address),
+            **losses,
+        )
+        for process in range(2)
     ]
-    for process in two:
-        one = results(process)
-        assert one["int16", "2x4"] == found["int16", "2x4"]
-        # State is made where the weights are, and what cannot be saved says so.
-        assert one["elsewhere", "2x4"]["guide"] == [40, 8]
-        assert "save such parameters by orbax" in one["elsewhere", "2x4"]["saved"]
+    two[1].communicate(timeout=600)
+    assert two[1].returncode == -signal.SIGKILL
+    # The other one ends by an error, in bounded time and not as if all were well.
+    died = time.monotonic()
+    found_by_two, _ = two[0].communicate(timeout=100)
+    assert time.monotonic() - died < 60
+    assert two[0].returncode != 0
+    of_two = lines_of(found_by_two)
+    assert ("killed", "2x4") not in of_two
+    # State is made where the weights are, and what cannot be saved says so.
+    assert of_two["elsewhere", "2x4"]["guide"] == [40, 8]
+    assert "save such parameters by orbax" in of_two["elsewhere", "2x4"]["saved"]
+
+    kinds = ",".join([*KINDS, "after death"])
+    found = results(start(PROGRAM, kinds, "1x1,8x1,2x4,4x2", **losses))
+    check_same(found, KINDS)
+    for (kind, layout), one in found.items():
+        if kind in KINDS and kind != "activity":
+            assert one["bytes"] <= 4 * 2 * PAIRS * SHARDS, (kind, layout)
+    for kind in KINDS:
+        assert of_two[kind, "2x4"] == found[kind, "2x4"]
+    # One process alone makes the rest of the run, from the losses so far.
+    one = found["float", "1x1"]
+    rest = {name: one[name] for name in ("params", "state")}
+    assert found["after death", "1x1"] == rest
 
 
 @pytest.mark.slow
 def test_a_run_that_stops_goes_on_with_other_devices_to_the_same_bits():
-    found = results(start(PROGRAM, "resumed,float,elsewhere", "1x1,4x2", fast=True))
+    kinds = "gathered,own parts,resumed,float,elsewhere"
+    found = results(start(PROGRAM, kinds, "4x2,1x1", fast=True))
     digests = {
         (one["params"], one["state"])
         for (kind, _), one in found.items()
-        if kind in ("resumed", "float")
+        if kind in ("gathered", "resumed", "float")
     }
     assert len(digests) == 1
     assert found["elsewhere", "4x2"] == {"guide": [40, 16], "saved": "the same"}
+    # A loss may have a shard_map of its own, which sums up in an order of its own.
+    assert found["own parts", "4x2"]["off"] < 1e-5
 
 
 @pytest.mark.slow

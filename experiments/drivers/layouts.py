@@ -49,6 +49,10 @@ class Layout(NamedTuple):
         """How many devices there are along an axis."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
+    def of_method(self, method: ConfigDict) -> "Layout":
+        """The layout of a method: joint pairs have products that JAX does not vmap."""
+        return self._replace(vmapped=False) if method.gradient == "joint" else self
+
     def spread(self, method: ConfigDict) -> fgrad.Spread | None:
         """How devices share the evaluations of a method's step; None if they do not."""
         shared = self.of_step > 1 or self.shards > 1
@@ -142,21 +146,10 @@ def resolved(config: ConfigDict) -> Layout:
     if "batch_shards" in config:
         config.batch_shards = shards
     alone = all(count == 1 for count in counts.values())
-    vmapped = vmaps(config.get("together", ""), not alone)
+    together = config.get("together", "")
+    # On CPUs runs in turn are faster, see docs/how_to/devices.md.
+    vmapped = together == "vmapped" or (not together and jax.default_backend() != "cpu")
     return Layout(None if alone else _mesh(counts), vmapped, shards)
-
-
-def vmaps(together: str, spread: bool) -> bool:
-    """Whether the runs of a device are evaluated at once.
-
-    On CPUs runs in turn are faster, see docs/how_to/devices.md.
-
-    Args:
-      together: of a configuration; "" leaves it to this function.
-      spread: whether there are several devices.
-    """
-    del spread
-    return together == "vmapped" or (not together and jax.default_backend() != "cpu")
 
 
 def _mesh(counts: Mapping[str, int]) -> Mesh:

@@ -95,7 +95,7 @@ class Trainer:
         self._network = network
         self._names = names
         self._tag = f"test/{names[0]}"
-        self._layout = layout
+        self._layout = layout.of_method(method)
         objective = Classification(method)
         self.learner = make_learner(method, network, objective)
         self._images = data["train"].images[: method.get("calibration_images")]

@@ -223,7 +223,7 @@ class _Method:
         self._start = task.start
         self._progress = progress
         self._where = where
-        self._layout = layout
+        self._layout = layout.of_method(method)
         self.trainer = Trainer(
             method, task.network, task.start, task.target, config.metrics, layout
         )
