@@ -16,8 +16,8 @@ Expected: see docs/extrapolation.md.
 
 A smoke run of some seconds: ``--config=experiments/configs/large_batch.py:smoke``; one
 of the two tasks: ``--config=experiments/configs/large_batch.py:digits`` and ``:mnist``;
-MNIST at a quarter of the forward passes, with learning rates tuned by runs of half that
-length and one further rate at most: ``:mnist_short``.
+MNIST at a quarter of the forward passes, with two of the batches and some of the
+methods, and learning rates tuned by runs of half that length: ``:mnist_short``.
 """
 
 from typing import Any
@@ -28,7 +28,8 @@ from experiments.configs import quickstart
 from experiments.learners.optimizers import forward_passes
 
 BUDGET = 6_400  # forward passes of a run
-SHORT = 4  # the short variant has this part of them
+SHORT = 4  # the short variant has this part of them, and larger steps
+SHORT_METHODS = ("plain", "momentum", "extrapolation_momentum", "extrapolation")
 BATCHES = (64, 256, 1024)
 TASKS = {
     "full": ("digits", "mnist"),
@@ -66,9 +67,13 @@ def get_config(variant: str = "full") -> ConfigDict:
     config = ConfigDict()
     config.parts = ConfigDict()
     for task in TASKS[variant]:
-        for batch in BATCHES[:1] if variant == "smoke" else BATCHES:
+        for batch in _batches(variant):
             config.parts[f"{task}_{batch}"] = _part(variant, task, batch)
     return config
+
+
+def _batches(variant: str) -> tuple[int, ...]:
+    return {"smoke": BATCHES[:1], "mnist_short": BATCHES[::2]}.get(variant, BATCHES)
 
 
 def _part(variant: str, task: str, batch: int) -> ConfigDict:
@@ -77,7 +82,7 @@ def _part(variant: str, task: str, batch: int) -> ConfigDict:
     config.figure = "dots"
     if not smoke:
         config.tuning_fraction = 0.5 if short else 1.0
-        config.wider_tuning = 1 if short else 3
+        config.wider_tuning = 3
     config.network = "mlp_small"
     if task == "mnist":
         config.dataset = "mnist_5k"
@@ -85,7 +90,9 @@ def _part(variant: str, task: str, batch: int) -> ConfigDict:
         config.pretrain.input_shift = 3
     forward, backprop = config.methods.forward_fp32, config.methods.backprop
     backprop.batch_size = forward.batch_size = batch
-    middle = forward.learning_rates[1]
+    middle = forward.learning_rates[1] * (8 if short else 1)
+    if short:
+        backprop.learning_rates = quickstart.rates_around(0.13)
     config.methods = ConfigDict({"backprop": backprop})
     for name, (changes, factor) in METHODS.items():
         method = quickstart.changed(forward, changes)
@@ -94,5 +101,5 @@ def _part(variant: str, task: str, batch: int) -> ConfigDict:
             budget = BUDGET // SHORT if short else BUDGET
             method.steps = budget // forward_passes(method)
         config.methods[name] = method
-    config.run = ("backprop", *METHODS)
+    config.run = ("backprop", *(SHORT_METHODS if short else METHODS))
     return config
