@@ -10,6 +10,7 @@ import jax
 
 import fgrad
 from experiments.benchmarks import (
+    arithmetics,
     bars,
     by_hand,
     compile_time,
@@ -31,6 +32,7 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "growth": growth.tables,
     "by_hand": by_hand.tables,
     "floor": floor.tables,
+    "arithmetics": arithmetics.tables,
     "compile": compile_time.tables,
 }
 # What is made unless others are named: to compile deep networks takes 20 minutes.
