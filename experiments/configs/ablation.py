@@ -11,7 +11,7 @@ is the last in order. The README has the table; on two CPU cores it takes an hou
     python -m experiments.main \
         --config=experiments/configs/ablation.py --workdir=workdir/ablation
 
-A smoke run of some seconds: ``--config=experiments/configs/ablation.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/ablation.py:smoke``.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ of the weights that moved. docs/landscape.md shows what came out.
     python -m experiments.main \
         --config=experiments/configs/landscape.py --workdir=workdir/landscape
 
-A smoke run of some seconds: ``--config=experiments/configs/landscape.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/landscape.py:smoke``.
 """
 
 from ml_collections import ConfigDict

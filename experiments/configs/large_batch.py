@@ -14,8 +14,8 @@ Expected: see docs/extrapolation.md.
     python -m experiments.main \
         --config=experiments/configs/large_batch.py --workdir=workdir/large_batch
 
-A smoke run of some seconds: ``--config=experiments/configs/large_batch.py:smoke``; the
-digits alone: ``--config=experiments/configs/large_batch.py:digits``.
+A smoke run, mostly compilation: ``--config=experiments/configs/large_batch.py:smoke``;
+the digits alone: ``--config=experiments/configs/large_batch.py:digits``.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ Expected: see docs/privacy.md. It needs ``pip install -e '.[privacy]'``.
     python -m experiments.main \
         --config=experiments/configs/private.py --workdir=workdir/private
 
-A smoke run of some seconds: ``--config=experiments/configs/private.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/private.py:smoke``.
 """
 
 import math
