@@ -12,7 +12,7 @@ Expected: see docs/training_time.md.
     python -m experiments.main --config=experiments/configs/training_time.py \
         --workdir=workdir/training_time
 
-A smoke run, mostly compilation: ``--config=experiments/configs/training_time.py:smoke``;
+A smoke run, mostly compiling: ``--config=experiments/configs/training_time.py:smoke``;
 a task of MNIST beside the three of digits, which takes four times as long:
 ``--config=experiments/configs/training_time.py:all``.
 """
