@@ -65,6 +65,7 @@ def test_the_smoke_command_writes_every_table(tmp_path):
         "growth",
         "by_hand",
         "floor",
+        "arithmetics",
     ]
     markdown = (tmp_path / "tables.md").read_text()
     for tables in results["tables"].values():

@@ -21,7 +21,7 @@ from experiments.benchmarks import compile_time
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the results.")
 _SECONDS = flags.DEFINE_float("seconds", None, "When to begin no further program.")
 _ARITHMETIC = flags.DEFINE_list(
-    "arithmetic", compile_time.ARITHMETICS, "Arithmetics of the networks."
+    "arithmetic", list(compile_time.ARITHMETICS), "Arithmetics of the networks."
 )
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny network, which shows no result.")
 flags.mark_flag_as_required("workdir")

@@ -10,6 +10,7 @@ import jax
 
 import fgrad
 from experiments.benchmarks import (
+    arithmetics,
     bars,
     by_hand,
     compile_time,
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "growth": growth.tables,
     "by_hand": by_hand.tables,
     "floor": floor.tables,
+    "arithmetics": arithmetics.tables,
     "compile": compile_time.tables,
     "integer": integer_time.tables,
     "joint": joint_memory.tables,

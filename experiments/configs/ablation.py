@@ -11,7 +11,7 @@ is the last in order. The README has the table; on two CPU cores it takes an hou
     python -m experiments.main \
         --config=experiments/configs/ablation.py --workdir=workdir/ablation
 
-A smoke run of some seconds: ``--config=experiments/configs/ablation.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/ablation.py:smoke``.
 
 ``ablation.py:few_passes`` is the paper's own regime: one pair a step and a tenth of the
 passes, for the base and the paper's enhancements.

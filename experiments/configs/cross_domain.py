@@ -20,7 +20,7 @@ The images are under CC BY-NC-SA 4.0 (see `experiments.data.solar`):
     python -m experiments.main \
         --config=experiments/configs/cross_domain.py --workdir=workdir/cross_domain
 
-A smoke run of some seconds: ``--config=experiments/configs/cross_domain.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/cross_domain.py:smoke``.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ Expected: see docs/equilibrium.md.
     python -m experiments.main \
         --config=experiments/configs/equilibrium.py --workdir=workdir/equilibrium
 
-A smoke run of some seconds: ``--config=experiments/configs/equilibrium.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/equilibrium.py:smoke``.
 """
 
 from ml_collections import ConfigDict, config_dict

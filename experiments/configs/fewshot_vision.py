@@ -96,7 +96,7 @@ def common(
       dataset: key of `experiments.registry.DATASETS`.
       domain: of it.
       network: key of `experiments.registry.NETWORKS`.
-      variant: "full", or "smoke" for a run of some seconds that shows no result.
+      variant: "full", or "smoke" for a short run that shows no result.
       changes: fields of the configuration with other values.
     """
     quick = quickstart.base(variant)

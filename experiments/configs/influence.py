@@ -14,8 +14,8 @@ Expected: see docs/influence.md.
     python -m experiments.main \
         --config=experiments/configs/influence.py --workdir=workdir/influence
 
-A smoke run of some seconds: ``--config=experiments/configs/influence.py:smoke``; solar
-cells of 32 pixels: ``--config=experiments/configs/influence.py:solar``.
+A smoke run, mostly compilation: ``--config=experiments/configs/influence.py:smoke``;
+solar cells of 32 pixels: ``--config=experiments/configs/influence.py:solar``.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -25,7 +25,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration.
 
     Args:
-      variant: "full"; "solar" for solar cells; or "smoke" for a run of some seconds
+      variant: "full"; "solar" for solar cells; or "smoke" for a short run
         that shows no result.
     """
     if variant not in ("full", "solar", "smoke"):

@@ -11,7 +11,7 @@ of the weights that moved. docs/landscape.md shows what came out.
     python -m experiments.main \
         --config=experiments/configs/landscape.py --workdir=workdir/landscape
 
-A smoke run of some seconds: ``--config=experiments/configs/landscape.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/landscape.py:smoke``.
 
 The paper drew a ViT-tiny's. That of one which others pre-trained, adapted from CIFAR-10
 to CIFAR-10-C, takes data that TFDS prepares and a file of timm's weights:

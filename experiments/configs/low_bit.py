@@ -16,7 +16,7 @@ backpropagation 97.7 ± 0.1; 16w8a 95.0 ± 0.7, 8w8a 95.2 ± 1.0, 6w8a 93.8 ± 0
     python -m experiments.main \
         --config=experiments/configs/low_bit.py --workdir=workdir/low_bit
 
-A smoke run of some seconds: ``--config=experiments/configs/low_bit.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/low_bit.py:smoke``.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ Rademacher 95.0 ± 0.0, rank 1 94.3 ± 0.6, rank 2 95.1 ± 1.0, rank 4 94.7 ± 0
     python -m experiments.main \
         --config=experiments/configs/low_rank.py --workdir=workdir/low_rank
 
-A smoke run of some seconds: ``--config=experiments/configs/low_rank.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/low_rank.py:smoke``.
 """
 
 from ml_collections import ConfigDict

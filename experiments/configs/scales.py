@@ -17,7 +17,7 @@ Expected test accuracy, seeds 0 to 2, 11,200 forward passes. SGD: one epsilon of
     python -m experiments.main \
         --config=experiments/configs/scales.py --workdir=workdir/scales
 
-A smoke run of some seconds: ``--config=experiments/configs/scales.py:smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/scales.py:smoke``.
 """
 
 from ml_collections import ConfigDict

@@ -12,8 +12,8 @@ Expected: see docs/training_time.md.
     python -m experiments.main --config=experiments/configs/training_time.py \
         --workdir=workdir/training_time
 
-A smoke run of some seconds: ``--config=experiments/configs/training_time.py:smoke``; a
-task of MNIST beside the three of digits, which takes four times as long:
+A smoke run, mostly compiling: ``--config=experiments/configs/training_time.py:smoke``;
+a task of MNIST beside the three of digits, which takes four times as long:
 ``--config=experiments/configs/training_time.py:all``.
 """
 
