@@ -17,7 +17,7 @@ stands the head alone, by its exact gradient and as many steps as the pairs take
         --config=experiments/configs/joint_fine_tuning.py:adapter \
         --workdir=workdir/joint_fine_tuning/adapter
 
-needs ``pip install -e '.[solar,weights]'``. A smoke run of some seconds that shows no
+needs ``pip install -e '.[solar,weights]'``. A smoke run, mostly compilation that shows no
 result has ",smoke" behind the name of the variant.
 """
 

@@ -20,7 +20,7 @@ but for the pairs of deep prompts, which take 3,600. Learning rates are chosen a
     python -m experiments.main --config=experiments/configs/joint_ood.py:severity_5 \
         --workdir=workdir/joint_ood
 
-needs ``pip install -e '.[corruptions]'``. A smoke run of some seconds, on clean images:
+needs ``pip install -e '.[corruptions]'``. A smoke run, mostly compilation, on clean images:
 ``joint_ood.py:smoke``.
 """
 
