@@ -208,7 +208,7 @@ def made_up(seed=0):
         labels = np.repeat(np.arange(20), count)
         noise = rng.normal(size=(len(labels), 7, CHANNELS))
         images = np.maximum(0, 2 * centres[labels][:, None] + 0.5 * noise)
-        return Split(jnp.asarray(images, jnp.float32), labels.astype(np.int32))
+        return Split(images.astype(np.float32), labels.astype(np.int32))
 
     return {"train": split(8), "validation": split(5), "test": split(6)}
 

@@ -87,8 +87,6 @@ import nbformat
 
 notebook = nbformat.read(sys.argv[1], as_version=4)
 nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
-kernel = notebook.cells[1]
-assert not kernel.outputs or "Error" not in str(kernel.outputs), kernel.outputs
 print(sum("image/png" in str(cell.get("outputs", "")) for cell in notebook.cells))
 """
 

@@ -18,7 +18,13 @@ method and task by other words in the voices of the validation split, and by its
         --config=experiments/configs/keywords.py --workdir=workdir/keywords
 
 ``keywords.py:words`` needs no downloads; ``keywords.py:smoke`` shows no result. It
-needs ``pip install -e '.[keywords]'``; expected results are in docs/results.md.
+needs ``pip install -e '.[keywords]'``.
+
+Expected test accuracy on words and voices, seeds 0 to 4: 73.5 ± 1.2 and 51.9 ± 3.6
+(backpropagation of the head), 79.2 ± 1.0 and 58.2 ± 1.4 (with block 2); 74.8 ± 1.5 and
+52.0 ± 3.7, 72.9 ± 1.3 and 52.1 ± 3.2, 72.5 ± 1.3 and 51.7 ± 3.6 (exact head in float32,
+16w8a and 8w8a); 77.3 ± 2.3 and 55.4 ± 2.5, 79.8 ± 1.4 and 57.0 ± 3.1, 78.6 ± 1.3 and
+57.6 ± 0.6 (block 2 and head by forward passes).
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -8,7 +8,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -316,7 +316,7 @@ class _Method:
                 params,
                 shapes._asdict(),
                 steps=method.steps,
-                learning_rate=rate,  # type: ignore[arg-type]  # traced
+                learning_rate=cast(float, rate),  # it is traced
                 head=HEAD,
                 frozen=frozen,
                 every=config.every,
