@@ -328,8 +328,8 @@ def _write(
         f"mean over the kinds, {report.spread(len(config.seeds))}. online: of each "
         "batch before the network adapts to it; after: on the test split's images of "
         f"a kind after its stream; long: without a reset, of {config.rounds} rounds "
-        "over all kinds the last. passes: of a batch, its prediction included; a backward pass counts "
-        "as two."
+        "over all kinds the last. passes: of a batch, its prediction included; a "
+        "backward pass counts as two."
     )
     report.write_table((*_COLUMNS, *_LONG), rows, note, directory, wide=1)
 
