@@ -257,7 +257,7 @@ def test_a_reset_forgets_and_a_long_stream_does_not(stream):
 @pytest.mark.slow
 def test_smoke(stream):
     made, _, _ = stream
-    found = made("forward_8w8a").results()
+    found = made("forward_fp32").results()
     assert found["weights"] == 80
     assert found["passes"] == 3  # its prediction, and a pair
     assert np.shape(found["reset"]["online"]) == (2, 2)  # seeds, kinds
