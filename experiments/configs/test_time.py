@@ -16,7 +16,7 @@ scales and shifts of its normalisations, or prompts.
   passes.
 
 Each method is measured with the network reset before each corruption, and on a long
-stream that passes all corruptions several times without a reset. Learning rates are
+stream of 12,000 images that passes all corruptions without a reset. Learning rates are
 chosen by labelled images of the validation split of four corruptions.
 
     python -m experiments.main \
@@ -51,7 +51,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.source = config.target = "clean"  # the stream is made beside the dataset
     config.severity = 0 if smoke else 5  # of the corruptions; 0 for clean images
     config.batch_size = 50  # images of the stream that come at once
-    config.rounds = 1 if smoke else 2  # of the long stream over all corruptions
+    config.rounds = 1  # of the long stream over all corruptions
     config.memory = 0.9  # of the moving mean that realigns features
     # Corruptions of which validation images choose the learning rate: a noise, a blur,
     # a weather, a digital one.

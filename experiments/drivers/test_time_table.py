@@ -21,7 +21,7 @@ from experiments.learners.learner import TrainState, make_learner
 from experiments.workdir import report, runs
 
 _COLUMNS = ("method", "weights that train", "passes", "rate", "online", "after")
-_LONG = ("long: online, first round", "last round", "after", "clean, after")
+_LONG = ("long: online", "after", "clean, at the end")
 
 
 class _Data(NamedTuple):
@@ -318,7 +318,6 @@ def _write(
                 f"{found['learning_rate']:g}",
                 _spread(reset["online"]),
                 _spread(reset["after"]),
-                _spread([one[:kinds] for one in long["online"]]),
                 _spread([one[-kinds:] for one in long["online"]]),
                 _spread([one[-kinds:] for one in long["after"]]),
                 _spread([one[-1:] for one in long["clean"]]),
@@ -328,9 +327,9 @@ def _write(
         f"Severity {config.severity}, batches of {config.batch_size}; accuracy in %, "
         f"mean over the kinds, {report.spread(len(config.seeds))}. online: of each "
         "batch before the network adapts to it; after: on the test split's images of "
-        f"a kind after its stream; long: {config.rounds} rounds over all kinds without "
-        "a reset. passes: of a batch, its prediction included; a backward pass counts "
-        "as two."
+        f"a kind after its stream; long: without a reset, of {config.rounds} rounds "
+        "over all kinds the last. passes: of a batch, its prediction included; a "
+        "backward pass counts as two."
     )
     report.write_table((*_COLUMNS, *_LONG), rows, note, directory, wide=1)
 
