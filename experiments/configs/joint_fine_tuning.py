@@ -18,10 +18,10 @@ alone, by its exact gradient.
         --config=experiments/configs/joint_fine_tuning.py:adapter \
         --workdir=workdir/joint_fine_tuning/adapter
 
-needs ``pip install -e '.[solar,weights]'``. No variant has been run in full yet, so
-that there is nothing to expect; 6,000 evaluations of the adapter take about a minute on
-a free core, and "whole" compiles for some minutes. A smoke run of some seconds that shows no
-result has ",smoke" behind the name of the variant.
+needs ``pip install -e '.[solar,weights]'``. One method at a time: ``--config.run=...``.
+6,000 evaluations take about a minute on a free core, and "whole" compiles for some
+minutes. A smoke run of some seconds that shows no result has ",smoke" behind the name
+of the variant.
 """
 
 from collections.abc import Mapping
