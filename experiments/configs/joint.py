@@ -21,7 +21,7 @@ One task, one method and one seed at a time take less than two minutes on one co
         --workdir=workdir/joint/mnist/joint_fp32_0 \
         --config.run=joint_fp32 --config.seeds=0,
 
-All of one task: leave the last line out. A smoke run, mostly compilation that shows no
+All of one task: leave the last line out. A smoke run, mostly compilation, that shows no
 result has "_smoke" behind the name of the task.
 """
 

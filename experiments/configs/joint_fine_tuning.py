@@ -10,15 +10,18 @@ polycrystalline cells. The variants are
   batches of 16.
 
 Each trains by backpropagation without and with a checkpoint of every stage, and by
-joint pairs (``fgrad.activity.joint_forward_grad``) in float32 and 16w8a; beside them
-stands the head alone, by its exact gradient and as many steps as the pairs take.
+joint pairs (``fgrad.activity.joint_forward_grad``) in float32 and 16w8a, with as many
+evaluations and, but for "whole", with 6,000 ("joint_long"); beside them stands the head
+alone, by its exact gradient.
 
     python -m experiments.main \
         --config=experiments/configs/joint_fine_tuning.py:adapter \
         --workdir=workdir/joint_fine_tuning/adapter
 
-needs ``pip install -e '.[solar,weights]'``. A smoke run, mostly compilation that shows no
-result has ",smoke" behind the name of the variant.
+needs ``pip install -e '.[solar,weights]'``. One method at a time: ``--config.run=...``.
+6,000 evaluations take about a minute on a free core, and "whole" compiles for some
+minutes. A smoke run, mostly compilation, has ",smoke" behind the name of the variant
+and shows no result.
 """
 
 from collections.abc import Mapping
@@ -52,7 +55,9 @@ JOINT: dict[str, dict[str, Any]] = {
     "last_block": {"every": 4, "transposed_head": True},
     "whole": {"residual": True, "every": 8},
 }
-STEPS = {"adapter": 4000, "last_block": 4000, "whole": 133}
+# As many evaluations as backpropagation takes, and for "joint_long" 6,000.
+STEPS = {"adapter": 600, "last_block": 600, "whole": 133}
+LONG = {"adapter": 4000, "last_block": 4000}
 
 
 def get_config(variant: str = "adapter") -> ConfigDict:
@@ -93,6 +98,10 @@ def get_config(variant: str = "adapter") -> ConfigDict:
         **_in_both(config, "exact_head", "probe_exact", exact),
         **_in_both(config, "joint", "adapter_activity", {**shared, **joint}),
     }
+    if way in LONG:
+        joint["steps"] = 5 if smoke else LONG[way]
+        longer = {**shared, **joint}
+        methods |= _in_both(config, "joint_long", "adapter_activity", longer)
     config.methods = ConfigDict(methods)
     config.run = tuple(methods)
     return config

@@ -14,8 +14,8 @@ Beside backpropagation stand
 
 in float32 and in 16w8a, by Adam but for "lp_3", whose backpropagation is by SGD with
 momentum as well. All take 900 evaluations, where a backward pass counts as two,
-but for the pairs of deep prompts, which take 3,600. Learning rates are chosen as in
-``ood.py``.
+but for the pairs of deep prompts, which take 3,600, and "lp_3_pairs_long" with 5,400.
+Learning rates are chosen as in ``ood.py``.
 
     python -m experiments.main --config=experiments/configs/joint_ood.py:severity_5 \
         --workdir=workdir/joint_ood
@@ -37,6 +37,10 @@ _PROBE = ("Dense_0/bias", "Dense_0/kernel")
 _RESIDUAL = {"head": _PROBE, "residual": True}
 _EXACT: dict[str, Any] = {"gradient": "activity", "sites": HEAD}
 _STREAM: dict[str, Any] = {"gradient": "joint", "joint": _RESIDUAL}
+_PAIRS: dict[str, Any] = {
+    "gradient": "joint",
+    "joint": {"head": _PROBE, "transposed_head": True, "every": 4},
+}
 # As backpropagation through the same.
 _SGD: dict[str, Any] = {"optimizer": "momentum", "batch_size": 128}
 
@@ -44,13 +48,8 @@ _SGD: dict[str, Any] = {"optimizer": "momentum", "batch_size": 128}
 FORWARD: dict[str, dict[str, Any]] = {
     "lp_1_exact": {**_EXACT, "steps": 900, "rate": 0.05},
     "lp_3_joint": {**_STREAM, **_SGD, "steps": 450, "rate": 0.16, "in": ("fp32",)},
-    "lp_3_pairs": {
-        "gradient": "joint",
-        "joint": {"head": _PROBE, "transposed_head": True, "every": 4},
-        **_SGD,
-        "steps": 600,
-        "rate": 0.16,
-    },
+    "lp_3_pairs": {**_PAIRS, **_SGD, "steps": 600, "rate": 0.16},
+    "lp_3_pairs_long": {**_PAIRS, **_SGD, "steps": 3600, "rate": 0.16},
     "d_vpt_head": {**_EXACT, "steps": 900, "rate": 0.05},
     "d_vpt_pairs": {
         **_EXACT,
