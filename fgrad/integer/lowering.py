@@ -171,11 +171,16 @@ def _make_slices_lazy(scan: Operation) -> None:
 
 def _is_remade(value: Value) -> bool:
     """Whether a computed value is made of arguments by cheap operations alone."""
-    if value.maker is None:
-        return False
-    return value.maker.name in CHEAP and all(
-        x.maker is None or _is_remade(x) for x in value.maker.inputs
-    )
+    pending, seen = [value], set()
+    while pending:
+        maker = pending.pop().maker
+        if maker is None or maker in seen:
+            continue
+        if maker.name not in CHEAP:
+            return False
+        seen.add(maker)
+        pending += maker.inputs
+    return value.maker is not None
 
 
 def _copied(value: Value, copies: dict[Operation, Operation]) -> Value:
@@ -371,7 +376,8 @@ class Storage:
         for operation in writing:
             names, reads[operation] = self._reads(operation)
             makers = {x.maker for x in reads[operation]}
-            if names <= CHEAP and makers <= late:
+            stays = reads[operation].isdisjoint(overwritten.values())
+            if names <= CHEAP and makers <= late and stays:
                 late.add(operation)
         found: dict[Operation, None] = {}  # in order
 
