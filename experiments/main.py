@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_names("driver", [driver], _DRIVERS)
         if _MESH.value is not None:
-            _set_mesh(config, _MESH.value)
+            _set_mesh(config, driver, _MESH.value)
         if _CACHE.value:
             compiled_programs.keep()
         if _REPLAY.value is not None:
@@ -110,13 +110,14 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(_INTERRUPTED)
 
 
-def _set_mesh(config: Any, mesh: str) -> None:
+def _set_mesh(config: Any, driver: str, mesh: str) -> None:
     """Puts the mesh into a configuration, or into all of its parts."""
+    if driver != "train":
+        raise UsageError(
+            f"the runs of this configuration, of the driver {driver!r}, are not shared "
+            "by devices; leave out --mesh."
+        )
     for part in config.parts.values() if "parts" in config else [config]:
-        if "mesh" not in part:
-            raise UsageError(
-                "this configuration's runs are not shared by devices; leave out --mesh."
-            )
         part.mesh = mesh
 
 

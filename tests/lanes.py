@@ -37,6 +37,7 @@ SLOW_FILES = {
     "test_ood.py",
     "test_public_few_shot.py",
     "test_quantized_networks.py",
+    "test_replay.py",
     "test_runs.py",
     "test_training.py",
 }

@@ -13,7 +13,9 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from experiments import main as launcher
 from experiments.configs import quickstart
 from experiments.data.arrays import Split
 from experiments.drivers import layouts, programs
@@ -187,6 +189,14 @@ def test_devices_that_do_not_divide_are_refused(monkeypatch, changes, said):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UsageError, match=said):
         layouts.check(changed(**changes))
+
+
+def test_the_mesh_of_the_command_reaches_all_parts():
+    config = ConfigDict({"parts": {"a": changed(), "b": changed()}})
+    launcher._set_mesh(config, "train", "seeds=2")
+    assert [part.mesh for part in config.parts.values()] == ["seeds=2", "seeds=2"]
+    with pytest.raises(UsageError, match="driver 'few_shot', are not shared"):
+        launcher._set_mesh(changed(), "few_shot", "seeds=2")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_a_run_is_made_again_to_the_bit(setting):
 def test_another_method_ends_elsewhere(setting):
     config, workdir, _ = setting
     other = config.copy_and_resolve_references()
-    other.methods.forward_fp32.epsilon = 0.02
+    other.methods.forward_fp32.optimizer = "momentum"
     with pytest.raises(UsageError, match=r"SHA-256 .*, and the run had"):
         replay.run(other, str(workdir), NAME)
 
