@@ -20,8 +20,8 @@ Learning rates are chosen as in ``ood.py``.
     python -m experiments.main --config=experiments/configs/joint_ood.py:severity_5 \
         --workdir=workdir/joint_ood
 
-needs ``pip install -e '.[corruptions]'``. A smoke run, mostly compilation, on clean images:
-``joint_ood.py:smoke``.
+needs ``pip install -e '.[corruptions]'``. A smoke run, mostly compilation, on clean
+images: ``joint_ood.py:smoke``.
 """
 
 from typing import Any

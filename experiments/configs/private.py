@@ -23,8 +23,8 @@ Expected: see docs/privacy.md. It needs ``pip install -e '.[privacy]'``.
     python -m experiments.main \
         --config=experiments/configs/private.py --workdir=workdir/private
 
-A smoke run, mostly compilation: ``--config=experiments/configs/private.py:smoke``; of the
-solar cells: ``:solar_smoke``.
+A smoke run, mostly compilation: ``--config=experiments/configs/private.py:smoke``; of
+the solar cells: ``:solar_smoke``.
 """
 
 import math
