@@ -15,7 +15,7 @@ from sklearn import datasets
 from experiments import registry
 from experiments.configs import ablation, quickstart
 from experiments.data import arrays, digits, mnist
-from experiments.drivers import training
+from experiments.drivers import training, tuning
 from experiments.drivers.trainer import Run
 from experiments.learners import optimizers
 from experiments.learners.augmentation import translated
@@ -262,12 +262,16 @@ def test_early_stopping_takes_the_test_score_of_the_best_validation_score():
 
 
 def test_tuning_goes_on_while_the_best_rate_is_the_last():
-    assert training.beyond({0.02: 0.5, 0.04: 0.9}) == 0.08
-    assert training.beyond({0.02: 0.9, 0.04: 0.5, 0.08: 0.5}) == 0.01
-    assert training.beyond({0.02: 0.5, 0.04: 0.9, 0.08: 0.5}) is None
-    assert training.beyond({0.02: 0.5}) is None
+    assert tuning.beyond({0.02: 0.5, 0.04: 0.9}) == 0.08
+    assert tuning.beyond({0.02: 0.9, 0.04: 0.5, 0.08: 0.5}) == 0.01
+    assert tuning.beyond({0.02: 0.5, 0.04: 0.9, 0.08: 0.5}) is None
+    assert tuning.beyond({0.02: 0.5}) is None
+    asked = []
+    scores = tuning.each(lambda rate: -abs(rate - 0.05))
+    found = tuning.searched(scores, (0.2, 0.4), 1, lambda: asked.append("one more"))
+    assert (list(found), asked) == ([0.2, 0.4, 0.1], ["one more"])
     # Of equal ones the first that was tried.
-    assert training.best({0.04: 0.9, 0.02: 0.9}) == 0.04
+    assert tuning.best({0.04: 0.9, 0.02: 0.9}) == 0.04
 
 
 def test_every_ablation_spends_the_same_budget():

@@ -15,9 +15,9 @@ Expected: see docs/extrapolation.md.
         --config=experiments/configs/large_batch.py --workdir=workdir/large_batch
 
 A smoke run, mostly compilation: ``--config=experiments/configs/large_batch.py:smoke``;
-one of the two tasks: ``--config=experiments/configs/large_batch.py:digits`` and ``:mnist``;
-MNIST at a quarter of the forward passes, with two of the batches and some of the
-methods, and learning rates tuned by runs of half that length: ``:mnist_short``.
+one of the two tasks: ``:digits`` and ``:mnist``; MNIST at a quarter of the forward
+passes, with two of the batches and some of the methods, and learning rates tuned by
+runs of half that length: ``:mnist_short``.
 """
 
 from typing import Any

@@ -20,9 +20,8 @@ from ml_collections import ConfigDict
 import fgrad
 from experiments.data import sounds, voices, words
 from experiments.data.arrays import Split
-from experiments.drivers import settings
+from experiments.drivers import settings, tuning
 from experiments.drivers.progress import Progress, show_progress
-from experiments.drivers.training import best, beyond
 from experiments.features import batched
 from experiments.models import int8_network, keyword
 from experiments.models.keyword import HEAD
@@ -197,7 +196,7 @@ def adapted(
             continue
         method = _Method(config, config.methods[method_name], cut, progress)
         tuned = method.tuned([draw(seed, True) for seed in config.tuning_seeds])
-        rate = best(tuned)
+        rate = tuning.best(tuned)
         accuracies = [
             method.accuracy(rate, task, seed)
             for seed, task in zip(config.seeds, tests, strict=True)
@@ -242,13 +241,12 @@ class _Method:
             ]
             return float(np.mean(scores))
 
-        found = {rate: score(rate) for rate in self._method.learning_rates}
-        for _ in range(self._config.wider_tuning):
-            if not (rate := beyond(found)):
-                break
-            self._progress.expect(len(tasks) * self._method.steps)
-            found[rate] = score(rate)
-        return found
+        return tuning.searched(
+            tuning.each(score),
+            self._method.learning_rates,
+            self._config.wider_tuning,
+            lambda: self._progress.expect(len(tasks) * self._method.steps),
+        )
 
     def accuracy(self, rate: float, task: Task, seed: int) -> float:
         """Adapts to a task and judges by its other examples."""

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from experiments.data.arrays import Split
-from experiments.drivers import settings
+from experiments.drivers import settings, tuning
 from experiments.drivers.progress import Progress, show_progress
-from experiments.drivers.training import Task, best, beyond, prepare
+from experiments.drivers.training import Task, prepare
 from experiments.learners import metrics
 from experiments.usage import UsageError
 from experiments.workdir import report, runs
@@ -134,15 +134,15 @@ class _Training:
             ended = [self._ended(rate, noise, seed) for seed in seeds]
             return float(np.mean([one.validation for one in ended]))
 
-        tuned = {rate: score(rate) for rate in self._method.learning_rates}
-        for _ in range(self._config.wider_tuning):
-            if not (rate := beyond(tuned)):
-                break
-            self._progress.expect(len(seeds) * self._config.steps)
-            tuned[rate] = score(rate)
+        tuned = tuning.searched(
+            tuning.each(score),
+            self._method.learning_rates,
+            self._config.wider_tuning,
+            lambda: self._progress.expect(len(seeds) * self._config.steps),
+        )
         metric = self._config.metrics[0]
         self._progress.say(f"validation {metric} by learning rate: {tuned}")
-        return best(tuned)
+        return tuning.best(tuned)
 
     def at(self, rate: float, noise: float) -> dict[str, Any]:
         """Runs all seeds."""

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from experiments.data import mnist_c
 from experiments.data.arrays import Split
-from experiments.drivers import settings
+from experiments.drivers import settings, tuning
 from experiments.drivers.progress import show_progress
-from experiments.drivers.training import Task, best, beyond, prepare
+from experiments.drivers.training import Task, prepare
 from experiments.learners import adapt, test_time
 from experiments.learners.learner import TrainState, make_learner
 from experiments.workdir import report, runs
@@ -181,12 +181,8 @@ class _Method:
 
         if len(rates) == 1:
             return rates[0], {}
-        tuned = {rate: score(rate) for rate in rates}
-        for _ in range(config.wider_tuning):
-            if not (rate := beyond(tuned)):
-                break
-            tuned[rate] = score(rate)
-        return best(tuned), tuned
+        tuned = tuning.searched(tuning.each(score), rates, config.wider_tuning)
+        return tuning.best(tuned), tuned
 
     def _kept(
         self, split: str, kinds: Sequence[int], rate: float, seed: int, reset: bool

@@ -17,9 +17,8 @@ from ml_collections import ConfigDict
 import fgrad
 from experiments import starts
 from experiments.data import texts
-from experiments.drivers import settings
+from experiments.drivers import settings, tuning
 from experiments.drivers.progress import Progress, show_progress
-from experiments.drivers.training import best, beyond
 from experiments.learners import adapt, next_byte, optimizers
 from experiments.models import decoder
 from experiments.workdir import report, runs
@@ -315,12 +314,10 @@ class _Training:
             found = [one["nats"] for one in ended]
             return -float(np.nan_to_num(np.mean(found), nan=np.inf))
 
-        tuned = {rate: score(rate) for rate in method.learning_rates}
-        for _ in range(config.wider_tuning):
-            if not (rate := beyond(tuned)):
-                break
-            tuned[rate] = score(rate)
-        return best(tuned), {rate: -score for rate, score in tuned.items()}
+        tuned = tuning.searched(
+            tuning.each(score), method.learning_rates, config.wider_tuning
+        )
+        return tuning.best(tuned), {rate: -score for rate, score in tuned.items()}
 
     def _kept(self, split: str, rate: float, seed: int, steps: int) -> dict[str, float]:
         """Scores of a run, from the workdir if they are there."""

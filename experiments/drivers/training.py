@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import features, registry, starts
-from experiments.drivers import layouts, settings
+from experiments.drivers import layouts, settings, tuning
 from experiments.drivers.progress import Progress, show_progress
 from experiments.drivers.trainer import Planned, Run, Trainer
 from experiments.learners import adapt, metrics, optimizers, predicted_time
@@ -237,14 +237,13 @@ class _Method:
         rates = self._method.learning_rates
         if len(rates) == 1:
             return {}
-        tuned = self._tuned(rates)
-        for _ in range(self._config.wider_tuning):
-            if not (rate := beyond(tuned)):
-                break
-            seeds = len(self._config.tuning_seeds)
-            self._progress.expect(seeds * self._tuning_steps)
-            tuned |= self._tuned([rate])
-        return tuned
+        steps = len(self._config.tuning_seeds) * self._tuning_steps
+        return tuning.searched(
+            self._tuned,
+            rates,
+            self._config.wider_tuning,
+            lambda: self._progress.expect(steps),
+        )
 
     def adapted(self, learning_rate: float) -> list[Run]:
         """The runs of all seeds at a learning rate."""
@@ -320,7 +319,7 @@ def _adapt(
     where = directory / "runs" / name
     runs_of = _Method(config, method, task, progress, where, layout)
     tuned = runs_of.tuned()
-    learning_rate = best(tuned) if tuned else method.learning_rates[0]
+    learning_rate = tuning.best(tuned) if tuned else method.learning_rates[0]
     progress.say(f"{name}: the learning rate is {learning_rate:g}")
     estimated = runs_of.estimated(name, learning_rate)
     adapted = runs_of.adapted(learning_rate)
@@ -360,23 +359,9 @@ def _run_directory(config: ConfigDict, path: pathlib.Path) -> runs.RunDirectory:
     )
 
 
-def best(tuned: Mapping[float, float]) -> float:
-    """The best learning rate; of equal ones the first tried."""
-    return max(tuned, key=lambda rate: tuned[rate])
-
-
 def _best_point(curve: Sequence[Sequence[float]]) -> float:
     """The test score where the validation score was best; of equal ones the last."""
     return max(reversed(curve), key=lambda point: point[1])[0]
-
-
-def beyond(tuned: Mapping[float, float]) -> float | None:
-    """The next learning rate in geometric order if the best is the last, or None."""
-    rates = sorted(tuned)
-    if len(rates) > 1 and best(tuned) in (rates[0], rates[-1]):
-        end, inner = rates[:2] if best(tuned) == rates[0] else rates[:-3:-1]
-        return float(f"{end * end / inner:.2g}")
-    return None
 
 
 def _summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
