@@ -16,7 +16,8 @@ four further ones at most while the best is the last in order.
     python -m experiments.main --config=experiments/configs/reparameterized.py:ood \
         --workdir=workdir/reparameterized/ood
 
-and the same with ``solar``. Expected: see docs/reparameterization.md.
+and the same with ``solar``. Expected: perturbed, scales beat the head by 5 to 10
+points; see docs/reparameterization.md.
 
 Smoke runs of some seconds: ``:ood_smoke``, on clean images, and ``:solar_smoke``.
 """
