@@ -22,6 +22,10 @@ chosen by labelled images of the validation split of four corruptions.
     python -m experiments.main \
         --config=experiments/configs/test_time.py --workdir=workdir/test_time
 
+Expected, mean over the corruptions of the test accuracy after a stream, 3 seeds: tent
+53.8 ± 0.0, aligned 72.9 ± 0.2, labels 76.1 ± 0.9; realigned in 8w8a 66.2 ± 0.0; forward
+66.4 ± 0.7 in float32 and 64.3 ± 0.3 in 8w8a (docs/results.md). A method takes a minute.
+
 The corruptions are a package's: ``pip install -e '.[corruptions]'``.
 
 A smoke run, on clean images: ``--config=experiments/configs/test_time.py:smoke``.

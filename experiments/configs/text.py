@@ -16,6 +16,10 @@ padded to one of two: so a step is compiled twice.
     python -m experiments.main \
         --config=experiments/configs/text.py --workdir=workdir/text
 
+Expected, nats per byte of the test split after 60 steps by backpropagation, 3 seeds:
+2.244 ± 0.001 (LoRA) and 2.112 ± 0.010 (all weights), 2.352 before; forward LoRA in
+float32 after 600 steps 2.277 (one seed). The rest was not run (docs/results.md).
+
 A smoke run: ``--config=experiments/configs/text.py:smoke``.
 """
 
@@ -52,15 +56,35 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.tasks = ("language", "kinds")
     config.lora = ConfigDict({"rank": 2, "where": "query|value"})
 
-    config.pretrain = ConfigDict()
-    config.pretrain.committed = True
-    config.pretrain.gradient = "backward"
-    config.pretrain.optimizer = "adam"
-    config.pretrain.learning_rate = 3e-3
-    config.pretrain.steps = 3 if smoke else 1500
-    config.pretrain.batch_size = 4 if smoke else 16
-    config.pretrain.seed = 0
+    config.pretrain = _pretrain(smoke)
+    rows = _rows(base, smoke)
+    config.methods = ConfigDict(
+        {
+            name: quickstart.changed(method, changes)
+            for name, (method, changes) in rows.items()
+        }
+    )
+    config.run = tuple(rows)
+    return config
 
+
+def _pretrain(smoke: bool) -> ConfigDict:
+    """The training of the network from which all runs start."""
+    pretrain = ConfigDict()
+    pretrain.committed = True  # see `experiments.starts`
+    pretrain.gradient = "backward"
+    pretrain.optimizer = "adam"
+    pretrain.learning_rate = 3e-3
+    pretrain.steps = 3 if smoke else 1500
+    pretrain.batch_size = 4 if smoke else 16
+    pretrain.seed = 0
+    return pretrain
+
+
+def _rows(
+    base: ConfigDict, smoke: bool
+) -> dict[str, tuple[ConfigDict, dict[str, Any]]]:
+    """By name of a method, what it begins from and what differs."""
     steps = 3 if smoke else 60
     backward = {
         "optimizer": "adam",
@@ -77,26 +101,18 @@ def get_config(variant: str = "full") -> ConfigDict:
         "learning_rates": (3e-3,) if smoke else (4e-3, 7e-3, 1.2e-2),
         "calibration_images": 64,  # pieces
     }
-    full = {**backward, "trains": "full"}
+    full, forward_full = ({**one, "trains": "full"} for one in (backward, forward))
     if not smoke:
         full["learning_rates"] = (3e-3, 1e-2, 3e-2)
-    rows: dict[str, tuple[ConfigDict, dict[str, Any]]] = {
-        "lora_backprop": (base.methods.backprop, {**backward, "trains": "lora"}),
-        "full_backprop": (base.methods.backprop, full),
-        "full_checkpoints": (base.methods.backprop, {**full, "checkpoint": True}),
+        forward_full["learning_rates"] = (1e-4, 3e-4, 1e-3)
+    backprop, perturbed = base.methods.backprop, base.methods.forward_fp32
+    return {
+        "lora_backprop": (backprop, {**backward, "trains": "lora"}),
+        "full_backprop": (backprop, full),
+        "full_checkpoints": (backprop, {**full, "checkpoint": True}),
+        **{
+            f"lora_{name}": (perturbed, {**forward, "bits": bits, "trains": "lora"})
+            for name, bits in quickstart.BITS.items()
+        },
+        "full_fp32": (perturbed, forward_full),
     }
-    for arithmetic, bits in quickstart.BITS.items():
-        changes = {**forward, "bits": bits, "trains": "lora"}
-        rows[f"lora_{arithmetic}"] = base.methods.forward_fp32, changes
-    changes = {**forward, "trains": "full"}
-    if not smoke:
-        changes["learning_rates"] = (1e-4, 3e-4, 1e-3)
-    rows["full_fp32"] = base.methods.forward_fp32, changes
-    config.methods = ConfigDict(
-        {
-            name: quickstart.changed(method, changes)
-            for name, (method, changes) in rows.items()
-        }
-    )
-    config.run = tuple(rows)
-    return config
