@@ -118,6 +118,7 @@ def test_checkpoints_change_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
 
 
+@pytest.mark.slow
 def test_checkpoints_begin_behind_what_is_frozen():
     method = joint.get_config("digits_smoke").methods.backprop_head
     x = data().images
