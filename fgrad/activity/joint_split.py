@@ -8,10 +8,13 @@ only a part of it is ever in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from fgrad.activity.example_losses import ExampleLosses
@@ -70,15 +73,16 @@ class Split:
     def region(self, nodes: Iterable[Node], wanted: Iterable[int]) -> Region:
         """What is computed again for a part, so that these equations can be read.
 
-        A value that the equations start from is computed again as well, if that needs
-        no more values of the whole: so a normalisation is, where the residual stream
-        before it is needed anyway.
+        Values that the equations start from are computed again as well, if less of the
+        whole is needed then: a normalisation where the residual stream before it is
+        there anyway, and the many shifted copies of an image that a depthwise
+        convolution adds up.
 
         Args:
           nodes: equations of a part whose operands and results are read.
           wanted: numbers of other values that are read.
         """
-        data = self.losses.program.depending(self.losses.batch)
+        data = self._data
         own = {
             v: node
             for node in nodes
@@ -87,15 +91,35 @@ class Split:
         }
         read = {v for node in nodes for v in (*node.values, *node.outputs)}
         sources = read.union(wanted) - set(own)
-        for number in sorted(sources & data, reverse=True):
-            more = self._light(number, sources - {number}, data)
-            if more:
-                own |= {v: node for node in more for v in node.outputs}
-                sources -= set(own)
-                sources |= {v for n in more for v in n.values if v not in own}
+        while (less := self._less(sources, set(own))) is not None:
+            sources, more = less
+            own |= {v: node for node in more for v in node.outputs}
         inside = {id(node) for node in own.values()}
         ordered = [node for node in self.losses.program.nodes if id(node) in inside]
         return Region(tuple(ordered), tuple(sorted(sources)))
+
+    def _less(
+        self, sources: set[int], own: set[int]
+    ) -> tuple[set[int], list[Node]] | None:
+        """Sources that hold less, and the equations from them to the given ones.
+
+        Args:
+          sources: numbers of values of the whole.
+          own: of values that are computed for a part anyway.
+        """
+        made = [s for s in sources if s in self._data and s in self._makers]
+        before = {v for s in made for v in self._makers[s].values}
+        for origin in sorted((before | sources) & self._data):
+            known = sources | own | {origin}
+            found = {s: self._light(s, known - {s}) for s in made if s != origin}
+            left_out = {s for s, nodes in found.items() if nodes}
+            added = 0 if origin in sources | own else self._bytes(origin)
+            if sum(map(self._bytes, left_out)) > added:
+                nodes = [node for s in left_out for node in found[s]]
+                fixed = {v for node in nodes for v in node.values} - self._data
+                here = own.union(v for node in nodes for v in node.outputs)
+                return (sources | {origin} | fixed) - left_out - here, nodes
+        return None
 
     def values(
         self, region: Region, whole: Mapping[int, Any], index: Any
@@ -124,30 +148,49 @@ class Split:
         size = array.shape[axis] // self.count
         return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
-    def _light(self, number: int, sources: set[int], data: set[int]) -> list[Node]:
+    def _light(self, number: int, known: set[int]) -> list[Node]:
         """Equations without products that a value is made by from known ones.
 
         Args:
           number: of the value.
-          sources: what they may start from.
-          data: numbers of the values that depend on the batch. All others may be
-            started from as well.
+          known: what they may start from, beside what does not depend on the batch.
 
         Returns:
           The equations; none if they start from any other value.
         """
-        wanted, found = {number}, list[Node]()
-        for node in reversed(self.losses.program.nodes):
-            if wanted.isdisjoint(node.outputs):
-                continue
-            facts = node.facts
-            light = facts.elementwise or facts.view or facts.reduction
-            if not light or self._mixes(node) or any(map(self._same, node.outputs)):
+        wanted, found = [number], dict[int, Node]()
+        while wanted:
+            node = self._makers.get(wanted.pop())
+            if node is None or not self._is_light(node):
                 return []
-            wanted -= set(node.outputs)
-            wanted |= {v for v in node.values if v in data and v not in sources}
-            found.append(node)
-        return [] if wanted else found
+            if id(node) not in found:
+                found[id(node)] = node
+                wanted += [v for v in node.values if v in self._data - known]
+        return list(found.values())
+
+    def _is_light(self, node: Node) -> bool:
+        """Whether an equation has no product, and leaves examples apart."""
+        facts = node.facts
+        light = facts.elementwise or facts.view or facts.reduction
+        light = light or node.name in ("pad", "concatenate")
+        return light and not (self._mixes(node) or any(map(self._same, node.outputs)))
+
+    @functools.cached_property
+    def _data(self) -> set[int]:
+        """The values that depend on the batch."""
+        return self.losses.program.depending(self.losses.batch)
+
+    @functools.cached_property
+    def _makers(self) -> dict[int, Node]:
+        """The equations by the values that they make."""
+        return {v: node for node in self.losses.program.nodes for v in node.outputs}
+
+    def _bytes(self, number: int) -> int:
+        """The size of a value of all examples."""
+        aval = self.whole.avals[number]
+        extended = jax.dtypes.extended
+        is_number = not jnp.issubdtype(aval.dtype, extended)
+        return int(math.prod(aval.shape)) * (aval.dtype.itemsize if is_number else 1)
 
     def _same(self, number: int) -> bool:
         """Whether a value has the same shape in a part as in the whole."""

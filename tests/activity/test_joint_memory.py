@@ -48,6 +48,8 @@ def test_on_the_way_the_memory_is_near_that_of_inference(name, arithmetic, monke
     assert evaluations <= 4
 
 
+@pytest.mark.slow
+@pytest.mark.optimized
 def test_what_is_kept_otherwise():
     """All activations, which are many times as much."""
     problem = subjects.problem(NETWORKS["cnn"], 64, "float32", of_examples=True)
