@@ -122,7 +122,7 @@ def results():
         capture_output=True,
         text=True,
         env=environment,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
