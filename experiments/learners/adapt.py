@@ -168,6 +168,7 @@ def num_weights(params: Any) -> int:
     """How many weights there are, of which a `fgrad.QTensor` holds its integers.
 
     Example:
+      >>> import fgrad
       >>> num_weights({"kernel": fgrad.quantize(jnp.ones((3, 2))), "bias": jnp.ones(2)})
       8
     """
