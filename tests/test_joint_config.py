@@ -35,6 +35,15 @@ def test_every_method_spends_as_many_evaluations(length, expected):
             assert evaluations(config.methods[name]) == expected, (task, name)
 
 
+def test_the_picture_is_of_methods_of_as_many_evaluations():
+    config = joint.get_config("mnist_memory")
+    settings.check_training(config)
+    assert config.figure == "memory"
+    assert {evaluations(config.methods[name]) for name in config.run} == {900}
+    assert config.methods.on_the_way_16w8a.joint.on_the_way
+    assert not config.methods.joint_16w8a.joint.on_the_way
+
+
 @pytest.mark.parametrize("way", joint_fine_tuning.WAYS)
 def test_solar_cells_are_adapted_at_three_depths(way):
     for variant in (way, f"{way},smoke"):
