@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -407,18 +406,21 @@ def _updates_on_the_grid(
     treedef: Any
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
     given = treedef.flatten_up_to(updates)
-    at = [i for i, on in enumerate(trained) if on]
-    find = functools.partial(_on_the_grid, stochastic_below=stochastic_below)
-    counts = _counts([find(leaves[i], given[i])[1] for i in at])
-    found: list[jax.Array] = [
-        jnp.zeros_like(stored(update), jnp.int32 if is_qtensor(leaf) else None)
-        for leaf, update in zip(leaves, given, strict=True)
-    ]
+    found: list[jax.Array] = []
+    moved, at = [], [i for i, on in enumerate(trained) if on]
+    for leaf, update, on in zip(leaves, given, trained, strict=True):
+        if on:
+            steps, moves = _on_the_grid(leaf, update, stochastic_below)
+            moved.append(moves)
+        else:
+            kind = jnp.int32 if is_qtensor(leaf) else None
+            steps = jnp.zeros_like(stored(update), kind)
+        found.append(steps)
+    counts = _counts(moved)
     # An update waits for its count. If the count compared with the new weights instead,
-    # a donated buffer would be copied to keep the old ones. The steps are found again:
-    # a GPU would store those that were counted, in four bytes for each weight.
+    # a donated buffer would be copied to keep the old ones.
     for i, count in zip(at, counts, strict=True):
-        found[i], _ = find(leaves[i], given[i], after=count)
+        found[i] = execution_order.delayed(found[i], count)
     # Small leaves share a count.
     number = sum({id(count): count for count in counts}.values(), jnp.float32(0))
     size = sum(float(jnp.size(leaves[i])) for i in at)  # it may be beyond int32
@@ -447,22 +449,10 @@ def _counts(moved: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _on_the_grid(
-    leaf: Any, update: Any, *, stochastic_below: int, after: jax.Array | None = None
+    leaf: Any, update: Any, stochastic_below: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The update that a leaf can take, and for each weight whether it moves.
-
-    Args:
-      leaf: the weights.
-      update: from an optimizer.
-      stochastic_below: bits below which steps are rounded up or down at random.
-      after: what is computed first; None for nothing.
-    """
-
-    def later(array: jax.Array) -> jax.Array:
-        return array if after is None else execution_order.delayed(array, after)
-
+    """The update that a leaf can take, and for each weight whether it moves."""
     if not is_qtensor(leaf):
-        update = later(update)
         return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
     if not is_qtensor(update):
         raise TypeError(
@@ -470,27 +460,20 @@ def _on_the_grid(
             f"{jnp.shape(update)}; quantized_update takes what an estimator of fgrad "
             "and the links after it make."
         )
-    exact = later(update.qvalue) / leaf.scale
-    if leaf.bits < stochastic_below:
-        # Of the update as it is: to wait for something may turn a zero's sign.
-        steps = _rounded_up_or_down(exact, _salt(update.qvalue / leaf.scale))
-    else:
-        steps = jnp.round(exact)
+    exact = update.qvalue / leaf.scale
+    stochastic = leaf.bits < stochastic_below
+    steps = _rounded_up_or_down(exact) if stochastic else jnp.round(exact)
     steps = jnp.nan_to_num(steps, nan=0.0)
     steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
     steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
     return steps, steps != 0
 
 
-def _salt(exact: jax.Array) -> jax.Array:
-    """A uint32 [1] that differs between updates, for the words of their rounding."""
-    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.uint32)
-    return jnp.sum(bits, dtype=jnp.uint32).reshape(1)
-
-
-def _rounded_up_or_down(exact: jax.Array, salt: jax.Array) -> jax.Array:
+def _rounded_up_or_down(exact: jax.Array) -> jax.Array:
     """Rounds a fraction f up with probability f; what is whole but for noise stays."""
     nearest, floor = jnp.round(exact), jnp.floor(exact)
+    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.uint32)
+    salt = jnp.sum(bits, dtype=jnp.uint32).reshape(1)
 
     def hashes(salt: jax.Array) -> jax.Array:
         return perturbations.hashed(salt, perturbations.row_major(exact.shape))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxprs import all_equations
 
 import fgrad
 from fgrad.fixed_point import QTensor, as_gradient
@@ -189,25 +188,3 @@ def test_grid_steps_that_are_clipped_learn():
     carry = (params, tx.init(params))
     (trained, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=400))(carry)
     assert loss(trained) < 0.5 * loss(params)
-
-
-@pytest.mark.parametrize("stochastic_below", [0, 9])
-def test_what_is_counted_is_what_moves(stochastic_below):
-    rng = np.random.default_rng(3)
-    steps = rng.uniform(-1.5, 1.5, SIZE).astype(np.float32)
-    steps[::3] = -0.0  # to wait for the count may turn its sign
-    found, moved = steps_of(weights(8), steps, stochastic_below=stochastic_below)
-    assert moved == pytest.approx(np.mean(found != 0))
-    assert np.all(found[::3] == 0)
-    assert np.all(np.abs(found - steps) < (1 if stochastic_below else 0.5 + 1e-6))
-
-
-def test_the_steps_that_are_counted_are_not_stored():
-    """A GPU would store what both the count and the update read: 4 bytes a weight."""
-    params = weights(16)
-    tx = fgrad.quantized_update(stochastic_below=0)
-    jaxpr = jax.make_jaxpr(lambda u, p: tx.update(u, tx.init(p), p))(
-        as_gradient(params, jnp.ones(SIZE)), params
-    )
-    names = [equation.primitive.name for equation in all_equations(jaxpr.jaxpr)]
-    assert names.count("round") == 2
