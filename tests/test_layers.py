@@ -912,9 +912,9 @@ def test_a_fixed_point_cnn_multiplies_int8_only():
     x = jnp.ones((2, 16, 16, 3))
     settings = {"bits": (16, 8), "activation_scale": "dynamic"}
     fixed_point_cnn = Cnn(settings=settings)
-    # One for each of three convolutions and the dense layer, their limbs side by side.
-    # The depthwise convolution needs no product at all.
-    assert products_of(fixed_point_cnn, x) == [INTEGER] * 4
+    # One for each limb of three convolutions and of the dense layer. The depthwise
+    # convolution needs no product at all.
+    assert products_of(fixed_point_cnn, x) == [INTEGER] * 8
     # The walk would see the floats.
     assert products_of(Cnn(settings={}), x) == [FLOAT] * 4
 
@@ -927,8 +927,8 @@ def test_fixed_point_attention_multiplies_int8_only(name):
     equations = product_equations(jaxpr)
     for equation in equations:
         assert [v.aval.dtype for v in equation.invars] == [jnp.int8, jnp.int8]
-    # One for each of four kernels and of two products of activations.
-    assert len(equations) == 4 + 2
+    # One for each limb of four kernels, and two products of activations.
+    assert len(equations) == 2 * 4 + 2
 
 
 def test_a_fixed_point_lstm_multiplies_int8_only_in_its_scan():
@@ -938,7 +938,7 @@ def test_a_fixed_point_lstm_multiplies_int8_only_in_its_scan():
     equations = product_equations(jaxpr)
     for equation in equations:
         assert [v.aval.dtype for v in equation.invars] == [jnp.int8, jnp.int8]
-    assert len(equations) == 8
+    assert len(equations) == 2 * 8
 
 
 def test_an_embedding_look_up_gathers_integers():

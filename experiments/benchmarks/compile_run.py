@@ -18,14 +18,6 @@ from absl import app, flags
 
 from experiments.benchmarks import compile_time
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the results.")
-_SECONDS = flags.DEFINE_float("seconds", None, "When to begin no further program.")
-_ARITHMETIC = flags.DEFINE_list(
-    "arithmetic", list(compile_time.ARITHMETICS), "Arithmetics of the networks."
-)
-_SMOKE = flags.DEFINE_bool("smoke", False, "A tiny network, which shows no result.")
-flags.mark_flag_as_required("workdir")
-
 
 def run(
     workdir: str,
@@ -98,10 +90,17 @@ def main(argv: Sequence[str]) -> None:
     """Measures for as long as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    options = _SECONDS.value, _ARITHMETIC.value, _SMOKE.value
-    if not run(_WORKDIR.value, *options):
+    given = flags.FLAGS
+    if not run(given.workdir, given.seconds, given.arithmetic, given.smoke):
         print("The time is up; the same command goes on.", flush=True)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory for the results.")
+    flags.DEFINE_float("seconds", None, "When to begin no further program.")
+    flags.DEFINE_list(
+        "arithmetic", list(compile_time.ARITHMETICS), "Arithmetics of the networks."
+    )
+    flags.DEFINE_bool("smoke", False, "A tiny network, which shows no result.")
+    flags.mark_flag_as_required("workdir")
     app.run(main)

@@ -20,10 +20,6 @@ NETWORKS = {
     "ViT-B/16": transformer.VIT_B16._replace(outputs_first=True),
     "decoder of 1.3 B": transformer.DECODER._replace(outputs_first=True),
 }
-_NETWORKS = flags.DEFINE_list("network", list(NETWORKS), "Names of networks.")
-_ARITHMETIC = flags.DEFINE_list(
-    "arithmetic", ["bfloat16", "16w8a", "8w8a"], "Arithmetics of the weights."
-)
 
 
 def row(name: str, network: Transformer, arithmetic: str) -> list[str]:
@@ -50,8 +46,8 @@ def main(argv: Sequence[str]) -> None:
         ),
         rows=[
             row(name, NETWORKS[name], arithmetic)
-            for name in _NETWORKS.value
-            for arithmetic in _ARITHMETIC.value
+            for name in flags.FLAGS.network
+            for arithmetic in flags.FLAGS.arithmetic
         ],
         note=f"Batch 1, matrices stored as [out, in], m = 1, JAX {jax.__version__}.",
         raw=[],
@@ -60,4 +56,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("network", list(NETWORKS), "Names of networks.")
+    flags.DEFINE_list(
+        "arithmetic", ["bfloat16", "16w8a", "8w8a"], "Arithmetics of the weights."
+    )
     app.run(main)

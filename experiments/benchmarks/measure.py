@@ -23,9 +23,7 @@ from fgrad.analysis import Memory
 
 # A sample shorter than this is made of several calls, for the clock's sake.
 _MIN_SECONDS = 0.02
-_clock: contextvars.ContextVar[Callable[[], float]] = contextvars.ContextVar(
-    "clock", default=time.perf_counter
-)
+_of_processor = contextvars.ContextVar("seconds of the processor", default=False)
 
 
 @contextlib.contextmanager
@@ -35,11 +33,11 @@ def seconds_of_the_processor() -> Iterator[None]:
     It says what a step takes only if the process has one thread:
     ``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false``.
     """
-    token = _clock.set(time.process_time)
+    token = _of_processor.set(True)
     try:
         yield
     finally:
-        _clock.reset(token)
+        _of_processor.reset(token)
 
 
 class Program:
@@ -196,7 +194,7 @@ def _side_by_side(
 
 
 def _seconds(program: Callable[[], Any], calls: int) -> float:
-    clock = _clock.get()
+    clock = time.process_time if _of_processor.get() else time.perf_counter
     start = clock()
     for _ in range(calls):
         program()

@@ -23,11 +23,6 @@ from absl import app, flags
 
 from experiments.benchmarks.table import Table
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the results.")
-_ONLY = flags.DEFINE_list("only", None, "Names of configurations; all by default.")
-_SECONDS = flags.DEFINE_float("seconds", None, "When to begin no further setting.")
-flags.mark_flag_as_required("workdir")
-
 CONFIGS = pathlib.Path("experiments/configs")
 STARTS = ("first", "compiled before", "finished before")
 
@@ -91,16 +86,17 @@ def main(argv: Sequence[str]) -> None:
     """Measures what the workdir does not have yet."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    directory = pathlib.Path(_WORKDIR.value)
+    directory = pathlib.Path(flags.FLAGS.workdir)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "records.json"
     records = json.loads(path.read_text()) if path.exists() else []
     known = {record["setting"] for record in records}
     begin = time.monotonic()
+    only, seconds = flags.FLAGS.only, flags.FLAGS.seconds
     for name, setting in settings().items():
-        if (_ONLY.value and name not in _ONLY.value) or setting in known:
+        if (only and name not in only) or setting in known:
             continue
-        if _SECONDS.value is not None and time.monotonic() - begin > _SECONDS.value:
+        if seconds is not None and time.monotonic() - begin > seconds:
             break
         records.append({"setting": setting, **measured(setting)})
         path.write_text(json.dumps(records, indent=2) + "\n")
@@ -111,4 +107,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory for the results.")
+    flags.DEFINE_list("only", None, "Names of configurations; all by default.")
+    flags.DEFINE_float("seconds", None, "When to begin no further setting.")
+    flags.mark_flag_as_required("workdir")
     app.run(main)

@@ -273,14 +273,31 @@ def multiply_channels(
     is_zero = magnitudes * multipliers * 2.0 < 2.0**shifts
     multipliers = np.where(is_zero, 0, multipliers)
     shifts = np.where(is_zero, _WIDE_SHIFT, shifts)
+    whole = shifts < 1
+    multipliers = np.where(whole, multipliers << 1, multipliers)
+    shifts = np.where(whole, shifts + 1, shifts)
     halves = 1 << np.maximum(shifts - 1, 0)
+    wide = (shifts < 1) | (shifts > 31) | (magnitudes * multipliers + halves > INT32)
+    if np.any(wide) and np.any(~wide & (multipliers > 0)):
+        # A shift of one kind may be too much for the channels of the other.
+        narrow, rest = (
+            multiply_channels(
+                q,
+                np.where(chosen, multipliers, 0),
+                np.where(chosen, shifts, _WIDE_SHIFT),
+                np.where(chosen, magnitudes, 0),
+                share,
+            )
+            for chosen in (~wide, wide)
+        )
+        mixed: jax.Array = jnp.where(wide, rest, narrow)
+        return mixed
     function = arithmetic.multiply_shift
-    if np.any(
-        (shifts < 1) | (shifts > 31) | (magnitudes * multipliers + halves > INT32)
-    ):
+    if np.any(wide):
         function = arithmetic.multiply_shift_wide
         up = np.maximum(_WIDE_SHIFT - shifts, 0)
         magnitudes, shifts = magnitudes << up, shifts + up
+        prove(-int(magnitudes.max()), int(magnitudes.max()), "a change of grid")
         if np.any(up):
             q = jnp.left_shift(q, up.astype(np.int32))
         if share is None:

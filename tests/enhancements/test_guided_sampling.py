@@ -51,7 +51,7 @@ def test_guided_z_is_an_integer_mix_of_unit_variance_around_the_direction(base):
     plan = Plan({"w": jnp.zeros(shape)}, Policy(1.0, perturbation=base))
     one = plan.guided(guidance).arithmetic["['w']"]
     keys = jax.random.split(KEY, 400)
-    z = np.asarray(jax.vmap(lambda k: one.sample(k, shape))(keys), np.int64)
+    z = np.asarray(jax.vmap(lambda k: one.sample(k, jnp.zeros(shape)))(keys), np.int64)
     assert one.step == 2**-5
     noise = round(1024 * np.float32(0.8) * base.step * 32)
     pull = round(1024 * np.float32(0.6))
