@@ -393,7 +393,7 @@ def test_the_owner_stays_the_owner_without_its_lock_file(change, tmp_path):
         pass
 
 
-KILLS = int(os.environ.get("FGRAD_TEST_KILLS", "2"))
+KILLS = int(os.environ.get("FGRAD_TEST_KILLS", "1"))
 SETTINGS = {
     "run": ("forward_16w8a",),
     "snapshot_seconds": 0.0,
