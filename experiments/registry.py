@@ -212,11 +212,14 @@ def prepared(config: ConfigDict, splits: Splits) -> dict[str, arrays.Split]:
       config: see ``configs/quickstart.py``.
       splits: as the dataset gives them.
     """
+    weights, side = config.get("weights", ""), config.get("image_side", 0)
+    if not (weights or side):
+        return dict(splits)
     return published.prepared(
         splits,
         NETWORKS[config.network],
-        config.get("weights", ""),
-        side=config.get("image_side", 0),
+        weights,
+        side=side,
         normalization=config.get("normalization", ""),
     )
 

@@ -32,7 +32,9 @@ def test_every_method_spends_as_many_evaluations(length, expected):
     for task in joint.RATES:
         config = joint.get_config(task + length)
         for name in config.run:
-            assert evaluations(config.methods[name]) == expected, (task, name)
+            # Of whole steps, of 3 evaluations at most.
+            found = evaluations(config.methods[name])
+            assert expected - 3 < found <= expected, (task, name)
 
 
 def test_the_picture_is_of_methods_of_as_many_evaluations():

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments import main, registry, usage
 from experiments.configs import fewshot_vision, memory, quickstart
-from experiments.drivers import few_shot, memory_table, training
+from experiments.drivers import few_shot, layouts, memory_table, training
 from experiments.drivers.progress import Progress, StoppedError, show_progress
 from experiments.workdir import report
 
@@ -244,7 +244,7 @@ def test_when_one_method_fails_the_others_stop(monkeypatch, tmp_path):
     progress = Progress(lambda done, total: None, lambda text: None)
     ended, begun = [], threading.Event()
 
-    def adapt(config, name, task, progress, directory):
+    def adapt(config, name, task, progress, directory, layout):
         if name == "backprop":
             begun.wait()
             raise ZeroDivisionError
@@ -256,8 +256,9 @@ def test_when_one_method_fails_the_others_stop(monkeypatch, tmp_path):
             ended.append(name)
 
     monkeypatch.setattr(training, "_adapt", adapt)
+    given = config, None, progress, tmp_path, layouts.ALONE
     with pytest.raises(ZeroDivisionError):
-        list(training._side_by_side(config, None, progress, tmp_path))
+        list(training._side_by_side(*given))
     assert ended == ["forward_fp32"]
 
 

@@ -295,6 +295,10 @@ def multiply_channels(
     function = arithmetic.multiply_shift
     if np.any(wide):
         function = arithmetic.multiply_shift_wide
+        # Digits that the multiplier has room for, before those of q.
+        room = np.maximum(_MULTIPLIER_BITS - np.frexp(multipliers)[1], 0)
+        room = np.minimum(room, np.maximum(_WIDE_SHIFT - shifts, 0))
+        multipliers, shifts = multipliers << room, shifts + room
         up = np.maximum(_WIDE_SHIFT - shifts, 0)
         magnitudes, shifts = magnitudes << up, shifts + up
         prove(-int(magnitudes.max()), int(magnitudes.max()), "a change of grid")
@@ -305,7 +309,9 @@ def multiply_channels(
             multipliers, shifts = np.array(list(fitted)).T.reshape(2, *shifts.shape)
         for each in zip(multipliers.flat, shifts.flat, magnitudes.flat, strict=True):
             _prove_wide(*map(int, each))
-    factors: Any = multipliers.astype(np.int16)
+    factors: Any = multipliers.astype(
+        np.int16 if np.all(multipliers < 2**15) else np.int32
+    )
     if share is not None:
         factors = multipliers.astype(np.int32) * share >> _MULTIPLIER_BITS
     product: jax.Array = function(q, factors, shifts.astype(np.int8))

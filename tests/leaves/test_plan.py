@@ -196,7 +196,10 @@ def test_the_gradient_is_the_mean_of_z_times_the_coefficients(whole):
     assert kinds == [QGradient, QGradient]
     z = {
         name: np.stack(
-            [np.asarray(one.sample(keys[name][i], jnp.zeros(one.shape))) for i in range(m)]
+            [
+                np.asarray(one.sample(keys[name][i], jnp.zeros(one.shape)))
+                for i in range(m)
+            ]
         ).astype(np.float64)
         for name, one in plan.arithmetic.items()
     }
