@@ -4,6 +4,9 @@ import functools
 
 import pytest
 
+# The data of the experiments, which their networks know.
+pytest.importorskip("tensorflow_datasets")
+
 from experiments.benchmarks import joint_memory, measure, programs, subjects
 from experiments.models import cnn, efficientnet, vit
 
