@@ -22,19 +22,12 @@ from ml_collections import ConfigDict
 
 from experiments.configs import ood, quickstart
 
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], float, float]] = {
-    "lp": ({"linear_probe": {}}, {}, {"steps": 6000}, 0.32, 0.08),
-    "d_vpt": (
-        {"deep_prompts": {"num_prompts": 10}},
-        {"batch_size": 64},
-        {"steps": 3000, "batch_size": 16, "epsilon": 0.1},
-        0.16,
-        0.064,
-    ),
+WAYS = {
+    "lp": ood.WAYS["lp_1"],
+    "d_vpt": ({"deep_prompts": {"num_prompts": 10}}, *ood.WAYS["d_vpt"][1:]),
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "16w8a": {"bits": (16, 8)},
+    **{name: ood.METHODS[name] for name in ("fp32", "16w8a")},
     "8w8a": {"bits": (8, 8)},
 }
 
