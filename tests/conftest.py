@@ -8,9 +8,13 @@ from lanes import SLOW_FILES, SLOW_TESTS
 
 # Experiments that tests start leave nothing in the user's cache folder.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Most programs here run for microseconds and compile for seconds, and so do those of the
+# processes that tests start.
+UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+os.environ[UNOPTIMIZED] = "1"
 import jax
 
-# Most programs here run for microseconds and compile for seconds.
+# If JAX was imported before.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -26,11 +30,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def optimized_if_asked(request):
+def optimized_if_asked(request, monkeypatch):
     """A test marked ``optimized`` compiles as users do."""
     if "optimized" not in request.keywords:
         yield
         return
+    monkeypatch.setenv(UNOPTIMIZED, "0")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -35,8 +35,6 @@ def read(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", COLABS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, monkeypatch):
-    # Of the kernel, whose programs are small.
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
     nbclient.NotebookClient(read(path), timeout=300, kernel_name="python3").execute()
 

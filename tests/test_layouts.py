@@ -114,7 +114,6 @@ def results():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", ""),
     }
     done = subprocess.run(

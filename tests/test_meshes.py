@@ -177,7 +177,6 @@ def results():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     root = str(pathlib.Path(fgrad.__file__).parent.parent)
     environment["PYTHONPATH"] = root + os.pathsep + environment.get("PYTHONPATH", "")

@@ -411,7 +411,6 @@ def without_times(results):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
 def test_a_killed_experiment_ends_in_the_same_bits(tmp_path):
     config = quickstart.get_config("smoke")
     config.update_from_flattened_dict(SETTINGS)

@@ -31,7 +31,6 @@ def start(
     program: pathlib.Path, *arguments: str, fast: bool = False, **variables: str
 ) -> subprocess.Popen:
     root = str(PROGRAM.parent.parent)
-    unoptimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if fast else {}
     return subprocess.Popen(
         [sys.executable, str(program), *arguments],
         stdout=subprocess.PIPE,
@@ -41,7 +40,7 @@ def start(
             **os.environ,
             "PYTHONPATH": root,
             "JAX_PLATFORMS": "cpu",
-            **unoptimized,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1" if fast else "0",
             **variables,
         },
     )

@@ -43,13 +43,15 @@ SECTIONS = {
     "vit_integers": Section(gpu_sections.vit_integers, 110, _SHARED),
     "int8": Section(gpu_sections.int8, 40, _SHARED),
     "kernel": Section(gpu_sections.kernel, 45, _SHARED),
-    "headline": Section(gpu_sections.headline, 200, _WHOLE),
+    "headline": Section(gpu_sections.headline, 110, _WHOLE),
+    "headline_8w8a": Section(gpu_sections.headline_8w8a, 130, _WHOLE),
     "decoder": Section(gpu_sections.decoder, 40, _SHARED),
-    "decoder_integers": Section(gpu_sections.decoder_integers, 120, _SHARED),
+    "decoder_8w8a": Section(gpu_sections.decoder_8w8a, 120, _SHARED),
+    "decoder_16w8a": Section(gpu_sections.decoder_16w8a, 120, _SHARED),
     "peers": Section(gpu_sections.peers, 60, _SHARED),
     "mezo": Section(gpu_sections.mezo, 30, {"JAX_PLATFORMS": "cpu"}),
     "seeds": Section(gpu_sections.seeds, 60, _SHARED),
-    "seeds_integers": Section(gpu_sections.seeds_integers, 75, _SHARED),
+    "seeds_integers": Section(gpu_sections.seeds_integers, 150, _SHARED),
     "plan": Section(gpu_sections.plan, 240, h100.ENVIRONMENT),
 }
 # The plan of what is run anyway would only cost time.
