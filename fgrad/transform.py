@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -406,74 +407,134 @@ def _updates_on_the_grid(
     treedef: Any
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
     given = treedef.flatten_up_to(updates)
-    found: list[jax.Array] = []
-    moved, at = [], [i for i, on in enumerate(trained) if on]
-    for leaf, update, on in zip(leaves, given, trained, strict=True):
-        if on:
-            steps, moves = _on_the_grid(leaf, update, stochastic_below)
-            moved.append(moves)
-        else:
+    at = [i for i, on in enumerate(trained) if on]
+    small = [i for i in at if _is_small(leaves[i])]
+    steps, number = _steps_together(
+        [leaves[i] for i in small], [given[i] for i in small], stochastic_below
+    )
+    found = dict(zip(small, steps, strict=True))
+    last: jax.Array | None = None
+    for i in at:
+        if i in found:
+            continue
+        found[i], count, last = _steps_of(leaves[i], given[i], stochastic_below, last)
+        number += count
+    for i, (leaf, update) in enumerate(zip(leaves, given, strict=True)):
+        if i not in found:
             kind = jnp.int32 if is_qtensor(leaf) else None
-            steps = jnp.zeros_like(stored(update), kind)
-        found.append(steps)
-    counts = _counts(moved)
-    # An update waits for its count. If the count compared with the new weights instead,
-    # a donated buffer would be copied to keep the old ones.
-    for i, count in zip(at, counts, strict=True):
-        found[i] = execution_order.delayed(found[i], count)
-    # Small leaves share a count.
-    number = sum({id(count): count for count in counts}.values(), jnp.float32(0))
+            found[i] = jnp.zeros_like(stored(update), kind)
     size = sum(float(jnp.size(leaves[i])) for i in at)  # it may be beyond int32
-    on_grid = list(map(as_update, leaves, found))
+    on_grid = [as_update(leaf, found[i]) for i, leaf in enumerate(leaves)]
     return treedef.unflatten(on_grid), number / max(size, 1)
 
 
-def _counts(moved: Sequence[jax.Array]) -> list[jax.Array]:
-    """For each leaf how many of its weights move, float32; of small ones all together.
+def _is_small(leaf: Any) -> bool:
+    """Whether a leaf has a count together with all other small ones."""
+    array = stored(leaf)
+    return array.size <= perturbations.SMALL and not execution_order.is_spread(array)
+
+
+def _steps_together(
+    leaves: Sequence[Any], updates: Sequence[Any], stochastic_below: int
+) -> tuple[list[jax.Array], jax.Array]:
+    """The updates that small leaves can take, and how many of their weights move.
 
     A sum for each of many biases takes longer to compile than to run.
     """
-    small = [
-        i
-        for i, x in enumerate(moved)
-        if x.size <= perturbations.SMALL and not execution_order.is_spread(x)
-    ]
-    together = jnp.float32(0)
-    if small:
-        flat = jnp.concatenate([moved[i].reshape(-1) for i in small])
-        together = jnp.sum(flat, dtype=jnp.float32)
-    return [
-        together if i in small else jnp.sum(x, dtype=jnp.float32)
-        for i, x in enumerate(moved)
-    ]
+    if not leaves:
+        return [], jnp.float32(0)
+    found, moved = [], []
+    for leaf, update in zip(leaves, updates, strict=True):
+        steps, moves = _on_the_grid(leaf, update, _salt(leaf, update), stochastic_below)
+        found.append(steps)
+        moved.append(moves.reshape(-1))
+    count = jnp.sum(jnp.concatenate(moved), dtype=jnp.float32)
+    return [execution_order.delayed(steps, count) for steps in found], count
+
+
+def _steps_of(
+    leaf: Any, update: Any, stochastic_below: int, last: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The update that a leaf can take, how many of its weights move, and its weights.
+
+    An update waits for its count. If the count compared with the new weights instead,
+    a donated buffer would be copied to keep the old ones.
+
+    A GPU would store the steps that it counted, in four bytes for each weight, for the
+    update that waits. On a grid they are found again: then it stores z, in one. Floats
+    are not, since what is added to them is rounded by what it is compiled with.
+
+    Args:
+      leaf: the weights.
+      update: from an optimizer.
+      stochastic_below: bits below which steps are rounded up or down at random.
+      last: the weights of the leaf before, which are made first on a GPU. So it stores
+        the z of one leaf at a time.
+    """
+    if is_qtensor(leaf) and last is not None and not execution_order.is_spread(last):
+        leaf = dataclasses.replace(leaf, scale=_made_after(leaf.scale, last))
+    salt = _salt(leaf, update)
+    steps, moves = _on_the_grid(leaf, update, salt, stochastic_below)
+    count = jnp.sum(moves, dtype=jnp.float32)
+    if not is_qtensor(leaf):
+        return execution_order.delayed(steps, count), count, last
+    scale = execution_order.delayed(leaf.scale, count)
+    later = dataclasses.replace(leaf, scale=scale)
+    steps, _ = _on_the_grid(later, update, salt, stochastic_below)
+    # As `optax.apply_updates` makes them, so that they are made once.
+    return steps, count, (leaf.qvalue + steps).astype(leaf.qvalue.dtype)
+
+
+def _made_after(scale: jax.Array, weights: jax.Array) -> jax.Array:
+    """The same scale, on a GPU not before an array of new weights is stored.
+
+    A CPU drops the barrier. It would read the old weights again, after they have been
+    overwritten, and copy them for that.
+    """
+
+    def later(scale: jax.Array, weights: jax.Array) -> jax.Array:
+        made = jax.lax.optimization_barrier(weights)
+        return execution_order.delayed(scale, made)
+
+    found: jax.Array = jax.lax.platform_dependent(
+        scale, weights, cpu=lambda scale, _: scale, default=later
+    )
+    return found
 
 
 def _on_the_grid(
-    leaf: Any, update: Any, stochastic_below: int
+    leaf: Any, update: Any, salt: jax.Array, stochastic_below: int
 ) -> tuple[jax.Array, jax.Array]:
     """The update that a leaf can take, and for each weight whether it moves."""
     if not is_qtensor(leaf):
         return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
-    if not is_qtensor(update):
-        raise TypeError(
-            f"the update of a QTensor is a {type(update).__name__} of shape "
-            f"{jnp.shape(update)}; quantized_update takes what an estimator of fgrad "
-            "and the links after it make."
-        )
     exact = update.qvalue / leaf.scale
     stochastic = leaf.bits < stochastic_below
-    steps = _rounded_up_or_down(exact) if stochastic else jnp.round(exact)
+    steps = _rounded_up_or_down(exact, salt) if stochastic else jnp.round(exact)
     steps = jnp.nan_to_num(steps, nan=0.0)
     steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
     steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
     return steps, steps != 0
 
 
-def _rounded_up_or_down(exact: jax.Array) -> jax.Array:
+def _salt(leaf: Any, update: Any) -> jax.Array:
+    """A uint32 [1] that differs between updates, for the words of their rounding."""
+    if not is_qtensor(leaf):
+        return jnp.zeros(1, jnp.uint32)
+    if not is_qtensor(update):
+        raise TypeError(
+            f"the update of a QTensor is a {type(update).__name__} of shape "
+            f"{jnp.shape(update)}; quantized_update takes what an estimator of fgrad "
+            "and the links after it make."
+        )
+    exact = (update.qvalue / leaf.scale).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
+    return jnp.sum(bits, dtype=jnp.uint32).reshape(1)
+
+
+def _rounded_up_or_down(exact: jax.Array, salt: jax.Array) -> jax.Array:
     """Rounds a fraction f up with probability f; what is whole but for noise stays."""
     nearest, floor = jnp.round(exact), jnp.floor(exact)
-    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.uint32)
-    salt = jnp.sum(bits, dtype=jnp.uint32).reshape(1)
 
     def hashes(salt: jax.Array) -> jax.Array:
         return perturbations.hashed(salt, perturbations.row_major(exact.shape))

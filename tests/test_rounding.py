@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import all_equations
 
 import fgrad
 from fgrad.fixed_point import QTensor, as_gradient
@@ -188,3 +189,51 @@ def test_grid_steps_that_are_clipped_learn():
     carry = (params, tx.init(params))
     (trained, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=400))(carry)
     assert loss(trained) < 0.5 * loss(params)
+
+
+def test_the_steps_that_are_counted_are_not_stored():
+    """A GPU would store what both the count and the update read: 4 bytes a weight."""
+    params = fgrad.quantize(jnp.ones((40, 32)), bits=8)
+    tx = fgrad.quantized_update()
+    jaxpr = jax.make_jaxpr(lambda u, p: tx.update(u, tx.init(p), p))(
+        as_gradient(params, jnp.ones((40, 32))), params
+    )
+    names = [equation.primitive.name for equation in all_equations(jaxpr.jaxpr)]
+    assert names.count("round") == 2
+
+
+def test_what_is_counted_is_what_moves_in_leaves_large_and_small():
+    rng = np.random.default_rng(3)
+    shapes = {"a": (40, 32), "b": (30,), "c": (32, 40), "d": (64, 32)}
+    values = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+    params = fgrad.quantize(params, bits=8) | {"d": params["d"]}
+    steps = {name: rng.uniform(-1.5, 1.5, shape) for name, shape in shapes.items()}
+    scales = {name: getattr(leaf, "scale", 1) for name, leaf in params.items()}
+    given = {
+        name: as_gradient(params[name], jnp.float32(steps[name]) * scales[name])
+        for name in shapes
+    }
+    tx = fgrad.quantized_update()
+
+    def step(updates, params):
+        updates, state = tx.update(updates, tx.init(params), params)
+        return optax.apply_updates(params, updates), state
+
+    new, state = jax.jit(step)(given, params)
+    before, after = (jax.tree.map(np.asarray, x) for x in (params, new))
+    moved = 0
+    for name in shapes:
+        if name == "d":
+            moved += np.sum(before[name] != after[name])
+            expected = before[name] + steps[name]
+            np.testing.assert_allclose(after[name], expected, atol=1e-6)
+            continue
+        q, r = before[name].qvalue.astype(int), after[name].qvalue.astype(int)
+        moved += np.sum(q != r)
+        low, high = np.floor(steps[name]), np.ceil(steps[name])
+        clipped = [np.clip(q + x, -127, 127) for x in (low, high)]
+        assert np.all((r == clipped[0]) | (r == clipped[1]))
+        assert abs(np.mean(r - q - steps[name])) < 2 / math.sqrt(q.size)
+    total = sum(np.prod(shape) for shape in shapes.values())
+    assert float(state.moved_fraction) == pytest.approx(moved / total)
