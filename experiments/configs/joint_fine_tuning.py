@@ -51,7 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
 # Pairs only teach. Where the last convolution trains as well, it has its exact gradient
 # from the head; in the whole network so has all that the residual stream reaches.
 JOINT: dict[str, dict[str, Any]] = {
-    "adapter": {"every": 4, "epsilon": 0.03},
+    "adapter": {"every": 4, "epsilon": 0.03, "correction": 0.0},
     "last_block": {"every": 4, "transposed_head": True},
     "whole": {"residual": True, "every": 8},
 }
