@@ -165,10 +165,9 @@ def _scaled(
     if not isinstance(first, int) or first not in reached or second in reached:
         return None
     scale = _origin(makers, second)
-    inverse = makers.get(scale) if isinstance(scale, int) else None
-    if inverse is not None and inverse.name == "div":
-        if _constant(makers, inverse.inputs[0]) == 1:
-            scale, power = _origin(makers, inverse.inputs[1]), -power
+    maker = makers.get(scale) if isinstance(scale, int) else None
+    if maker and maker.name == "div" and _constant(makers, maker.inputs[0]) == 1:
+        scale, power = _origin(makers, maker.inputs[1]), -power
     name = scale if isinstance(scale, int) else float(scale.value)
     powers = dict(reached[first])
     powers[name] = powers.get(name, 0) + power
