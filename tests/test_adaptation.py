@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from lanes import some
 
 import fgrad
 from fgrad.activity import joint_structure
@@ -122,7 +121,8 @@ class Normalised(nn.Module):
         return nn.Dense(2, name="last")(x)
 
 
-@pytest.mark.parametrize("hidden", some([0, 1], [0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [0, 1])
 def test_what_comes_beside_the_losses_is_handed_from_step_to_step(hidden):
     """The running statistics after three steps are those of the three networks."""
     model, batch = Normalised(hidden), data()

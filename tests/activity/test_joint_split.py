@@ -44,6 +44,7 @@ def traced(params, examples):
     return found, sites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 16])
 def test_a_depthwise_layer_starts_from_its_image(bits):
     """Not from the nine copies that its product adds up."""
