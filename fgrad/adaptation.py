@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from fgrad import activity
+from fgrad import _loss_and_aux, activity
 from fgrad.activity import joint_structure
 from fgrad.transform import on_values, quantized_update
 
@@ -26,6 +26,8 @@ def adapt(
     every: int = 8,
     correction: float | Literal["auto"] = 0.0,
     on_the_way: bool = False,
+    has_aux: bool = False,
+    initial_aux: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that adapts all layers of a network with forward passes alone.
 
@@ -50,6 +52,11 @@ def adapt(
       every: a pair of evaluations is made in every n-th step.
       correction: as in `fgrad.activity.joint_forward_grad`.
       on_the_way: whether to save memory for one more pass in each step.
+      has_aux: whether ``value_fn`` returns ``(losses, aux)``, where aux is a pytree of
+        arrays, such as metrics or the statistics of a batch. ``optax.tree.get(state,
+        "aux")`` is that of the last step, of the evaluation in which nothing is
+        perturbed.
+      initial_aux: the aux before the first step, as in `fixed_point_forward_grad`.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` and the entries of the batch
@@ -75,6 +82,7 @@ def adapt(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+    _loss_and_aux.Aux.of(has_aux, initial_aux)
     logits, sites = joint_structure.find_head(
         value_fn, params, batch, head=head, frozen=frozen
     )
@@ -91,10 +99,15 @@ def adapt(
             activations=activity.explain_joint(
                 value_fn, params, logits, sites, **batch
             ),
+            has_aux=has_aux,
+            initial_aux=initial_aux,
         )
     else:  # the head is all there is, and exact
         estimator = activity.activity_forward_grad(
-            key, [activity.Site(*logits, exact=True)]
+            key,
+            [activity.Site(*logits, exact=True)],
+            has_aux=has_aux,
+            initial_aux=initial_aux,
         )
     rate = optax.linear_schedule(learning_rate, 0.0, steps)
     return optax.chain(

@@ -108,6 +108,70 @@ def test_an_unmodified_model_of_nnx_learns_in_fixed_point():
     assert found["hidden"]["kernel"].qvalue.dtype == jnp.int16
 
 
+class Normalised(nn.Module):
+    """Batches are normalised, and the running statistics come beside the output."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.hidden):
+            x = nn.Dense(8)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=False, momentum=0.9)(x))
+        return nn.Dense(2, name="last")(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_what_comes_beside_the_losses_is_handed_from_step_to_step(hidden):
+    """The running statistics after three steps are those of the three networks."""
+    model, batch = Normalised(hidden), data()
+    variables = model.init(jax.random.key(2), batch["x"])
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    start = {"batch_stats": stats, "largest": jnp.float32(0)}
+
+    def losses(params, x, y, batch_stats, largest):
+        logits, kept = model.apply(
+            {"params": params, "batch_stats": batch_stats}, x, mutable="batch_stats"
+        )
+        found = cross_entropy(logits, y)
+        largest = jnp.maximum(largest, found.max())
+        return found, {"batch_stats": kept.get("batch_stats", {}), "largest": largest}
+
+    tx = fgrad.adapt(
+        KEY, losses, params, batch | start, steps=9, has_aux=True, initial_aux=start
+    )
+
+    @jax.jit
+    def step(params, state):
+        aux = optax.tree.get(state, "aux")
+        updates, state = tx.update(
+            params, state, params, value_fn=losses, **batch, **aux
+        )
+        return optax.apply_updates(params, updates), state
+
+    state, expected = tx.init(params), start
+    for _ in range(3):
+        _, expected = losses(params, **batch, **expected)
+        before, (params, state) = params, step(params, state)
+        changed = jax.tree.map(lambda a, b: np.any(a != b), before, params)
+        assert changed["last"]["kernel"]
+    found = optax.tree.get(state, "aux")
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert len(jax.tree.leaves(found)) == 1 + 2 * hidden
+
+
+def test_an_aux_that_is_not_announced_is_refused():
+    params = {"kernel": jnp.zeros((8, 2))}
+
+    def losses(params, x, y):
+        return cross_entropy(x @ params["kernel"], y)
+
+    with pytest.raises(ValueError, match="set has_aux=True"):
+        fgrad.adapt(KEY, losses, params, data(), initial_aux={"n": 0})
+
+
 def test_a_linear_model_is_its_head_alone():
     batch = data()
     params = {"kernel": jnp.zeros((8, 2)), "bias": jnp.zeros(2)}

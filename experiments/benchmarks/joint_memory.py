@@ -1,7 +1,8 @@
 """Memory of a step of joint pairs, on the way and not, as the compiler plans it."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,22 +13,42 @@ from experiments.benchmarks.measure import Program
 from experiments.benchmarks.problem import Problem
 from experiments.benchmarks.subjects import Subject
 from experiments.benchmarks.table import Table, mib
+from experiments.models import cnn
 from fgrad import activity
 from fgrad.activity import joint_structure
 from fgrad.tracing import primitives
 
-_NETWORKS = ("cnn", "vit", "efficientnet_lite0")
+# Eight layers of one size, so that none is much larger than the others.
+_CNN_8 = functools.partial(cnn.CNN, features=(16,) * 8, strides=(1,) * 8)
+SUBJECTS = {
+    "cnn": subjects.SUBJECTS["cnn"],
+    "cnn_8": Subject(_CNN_8, (16, 16, 1)),
+    "vit": subjects.SUBJECTS["vit"],
+    "efficientnet_lite0": subjects.SUBJECTS["efficientnet_lite0"],
+}
+# Of which each is minutes of compilation: a table and its arithmetic by a name.
+CASES = {
+    f"joint_{name}_{arithmetic}": (name, arithmetic)
+    for name, arithmetic in itertools.product(SUBJECTS, ("float32", "16w8a"))
+}
 
 
-def tables(smoke: bool) -> Iterator[Table]:
+def tables(
+    smoke: bool, cases: Sequence[tuple[str, str]] = tuple(CASES.values())
+) -> Iterator[Table]:
     """Compiles the gradient of all layers, and the whole step with Adam.
 
     Args:
       smoke: whether to take a tiny network.
+      cases: networks, and their arithmetic.
     """
-    networks, batch_size = (("mlp",), 8) if smoke else (_NETWORKS, 64)
-    for name, arithmetic in itertools.product(networks, ("float32", "16w8a")):
-        yield table(name, subjects.chosen(smoke)[name], arithmetic, batch_size)
+    chosen = subjects.chosen(True) if smoke else SUBJECTS
+    batch_size = 8 if smoke else 64
+    for name, arithmetic in dict.fromkeys(
+        (next(iter(chosen)) if smoke else name, arithmetic)
+        for name, arithmetic in cases
+    ):
+        yield table(name, chosen[name], arithmetic, batch_size)
 
 
 def table(name: str, subject: Subject, arithmetic: str, batch_size: int) -> Table:

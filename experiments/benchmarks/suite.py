@@ -1,5 +1,6 @@
 """All tables by name, and what makes, prints and writes them."""
 
+import functools
 import json
 import os
 import pathlib
@@ -38,9 +39,14 @@ TABLES: dict[str, Callable[[bool], Iterator[Table]]] = {
     "compile": compile_time.tables,
     "integer": integer_time.tables,
     "joint": joint_memory.tables,
+    # In parts, such as "joint_vit_16w8a".
+    **{
+        name: functools.partial(joint_memory.tables, cases=(case,))
+        for name, case in joint_memory.CASES.items()
+    },
 }
 # What is made unless others are named: to compile deep networks takes 20 minutes.
-ON_DEMAND = ("compile", "integer", "joint")
+ON_DEMAND = ("compile", "integer", "joint", *joint_memory.CASES)
 DEFAULT = [name for name in TABLES if name not in ON_DEMAND]
 
 

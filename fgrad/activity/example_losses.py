@@ -151,8 +151,16 @@ class ExampleLosses:
         *,
         over_layers: bool = False,
     ) -> ExampleLosses:
-        """Those of ``value_fn(params, **kwargs)``, which is traced first."""
-        found = traced(value_fn, params, kwargs, over_layers=over_layers)
+        """Those of ``value_fn(params, **kwargs)``, which is traced first.
+
+        An aux that comes beside the losses is left out.
+        """
+
+        @functools.wraps(value_fn)
+        def alone(params: Any, **kwargs: Any) -> Any:
+            return _loss_and_aux.loss_alone(value_fn(params, **kwargs))
+
+        found = traced(alone, params, kwargs, over_layers=over_layers)
         return cls(
             found.program, found.names, params, sites, kwargs, over_layers=over_layers
         )

@@ -15,13 +15,10 @@ from fgrad.activity.layer_gradients import Layer
 from fgrad.activity.nonlinearities import Nonlinearity
 from fgrad.activity.sites import Site
 from fgrad.fixed_point import is_qtensor, path_str
-from fgrad.tracing import derivatives
+from fgrad.tracing import derivatives, roundings
 from fgrad.tracing.graph import Graph
 
 Feedback = Literal["learned", "head", "stream", "branch"]
-
-# What a value passes on its way along skip connections.
-_SKIPS = frozenset({"add", "add_any", "convert_element_type", "copy", "copy_p"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,11 +176,9 @@ def _with_stream(
 
 def _on_stream(program: Graph, value: int, end: int) -> bool:
     """Whether skip connections lead from one value to another of the same shape."""
-    reached = {value}
-    for node in program.nodes:
-        if node.name in _SKIPS and not reached.isdisjoint(node.values):
-            reached.update(node.outputs)
-    return end in reached and program.avals[value].shape == program.avals[end].shape
+    if program.avals[value].shape != program.avals[end].shape:
+        return False
+    return end in roundings.along_skips(program, value)
 
 
 def logits_of(losses: ExampleLosses, head: Site) -> int:

@@ -101,25 +101,42 @@ class Split:
     def _less(
         self, sources: set[int], own: set[int]
     ) -> tuple[set[int], list[Node]] | None:
-        """Sources that hold less, and the equations from them to the given ones.
+        """Sources that hold least, and the equations from them to the given ones.
 
         Args:
           sources: numbers of values of the whole.
           own: of values that are computed for a part anyway.
+
+        Returns:
+          What one value, as a source in the place of others, makes of them; None if no
+          value saves anything.
         """
         made = [s for s in sources if s in self._data and s in self._makers]
-        before = {v for s in made for v in self._makers[s].values}
-        for origin in sorted((before | sources) & self._data):
+        best, saved = None, 0
+        for origin in sorted(self._origins(made) | sources & self._data, reverse=True):
             known = sources | own | {origin}
             found = {s: self._light(s, known - {s}) for s in made if s != origin}
             left_out = {s for s, nodes in found.items() if nodes}
             added = 0 if origin in sources | own else self._bytes(origin)
-            if sum(map(self._bytes, left_out)) > added:
+            less = sum(map(self._bytes, left_out)) - added
+            if less > saved:
                 nodes = [node for s in left_out for node in found[s]]
                 fixed = {v for node in nodes for v in node.values} - self._data
                 here = own.union(v for node in nodes for v in node.outputs)
-                return (sources | {origin} | fixed) - left_out - here, nodes
-        return None
+                best = (sources | {origin} | fixed) - left_out - here, nodes
+                saved = less
+        return best
+
+    def _origins(self, numbers: Iterable[int]) -> set[int]:
+        """The values of the batch that some are made of without products."""
+        wanted, found = list(numbers), set[int]()
+        while wanted:
+            node = self._makers.get(wanted.pop())
+            if node is not None and self._is_light(node):
+                new = self._data.intersection(node.values) - found
+                found |= new
+                wanted += new
+        return found
 
     def values(
         self, region: Region, whole: Mapping[int, Any], index: Any
@@ -170,10 +187,19 @@ class Split:
 
     def _is_light(self, node: Node) -> bool:
         """Whether an equation has no product, and leaves examples apart."""
-        facts = node.facts
-        light = facts.elementwise or facts.view or facts.reduction
-        light = light or node.name in ("pad", "concatenate")
-        return light and not (self._mixes(node) or any(map(self._same, node.outputs)))
+        return id(node) in self._light_nodes
+
+    @functools.cached_property
+    def _light_nodes(self) -> set[int]:
+        """The equations that have no product and leave examples apart, by their id."""
+        facts = [(node, node.facts) for node in self.losses.program.nodes]
+        return {
+            id(node)
+            for node, known in facts
+            if (known.elementwise or known.view or known.reduction)
+            or node.name in ("pad", "concatenate")
+            if not (self._mixes(node) or any(map(self._same, node.outputs)))
+        }
 
     @functools.cached_property
     def _data(self) -> set[int]:

@@ -29,7 +29,8 @@ def explain_joint(
     Nothing is computed.
 
     Args:
-      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples], or these and
+        an aux.
       params: pytree of float arrays and `QTensor`.
       head: as in `joint_forward_grad`.
       sites: likewise.
@@ -83,7 +84,8 @@ def find_head(
     """Tells the layer of the logits from all others: the last one before the loss.
 
     Args:
-      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples], or these and
+        an aux.
       params: pytree of float arrays and `QTensor`.
       kwargs: arrays or `jax.ShapeDtypeStruct`.
       head: its names, if they are known.
@@ -152,7 +154,8 @@ def has_stream(
     """Whether skip connections lead from layer to layer, as in a transformer.
 
     Args:
-      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples], or these and
+        an aux.
       params: pytree of float arrays and `QTensor`.
       head: names of the layer of the logits.
       sites: names of the other layers.

@@ -24,7 +24,7 @@ from jax import lax
 from fgrad import fixed_point
 from fgrad.fixed_point import products, windows
 from fgrad.fixed_point.windows import Window
-from fgrad.tracing import graph
+from fgrad.tracing import graph, roundings
 from fgrad.tracing.graph import Graph, Node
 
 
@@ -77,7 +77,9 @@ def layer_of(program: Graph, leaf: int, data: set[int], examples: int) -> Layer:
         inputs = [i for i, x in enumerate(node.inputs) if x in reached]
         if not inputs:
             continue
-        if found is not None and not _belongs(program, node, found.output, left, data):
+        if found is not None and not (
+            _belongs(program, node, found.output, left, data, examples)
+        ):
             break
         if not _is_linear(program, node, inputs):
             obstacle = (
@@ -160,16 +162,28 @@ def _is_linear(program: Graph, node: Node, inputs: Sequence[int]) -> bool:
 
 
 def _belongs(
-    program: Graph, node: Node, output: int, left: dict[int, int], data: set[int]
+    program: Graph,
+    node: Node,
+    output: int,
+    left: dict[int, int],
+    data: set[int],
+    examples: int,
 ) -> bool:
-    """Whether an equation after the product still belongs to the layer."""
+    """Whether an equation after the product still belongs to the layer.
+
+    A gate, which scales by data of each example, does not; the step of a grid that is
+    found anew for each batch does. The division that a rounding begins with belongs to
+    the layer that reads what is rounded.
+    """
     others = [x for x in node.inputs if x != output and isinstance(x, int)]
-    scaled_by_data = node.name in ("mul", "div") and any(x in data for x in others)
+    of_examples = [x for x in others if program.avals[x].shape[:1] == (examples,)]
+    gated = node.name in ("mul", "div") and not data.isdisjoint(of_examples)
     return (
         node.facts.ends_layer
         and left[output] == 1
-        and not scaled_by_data
+        and not gated
         and program.avals[node.outputs[0]].size == program.avals[output].size
+        and not roundings.begins(program, node)
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrad.tracing import derivatives
+from fgrad.tracing import derivatives, roundings
 from fgrad.tracing.graph import Graph, Literal, Node
 
 
@@ -58,11 +58,13 @@ def behind(program: Graph, output: int) -> Nonlinearity | None:
     Returns:
       A `Nonlinearity`; None if what follows is something else, such as a
       normalisation, a residual connection, a pooling, a function with a parameter of
-      its own, or one of a primitive that ``fgrad.tracing.derivatives`` does not list.
+      its own, the limits of a rounding, or one of a primitive that
+      ``fgrad.tracing.derivatives`` does not list.
     """
     left = program.uses()
     varying = program.depending(program.inputs)
     shape = program.avals[output].shape
+    limits = roundings.limits(program.nodes)
     reached, nodes, curved = {output}, list[Node](), False
     found: Nonlinearity | None = None
     for node in program.nodes:
@@ -72,7 +74,8 @@ def behind(program: Graph, output: int) -> Nonlinearity | None:
             isinstance(x, Literal) or x in reached or x not in varying
             for x in node.inputs
         )
-        if not (known and _acts_alone(program, node, shape)):
+        of_rounding = not limits.isdisjoint(node.outputs)
+        if of_rounding or not (known and _acts_alone(program, node, shape)):
             break
         nodes.append(node)
         curved = curved or derivatives.is_curved(node, reached)

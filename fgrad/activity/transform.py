@@ -401,7 +401,8 @@ def explain(
     Nothing is computed.
 
     Args:
-      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples].
+      value_fn: ``value_fn(params, **kwargs)`` gives the losses [examples], or these and
+        an aux.
       params: pytree of float arrays and `QTensor`.
       sites: as in `activity_forward_grad`.
       **kwargs: passed to ``value_fn``.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fgrad.tracing import graph
+from fgrad.tracing import graph, roundings
 from fgrad.tracing.graph import Graph, Node
 
 # partials(operands, output, parameters) -> the derivative by each operand; None where
@@ -202,12 +202,13 @@ def transposed(
       [Array([1., 3.], dtype=float32)]
     """
     nodes = between(program, starts, end)
+    limits = roundings.limits(program.nodes)
 
     def linear(*tangents: jax.Array) -> jax.Array:
         own = dict(zip(starts, tangents, strict=True))
         found: dict[int, Any] = dict(own)
         for node in nodes:
-            moved = _moved(node, values, found)
+            moved = _moved(node, values, found, limits)
             if moved is not None:
                 number = node.outputs[0]
                 # A start moves by itself, and with the starts before it.
@@ -259,8 +260,20 @@ def _elementwise(
     return sum(parts[1:], parts[0]) if parts else None
 
 
-def _moved(node: Node, values: Mapping[int, Any], found: Mapping[int, Any]) -> Any:
-    """How the output of any equation that is known here moves with its operands."""
+def _moved(
+    node: Node,
+    values: Mapping[int, Any],
+    found: Mapping[int, Any],
+    limits: Collection[int],
+) -> Any:
+    """How the output of any equation that is known here moves with its operands.
+
+    Args:
+      node: the equation.
+      values: of an evaluation, by number.
+      found: how values move, by number.
+      limits: the values that come out of the limits of a rounding.
+    """
     tangents = _tangents(node, found)
     if all(t is None for t in tangents) or node.name in _FLAT - {"round"}:
         return None
@@ -269,6 +282,8 @@ def _moved(node: Node, values: Mapping[int, Any], found: Mapping[int, Any]) -> A
     if node.name == "convert_element_type":
         return _converted(node, tangents[0])
     operands = _operands(node, values)
+    if node.outputs[0] in limits:
+        return _limited(node, operands, tangents)
     if node.name in PARTIALS:
         return _elementwise(node, operands, values, found)
     if node.name in ("integer_dot_general", "integer_conv"):
@@ -290,6 +305,21 @@ def _moved(node: Node, values: Mapping[int, Any], found: Mapping[int, Any]) -> A
         for i in moving
     ]
     return sum(parts[1:], parts[0])
+
+
+def _limited(node: Node, operands: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    """How a value moves that is limited to a grid: freely up to half a step beyond.
+
+    So much beyond the last step rounds to it.
+    """
+    (place,) = (i for i, tangent in enumerate(tangents) if tangent is not None)
+    x, tangent = operands[place], tangents[place]
+    low, high = operands[0], operands[-1]
+    if node.name != "clamp":
+        bound = operands[1 - place]
+        low, high = (bound, x) if node.name == "max" else (x, bound)
+    inside = (x >= low - 0.5) & (x <= high + 0.5)
+    return tangent * _as_float(inside, tangent)
 
 
 def _of_extremes(node: Node, x: Any, output: Any, tangent: Any) -> Any:
