@@ -19,6 +19,13 @@ Without a search all have the library's epsilon. The rates decay linearly in all
 needs ``pip install -e '.[solar,weights,corruptions]'``. One part:
 ``--config=experiments/configs/untuned.py:mnist``. A smoke run, on digits, that shows no
 result: ``untuned.py:smoke``.
+
+``untuned.py:epsilon_digits`` and ``:epsilon_mnist`` ask the same of epsilon where all
+weights are perturbed, with a quarter of the quickstart's passes: one epsilon for all leaves,
+of three, or one for each leaf as a share of its rms (``fgrad.relative_epsilon``); in
+16w8a, in 8w8a with updates that are rounded ("8w8a_rounded", since with grid steps
+there is no epsilon), and in 8w8a with grid steps beside them. Learning rates are tuned
+for each.
 """
 
 from typing import Any
@@ -30,6 +37,9 @@ from experiments.configs import joint_fine_tuning, joint_ood, quickstart
 ADAPT_RATE = 3e-3
 # Optimizers that find their rate: theirs is a factor on it.
 FREE = ("prodigy", "dadapt", "dog", "dowg", "mechanic")
+# In units of all weights, and of each leaf's rms.
+EPSILONS = {"weights": (0.01, 0.03, 0.1), "rms": (0.03, 0.1)}
+ARITHMETICS = {"16w8a": (16, 8), "8w8a_rounded": (8, 8)}
 PARTS = ("digits", "mnist", "solar", "ood_1", "ood_3")
 # The method in 16w8a of each part's configuration.
 METHODS = {"ood_1": "lp_1_exact_16w8a", "ood_3": "lp_3_pairs_16w8a"}
@@ -39,15 +49,20 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The configuration.
 
     Args:
-      variant: "full", one of `PARTS`, or "smoke".
+      variant: "full", one of `PARTS`, "smoke", "epsilon_digits" or "epsilon_mnist".
     """
-    variants = ("full", *PARTS, "smoke")
+    variants = ("full", *PARTS, "smoke", "epsilon_digits", "epsilon_mnist")
     if variant not in variants:
         raise ValueError(f"variant must be one of {list(variants)}, got {variant!r}.")
     if variant == "smoke":
         return _part("digits", smoke=True)
-    if variant != "full":
+    if variant in PARTS:
         return _part(variant)
+    if variant != "full":
+        config = _of_epsilon()
+        if variant == "epsilon_mnist":
+            quickstart.to_mnist(config)
+        return config
     config = ConfigDict({"parts": {}})
     for name in PARTS:
         config.parts[name] = _part(name)
@@ -71,6 +86,30 @@ def _part(name: str, smoke: bool = False) -> ConfigDict:
     for optimizer in FREE:
         changes = {"optimizer": optimizer, "learning_rates": (1.0,)}
         methods[optimizer] = quickstart.changed(default, changes)
+    config.methods = ConfigDict(methods)
+    config.run = tuple(methods)
+    config.figure = "dots"
+    return config
+
+
+def _of_epsilon() -> ConfigDict:
+    """All weights of digits perturbed, with every epsilon in both arithmetics."""
+    config = quickstart.base()
+    config.tuning_fraction, config.wider_tuning = 0.3, 2
+    base = quickstart.changed(config.methods.forward_fp32, {"steps": 175})
+    methods = {"8w8a": quickstart.changed(base, {"bits": (8, 8)})}
+    for arithmetic, bits in ARITHMETICS.items():
+        for unit, values in EPSILONS.items():
+            for value in values:
+                methods[f"{arithmetic}_{unit}_{value:.0e}"] = quickstart.changed(
+                    base,
+                    {
+                        "bits": bits,
+                        "low_bit": False,
+                        "epsilon": value,
+                        "epsilon_unit": unit,
+                    },
+                )
     config.methods = ConfigDict(methods)
     config.run = tuple(methods)
     config.figure = "dots"
