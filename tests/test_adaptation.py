@@ -207,5 +207,5 @@ def test_other_rates_are_refused(rate):
     def losses(params, x, y):
         return cross_entropy(x @ params["kernel"], y)
 
-    with pytest.raises((TypeError, ValueError), match='learning_rate must be .*"auto"'):
+    with pytest.raises((TypeError, ValueError), match=r'rate must be .*"auto"'):
         fgrad.adapt(KEY, losses, params, data(), learning_rate=rate)

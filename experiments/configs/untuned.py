@@ -21,11 +21,11 @@ needs ``pip install -e '.[solar,weights,corruptions]'``. One part:
 result: ``untuned.py:smoke``.
 
 ``untuned.py:epsilon_digits`` and ``:epsilon_mnist`` ask the same of epsilon where all
-weights are perturbed, with a quarter of the quickstart's passes: one epsilon for all leaves,
-of three, or one for each leaf as a share of its rms (``fgrad.relative_epsilon``); in
-16w8a, in 8w8a with updates that are rounded ("8w8a_rounded", since with grid steps
-there is no epsilon), and in 8w8a with grid steps beside them. Learning rates are tuned
-for each.
+weights are perturbed, with a quarter of the quickstart's passes: one epsilon for all
+leaves, of three, or one for each leaf as a share of its rms
+(``fgrad.relative_epsilon``); in 16w8a, in 8w8a with updates that are rounded
+("8w8a_rounded", since with grid steps there is no epsilon), and in 8w8a with grid steps
+beside them. Learning rates are tuned for each.
 """
 
 from typing import Any

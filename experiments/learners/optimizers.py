@@ -87,6 +87,8 @@ def check_method(method: ConfigDict) -> None:
         )
     check_names("optimizer", [method.optimizer], OPTIMIZERS)
     if method.gradient == "backward":
+        chosen = method.get("enhancements", {})
+        check_names("enhancement of backpropagation", chosen, ("sparse_update",))
         return
     check_names("estimator", [method.estimator], ESTIMATORS)
     check_names("perturbation", [method.perturbation], PERTURBATIONS)
