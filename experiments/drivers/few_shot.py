@@ -404,8 +404,8 @@ def _write_parts(
     sure = sum(result["gap"] + result["gap_interval"] < -0.01 for result in below)
     note = (
         "Test accuracy in % as mean ± half of the 95% interval over tasks, in brackets "
-        "the gap to backpropagation, its interval that of the differences task by "
-        f"task; {near} of {len(integers)} cells in 16w8a are at most 5 points below it. "
+        "the gap to backpropagation, with the interval of the tasks' differences; "
+        f"{near} of {len(integers)} cells in 16w8a are at most 5 points below it. "
         f"{len(below)} are more than a point below, {sure} of them with all of the "
         "interval."
     )
