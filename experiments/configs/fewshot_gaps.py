@@ -12,6 +12,8 @@ each of four times the steps ("ft_one_pair_16w8a"), and momentum with it
 One cell: ``fewshot_gaps.py:voices,ast_small,simpleshot``.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments.configs import fewshot_audio, fewshot_vision, quickstart
@@ -43,7 +45,7 @@ def _cell(cell: str) -> ConfigDict:
     smoke = cell.endswith("smoke")
     pairs, steps = (1, 2) if smoke else fewshot_vision.BUDGET["ft"]
     fine = config.methods.ft_16w8a
-    one_pair = {"num_perturbations": 1, "steps": pairs * steps}
+    one_pair: dict[str, Any] = {"num_perturbations": 1, "steps": pairs * steps}
     # The mean of four directions is half as long as one, and there are four times as
     # many steps: a quarter of the rate goes as far.
     one_pair["learning_rates"] = tuple(x / 4 for x in fine.learning_rates)
