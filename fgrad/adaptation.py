@@ -8,9 +8,13 @@ from typing import Any, Literal
 import jax
 import optax
 
-from fgrad import _loss_and_aux, activity
+from fgrad import _checks, _loss_and_aux, activity
 from fgrad.activity import joint_structure
 from fgrad.transform import on_values, quantized_update
+
+# What Prodigy begins with. Its own 1e-6 is less than half a step of most grids of 16
+# bits, on which weights would stay where they are, and nothing be learned of the rate.
+_FIRST_RATE = 1e-4
 
 
 def adapt(
@@ -20,7 +24,7 @@ def adapt(
     batch: Mapping[str, Any],
     *,
     steps: int = 720,
-    learning_rate: float = 3e-3,
+    learning_rate: float | Literal["auto"] = 3e-3,
     head: str | Sequence[str] | None = None,
     frozen: Sequence[str] = (),
     every: int = 8,
@@ -46,7 +50,10 @@ def adapt(
       batch: the other arguments of ``value_fn``, such as ``{"x": x, "y": y}``: arrays,
         or `jax.ShapeDtypeStruct` in their place.
       steps: after so many the learning rate is zero.
-      learning_rate: of the first step.
+      learning_rate: of the first step. "auto" finds it during the run, by Prodigy
+        (``optax.contrib.prodigy``) in the place of Adam: from how far the weights went
+        and how the gradients lay to that way. It keeps four numbers for each weight,
+        where Adam keeps two.
       head: names of the layer of the logits; found by default.
       frozen: names of layers to leave as they are.
       every: a pair of evaluations is made in every n-th step.
@@ -83,6 +90,7 @@ def adapt(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     _loss_and_aux.Aux.of(has_aux, initial_aux)
+    optimizer = _optimizer(learning_rate, steps)
     logits, sites = joint_structure.find_head(
         value_fn, params, batch, head=head, frozen=frozen
     )
@@ -109,9 +117,19 @@ def adapt(
             has_aux=has_aux,
             initial_aux=initial_aux,
         )
-    rate = optax.linear_schedule(learning_rate, 0.0, steps)
     return optax.chain(
         estimator,
-        on_values(optax.adam(rate)),
+        on_values(optimizer),
         quantized_update(stochastic_below=16),
     )
+
+
+def _optimizer(
+    learning_rate: float | Literal["auto"], steps: int
+) -> optax.GradientTransformation:
+    """Adam with a rate, or what finds the rate; either decays linearly to zero."""
+    if isinstance(learning_rate, str) and learning_rate == "auto":
+        decay = optax.linear_schedule(1.0, 0.0, steps)
+        return optax.contrib.prodigy(decay, estim_lr0=_FIRST_RATE)
+    _checks.at_least("learning_rate", learning_rate, 0, hint='; or give "auto"')
+    return optax.adam(optax.linear_schedule(learning_rate, 0.0, steps))

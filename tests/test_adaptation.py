@@ -217,3 +217,59 @@ def test_steps_are_checked(steps):
     losses, params, batch = linen()
     with pytest.raises(ValueError, match="steps must be a positive integer"):
         fgrad.adapt(KEY, losses, params, batch, steps=steps)
+
+
+def prodigy(x, y, w, steps):
+    """Prodigy in float64 on the mean square error of a linear model.
+
+    As in Mishchenko and Defazio, arXiv 2306.06101, algorithm 4, with Adam's correction
+    of biases in the rate, which decays linearly.
+    """
+    start, d, r = w.copy(), 1e-4, 0.0
+    m, v, s = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
+    for k in range(steps):
+        gradient = 2 / len(x) * x.T @ (x @ w - y)
+        rate = 1 - k / steps
+        rate *= np.sqrt(1 - 0.999 ** (k + 1)) / (1 - 0.9 ** (k + 1))
+        r = np.sqrt(0.999) * r + rate * d**2 * np.sum(gradient * (start - w))
+        s = np.sqrt(0.999) * s + rate * d**2 * gradient
+        m = 0.9 * m + 0.1 * d * gradient
+        v = 0.999 * v + 0.001 * (d * gradient) ** 2
+        w = w - rate * d * m / (np.sqrt(v) + d * 1e-8)
+        d = max(d, r / np.abs(s).sum())
+    return w, d
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "steps", "atol"), [(None, 60, 1e-3), (16, 300, 0.02)])
+def test_a_rate_is_found_as_prodigy_finds_it(bits, steps, atol):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(32, 4)), rng.normal(size=(4, 2))
+    y = x @ rng.normal(size=(4, 2))
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    if bits:
+        params = fgrad.quantize(params, bits=bits, headroom=3.0)
+
+    def losses(params, x, y):
+        return jnp.sum((x @ jnp.asarray(params["w"]) - y) ** 2, axis=-1)
+
+    batch = {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
+    found = trained(losses, params, batch, steps, learning_rate="auto")
+    expected, rate = prodigy(x, y, w, steps)
+    # The rate grew 100-fold and more, and the weights went far.
+    assert rate > 1e-2
+    assert np.abs(expected - w).max() > 0.3
+    # The first steps are of the length of the grid's, so that a rate on a grid is
+    # another for a while; both end at the minimum.
+    np.testing.assert_allclose(found["w"], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rate", ["prodigy", -1.0, None])
+def test_other_rates_are_refused(rate):
+    params = {"kernel": jnp.zeros((8, 2))}
+
+    def losses(params, x, y):
+        return cross_entropy(x @ params["kernel"], y)
+
+    with pytest.raises((TypeError, ValueError), match=r'rate must be .*"auto"'):
+        fgrad.adapt(KEY, losses, params, data(), learning_rate=rate)

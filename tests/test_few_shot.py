@@ -239,9 +239,10 @@ def test_it_runs_and_resumes(registered, tmp_path, monkeypatch):
 
 
 def test_the_grid_counts_gaps(tmp_path):
-    def result(accuracy, gap=None):
+    def result(accuracy, gap=None, half=0.03):
         shown = {"accuracy": accuracy, "accuracy_interval": 0.02}
-        return shown if gap is None else {**shown, "gap": gap}
+        gaps = {"gap": gap, "gap_interval": half}
+        return shown if gap is None else {**shown, **gaps}
 
     grid = {
         "one": {
@@ -260,9 +261,11 @@ def test_the_grid_counts_gaps(tmp_path):
     few_shot._write_parts(grid, tmp_path)
     header, _, one, two, *_, note = (tmp_path / "table.md").read_text().splitlines()
     assert header == "|  | zero_shot | ft_backprop | ft_fp32 | ft_16w8a |"
-    assert one.startswith("| one | 50.0 ± 2.0 | 80.0 ± 2.0 | 79.0 ± 2.0 (-1.0) |")
-    assert two.endswith("| 74.0 ± 2.0 (-6.0) |")
+    assert one.startswith("| one | 50.0 ± 2.0 | 80.0 ± 2.0 | 79.0 ± 2.0 (-1.0 ± 3.0) |")
+    assert two.endswith("| 74.0 ± 2.0 (-6.0 ± 3.0) |")
     assert "1 of 2 cells in 16w8a are at most 5 points below it." in note
+    # From -6 to 0 and from -9 to -3: only the second lies below -1 with all of it.
+    assert "2 are more than a point below, 1 of them with all of the inter" in note
     assert "1 of 2 are at most a point below float32." in note
 
 

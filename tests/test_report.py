@@ -72,6 +72,19 @@ def test_parts_stand_side_by_side_with_the_most_passes_of_each(tmp_path):
     assert "hard: clean to hard, at most 900 forward passes" in note
 
 
+def test_each_part_shows_its_own_metric(tmp_path):
+    results = {
+        "digits": {"fp32": result(0.8, **RUN)},
+        "solar": {"fp32": result(0.6, **RUN, auc=0.9, auc_std=0.02)},
+    }
+    parts = {name: {**CONFIG, "target": name} for name in results}
+    parts["solar"]["metrics"] = ("auc", "accuracy")
+    report.write_parts(results, ConfigDict({"parts": parts}), tmp_path)
+    *_, fp32 = rows(tmp_path / "table.md")
+    assert fp32 == ["fp32", "80.0 ± 1.0", "90.0 ± 2.0"]
+    assert "Test accuracy, of solar auc in %" in (tmp_path / "table.md").read_text()
+
+
 def test_a_picture_of_memory_has_a_dot_for_each_method(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(

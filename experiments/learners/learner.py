@@ -241,11 +241,11 @@ class Learner:
             extra = {"frozen": state.frozen, "scales": state.scales, "batch": batch}
         if losses is not None:
             extra = {"losses": losses}
-        elif self.method.gradient == "backward":
+        elif optimizers.differentiated(self.method):
             with self._sampled(jax.random.fold_in(key, 1)):
                 incoming = jax.grad(self.loss_fn)(state.params, **extra)
             extra = {}
-        else:  # the chain begins with an estimator, which ignores what comes in
+        else:  # the chain begins with a link that evaluates the loss
             extra["value_fn"] = self._value_fn
         updates, opt_state = optimizer.update(
             incoming, state.opt_state, state.params, **extra

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
 import fgrad
 from experiments.learners import rivals
@@ -30,11 +31,22 @@ PERTURBATIONS: dict[str, Callable[..., perturbations.Perturbation]] = {
     "low_rank": perturbations.low_rank,
 }
 
+# What optimizers that find the rate themselves begin with. Their own 1e-6 is less than
+# half a weight step, so that weights on a grid would never leave their start.
+_FIRST_RATE = 1e-4
+_FIRST_DISTANCE = 1e-3
+
+# The last five find the rate themselves; theirs is a factor on what they find.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
     "muon": rivals.muon,
+    "prodigy": functools.partial(contrib.prodigy, estim_lr0=_FIRST_RATE),
+    "dadapt": functools.partial(contrib.dadapt_adamw, estim_lr0=_FIRST_RATE),
+    "dog": functools.partial(contrib.dog, init_step=("heuristic", _FIRST_DISTANCE)),
+    "dowg": contrib.dowg,
+    "mechanic": lambda rate: contrib.mechanize(optax.adam(rate), s_init=_FIRST_RATE),
 }
 
 # Names in fgrad.enhancements that a method may have, and "cone", of the rivals.
@@ -75,11 +87,40 @@ def check_method(method: ConfigDict) -> None:
         )
     check_names("optimizer", [method.optimizer], OPTIMIZERS)
     if method.gradient == "backward":
+        chosen = method.get("enhancements", {})
+        check_names("enhancement of backpropagation", chosen, ("sparse_update",))
         return
     check_names("estimator", [method.estimator], ESTIMATORS)
     check_names("perturbation", [method.perturbation], PERTURBATIONS)
     check_names("unit of epsilon", [method.epsilon_unit], EPSILON_UNITS)
     check_names("enhancement", method.enhancements, ENHANCEMENTS)
+
+
+def differentiated(method: ConfigDict) -> bool:
+    """Whether the chain of a method is given a gradient, by backpropagation.
+
+    Sparse weights are chosen by the chain, so that of them it takes the gradient by
+    itself, of a loss.
+
+    Args:
+      method: see ``configs/quickstart.py``.
+    """
+    sparse = "sparse_update" in method.get("enhancements", {})
+    return method.gradient == "backward" and not sparse
+
+
+def _backpropagated() -> optax.GradientTransformationExtraArgs:
+    """The first link of a chain that takes the gradient of its loss itself."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, value_fn: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        del updates
+        return jax.grad(value_fn)(params, **kwargs), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update
+    )
 
 
 def make_optimizer(
@@ -106,7 +147,7 @@ def make_optimizer(
     optimizer = optax.chain(
         OPTIMIZERS[method.optimizer](schedule), _scaled(method.get("rate_factors", {}))
     )
-    if method.gradient == "backward":
+    if differentiated(method):
         return optax.with_extra_args_support(optimizer)
     ascent_key, choice_key = (jax.random.fold_in(key, i) for i in (1, 2))
     chosen: Mapping[str, Any] = method.enhancements
@@ -124,7 +165,7 @@ def make_optimizer(
         *links("error_feedback"),
         # Without grid steps weights of few bits are treated as those of 16, as in the
         # paper: every update is rounded to the nearest step.
-        fgrad.quantized_update(stochastic_below=16 if method.low_bit else 0),
+        fgrad.quantized_update(stochastic_below=16 if method.get("low_bit") else 0),
     )
     if "extrapolation" in chosen:
         chain = enhancements.extrapolation(chain, **chosen["extrapolation"])
@@ -144,7 +185,7 @@ def make_estimator(
     guide: Any = None,
     spread: fgrad.Spread | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds the first link of a forward method's chain: it estimates the gradient.
+    """Builds the first link of a chain: it estimates the gradient, or computes it.
 
     Args:
       method: see ``configs/quickstart.py``.
@@ -173,6 +214,8 @@ def make_estimator(
             spread=spread,
         )
 
+    if method.gradient == "backward":
+        return _backpropagated()
     if method.estimator == "one_sided":
         return rivals.one_sided(
             key,

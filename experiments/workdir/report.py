@@ -128,10 +128,10 @@ def write_parts(
       directory: the workdir.
     """
     parts = config.parts
-    metric = next(iter(parts.values())).metrics[0]
+    metrics = {name: part.metrics[0] for name, part in parts.items()}
     names = next(iter(results.values()))
     rows = [
-        [name, *(_score(part[name], metric) for part in results.values())]
+        [name, *(_score(part[name], metrics[x]) for x, part in results.items())]
         for name in names
     ]
     passes = {
@@ -145,7 +145,12 @@ def write_parts(
     )
     seeds = sorted({len(part.seeds) for part in parts.values()})
     over = spread(" or ".join(map(str, seeds)))
-    note = f"Test {metric} in % {over}. {tasks}."
+    (metric, *others) = dict.fromkeys(metrics.values())
+    of_others = "".join(
+        f", of {' and '.join(x for x in metrics if metrics[x] == other)} {other}"
+        for other in others
+    )
+    note = f"Test {metric}{of_others} in % {over}. {tasks}."
     columns = ("method", *results)
     _print_table(columns, rows, note, wide=len(columns))
     (directory / "table.md").write_text(_markdown(columns, rows, note))
@@ -154,7 +159,7 @@ def write_parts(
     fig = figure.Figure(figsize=size, layout="constrained")
     panels = fig.subplots(ncols=len(results), sharey=True, squeeze=False)[0]
     for axes, (name, part) in zip(panels, results.items(), strict=True):
-        _draw_dots(axes, part, metric)
+        _draw_dots(axes, part, metrics[name])
         axes.set_title(name)
     panels[0].invert_yaxis()
     fig.savefig(directory / "figure.png", dpi=120)

@@ -112,7 +112,8 @@ def sparse_update(
       key: PRNG key for "random" and "importance".
       threshold: for "threshold", in units of the weights.
       reselect_every: steps after which the weights are chosen anew, by the same
-        criterion; by default never. It needs scratch memory for sorting one leaf.
+        criterion; by default never. With "random" all weights train in the course of a
+        run, a share of them at a time. It needs scratch memory for sorting one leaf.
         ``inner`` then begins anew with the states that hold momenta, which belonged
         to other weights, bias corrections included; states without, such as counts of
         schedules and keys, go on.
