@@ -5,7 +5,8 @@ Multiplication by a ratio is a multiplication by an integer and a shift to the r
 .. math:: \lfloor q \cdot m / 2^s + 1/2 \rfloor,
 
 and exponentials and logarithms have base two, so that the whole part of an exponent is
-a shift and a table of 256 intervals gives the rest.
+a shift. A table of 256 intervals gives the rest, or a polynomial where 16 bits are
+enough: XLA makes a loop of its own for every look-up.
 
 The functions that are compiled by themselves (`multiply_shift`, `exact_dot`, ...) stay
 one equation in a traced program. The writer of C knows them by name and puts a function
@@ -26,6 +27,8 @@ from jax import lax
 EXPONENT_BITS, POWER_BITS, LOG_BITS = 16, 22, 16
 # Exponents at and beyond which a power of two is zero.
 MAX_EXPONENT = 31
+# Of `exp2_short`: fractional bits of its result, and the largest exponent that it takes.
+SHORT_BITS, MAX_SHORT_EXPONENT = 15, 29
 
 _INTERVALS = np.arange(257) / 256
 POWERS = np.rint(2.0 ** (POWER_BITS - _INTERVALS)).astype(np.int32)
@@ -97,6 +100,36 @@ def exp2_negative(t: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def exp2_short(t: jax.Array) -> jax.Array:
+    r"""Powers of two, ``2**(-t / 2**16)`` in units of 2**-15, without a table.
+
+    With f the fraction of t less one half it is a polynomial,
+
+    .. math:: 2^{-f-1/2} ≈ c_0 + f (c_1 + f (c_2 + f (c_3 + f c_4))),
+
+    whose coefficients have 17, 16, 18, 20 and 22 fractional bits, so that no product
+    leaves int32.
+
+    Args:
+      t: int32 array, 0 to 29 * 2**16.
+
+    Returns:
+      int32 array, 0 to 2**15; the error is below 0.9 units.
+
+    Example:
+      >>> exp2_short(jnp.array([0, 2**15, 2**16]))
+      Array([32768, 23171, 16384], dtype=int32)
+    """
+    whole, f = t >> EXPONENT_BITS, (t & 0xFFFF) - 0x8000
+    power = -41430 + (28682 * f >> 18)
+    power = 44528 + (power * f >> 18)
+    power = -32120 + (power * f + 0x20000 >> 18)
+    power = 92682 + (power * f + 0x4000 >> 15)
+    half = jnp.left_shift(jnp.int32(2), whole)
+    return (power + half) >> (whole + 2)
+
+
+@jax.jit
 def log2(x: jax.Array) -> jax.Array:
     r"""Logarithms, ``log2(x)`` in units of 2**-16.
 
@@ -135,15 +168,15 @@ def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Ar
     offset = q - low
     if shift == 0:
         return _read(entries, offset)
-    index = jnp.minimum(offset >> shift, len(table) - 2)
+    # The barriers keep XLA from computing the place again in each loop that needs it.
+    index = lax.optimization_barrier(jnp.minimum(offset >> shift, len(table) - 2))
     rest = offset - (index << shift)
     values = np.asarray(table, np.int64)
     rises = np.diff(values)
     if np.all(np.abs(values) < 2**15) and np.all(np.abs(rises) < 2**15):
         # Both in one word: XLA makes a loop of its own for every look-up.
-        pair = _read(
-            jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32)), index
-        )
+        pairs = jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32))
+        pair = lax.optimization_barrier(_read(pairs, index))
         here, rise = pair >> 16, jnp.left_shift(pair, 16) >> 16
     else:
         here = _read(entries, index)
@@ -204,7 +237,7 @@ def _dot_limbs(
         dimension_numbers=dimension_numbers,
         preferred_element_type=jnp.int32,
     )
-    high, low = _limbs(rhs)
+    high, low = limbs(rhs)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     sums = jnp.sum(lhs, axis=lhs_contract, dtype=jnp.int32)
     # The free axes of the left come after those of the batch, then those of the right.
@@ -217,42 +250,7 @@ def _dot_limbs(
     return product(lhs, high), product(lhs, low) + 128 * sums
 
 
-@functools.partial(jax.jit, static_argnames="options")
-def exact_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
-    """``lax.conv_general_dilated`` of int8 and int16 in int32, like `exact_dot`.
-
-    Args:
-      lhs: int8 images.
-      rhs: int16 kernel.
-      options: pairs of a name and a value, all that the equation has.
-    """
-    high, low = _conv_limbs(lhs, rhs, dict(options))
-    return (high << 8) + low
-
-
-@functools.partial(jax.jit, static_argnames="options")
-def coarse_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
-    """``⌊exact_conv / 256 + 1/2⌋``, like `coarse_dot`."""
-    high, low = _conv_limbs(lhs, rhs, dict(options))
-    return high + ((low + 128) >> 8)
-
-
-def _conv_limbs(
-    lhs: jax.Array, rhs: jax.Array, options: dict[str, Any]
-) -> tuple[jax.Array, jax.Array]:
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x, w, **options, preferred_element_type=jnp.int32
-        )
-
-    high, low = _limbs(rhs)
-    ones = jnp.ones_like(high)
-    if options["feature_group_count"] == 1:  # one channel of sums serves all
-        out = options["dimension_numbers"].rhs_spec[0]
-        ones = lax.slice_in_dim(ones, 0, 1, axis=out)
-    return product(lhs, high), product(lhs, low) + 128 * product(lhs, ones)
-
-
-def _limbs(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+def limbs(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The int8 h and l of int16 weights ``256 h + l + 128``."""
     w = w.astype(jnp.int32)
     return (w >> 8).astype(jnp.int8), ((w & 255) - 128).astype(jnp.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -306,6 +307,8 @@ def run(
     def read(x: Any) -> Any:
         return _constant(x.value) if isinstance(x, tracing.Literal) else known[x]
 
+    read_by = (x for node in graph.nodes for x in node.inputs if isinstance(x, int))
+    uses = collections.Counter(read_by)
     for node in graph.nodes:
         values = [read(x) for x in node.inputs]
         results: Sequence[Any]
@@ -314,8 +317,16 @@ def run(
             results = [primitives.linear(grids, node, *seen)]
         else:
             results = _evaluate(grids, node, values)
-        known.update(zip(node.outputs, results, strict=True))
+        for number, x in zip(node.outputs, results, strict=True):
+            known[number] = _computed_once(x) if uses[number] > 1 else x
     return [primitives.with_one_scale(read(x)) for x in graph.outputs]
+
+
+def _computed_once(x: Any) -> Any:
+    """Keeps XLA from computing a value again in each loop that reads it."""
+    if not _is_fixed(x) or x.weight:
+        return x
+    return x.replace(q=jax.lax.optimization_barrier(x.q))
 
 
 def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any]:

@@ -22,10 +22,13 @@ from fgrad.tracing import primitives
 from fgrad.tracing.primitives import scan_sizes
 
 # Functions of `arithmetic` that stay one operation.
-SCALAR_FUNCTIONS = ("multiply_shift", "multiply_shift_wide", "exp2_negative", "log2")
-PRODUCT_FUNCTIONS = ("exact_dot", "coarse_dot", "exact_conv", "coarse_conv")
+SCALAR_FUNCTIONS = (
+    *("multiply_shift", "multiply_shift_wide"),
+    *("exp2_negative", "exp2_short", "log2"),
+)
+PRODUCT_FUNCTIONS = ("exact_dot", "coarse_dot")
 DOTS = ("dot_general", "exact_dot", "coarse_dot")
-CONVOLUTIONS = ("conv_general_dilated", "exact_conv", "coarse_conv")
+CONVOLUTIONS = ("conv_general_dilated", "plain_conv", "exact_conv", "coarse_conv")
 
 POINTWISE = frozenset(
     {
@@ -278,9 +281,11 @@ def _operation(
 ) -> Operation:
     params = dict(equation.params)
     if name in PRODUCT_FUNCTIONS:
-        kinds = ("dot_general", "conv_general_dilated")
         inner = params["jaxpr"].jaxpr.eqns
-        params = dict(next(e for e in inner if e.primitive.name in kinds).params)
+        product = next(e for e in inner if e.primitive.name == "dot_general")
+        params = dict(product.params)
+    if name in CONVOLUTIONS:
+        params = dict(params.get("options", params))
     body = None
     if name == "scan":
         closed = params["jaxpr"]

@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from lanes import some
 
 from fgrad import perturbations
-from fgrad.integer import addresses, arithmetic, products, ranges, tables, training
+from fgrad.integer import (
+    addresses,
+    arithmetic,
+    convolutions,
+    products,
+    ranges,
+    tables,
+    training,
+)
 from fgrad.integer.ranges import Fixed
 from fgrad.tracing import graph
 
@@ -119,6 +128,14 @@ def test_powers_of_two():
     assert np.max(np.abs(found - 2.0 ** (22 - t / 2**16))) < 5
 
 
+def test_short_powers_of_two():
+    t = np.unique(np.concatenate([np.arange(2**17), np.linspace(0, 29 * 2**16, 9999)]))
+    t = t.astype(np.int32)
+    found = np.asarray(arithmetic.exp2_short(jnp.asarray(t)), np.float64)
+    error = np.abs(found - 2.0 ** (15 - t / 2**16))
+    assert np.max(error) < 0.9
+
+
 def test_logarithms():
     rng = np.random.default_rng(0)
     x = np.concatenate([np.arange(1, 5000), 2 ** rng.uniform(0, 31, 5000)])
@@ -198,19 +215,30 @@ def test_dots_of_int8_and_int16(seed, terms):
     np.testing.assert_array_equal(coarse, (exact + 128) >> 8)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions_of_int8_and_int16(groups):
+# Groups, and strides, padding, dilations of the image and of the kernel.
+CONVOLUTIONS = {
+    "plain": (1, (2, 1), ((1, 1), (0, 1)), (1, 1), (1, 1)),
+    "grouped": (2, (2, 1), ((1, 1), (0, 1)), (1, 1), (1, 1)),
+    "depthwise": (4, (1, 2), ((0, 2), (1, 1)), (1, 1), (2, 1)),
+    "spread": (1, (1, 1), ((2, 1), (-1, 3)), (2, 3), (1, 2)),
+    "spread_depthwise": (4, (1, 1), ((0, 0), (0, 0)), (2, 1), (1, 1)),
+}
+LAYOUTS = (("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"))
+
+
+@pytest.mark.parametrize("layout", some(LAYOUTS, LAYOUTS[:1]))
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_int8_and_int16(name, layout):
     rng = np.random.default_rng(0)
+    groups, *numbers = CONVOLUTIONS[name]
     x = rng.integers(-127, 128, (2, 6, 5, 4), dtype=np.int8)
-    w = rng.integers(-32768, 32768, (3, 3, 4 // groups, 6), dtype=np.int16)
+    w = rng.integers(-32768, 32768, (3, 3, 4 // groups, 8), dtype=np.int16)
+    if layout[0] == "NCHW":
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     options = {
-        "window_strides": (2, 1),
-        "padding": ((1, 1), (0, 1)),
-        "lhs_dilation": (1, 1),
-        "rhs_dilation": (1, 1),
-        "dimension_numbers": lax.conv_dimension_numbers(
-            x.shape, w.shape, ("NHWC", "HWIO", "NHWC")
-        ),
+        **dict(zip(names, numbers, strict=True)),
+        "dimension_numbers": lax.conv_dimension_numbers(x.shape, w.shape, layout),
         "feature_group_count": groups,
         "batch_group_count": 1,
     }
@@ -221,10 +249,12 @@ def test_convolutions_of_int8_and_int16(groups):
     )
     exact = 256 * high.astype(np.int64) + low.astype(np.int64)
     pairs = tuple(options.items())
-    np.testing.assert_array_equal(arithmetic.exact_conv(x, w, options=pairs), exact)
-    np.testing.assert_array_equal(
-        arithmetic.coarse_conv(x, w, options=pairs), (exact + 128) >> 8
-    )
+    found = convolutions.exact_conv_p.bind(x, w, options=pairs)
+    np.testing.assert_array_equal(found, exact)
+    found = convolutions.coarse_conv_p.bind(x, w, options=pairs)
+    np.testing.assert_array_equal(found, (exact + 128) >> 8)
+    found = convolutions.plain_conv_p.bind(x, (w >> 8).astype(np.int8), options=pairs)
+    np.testing.assert_array_equal(found, high)
 
 
 def test_sums_that_do_not_fit_are_kept_coarser():
