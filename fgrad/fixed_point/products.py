@@ -27,7 +27,6 @@ from jax.interpreters import batching, mlir
 
 from fgrad.fixed_point import windows
 from fgrad.fixed_point.qtensor import QTensor
-from fgrad.fixed_point.windows import Window
 from fgrad.tracing import execution_order
 
 # |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
@@ -406,7 +405,9 @@ def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else int(x)
 
 
-integer_dot_general_p = product_primitive("integer_dot_general", _integer_dot, _batch_dot)
+integer_dot_general_p = product_primitive(
+    "integer_dot_general", _integer_dot, _batch_dot
+)
 integer_conv_p = product_primitive("integer_conv", _integer_conv, _batch_conv)
 
 

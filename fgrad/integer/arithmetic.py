@@ -27,8 +27,11 @@ from jax import lax
 EXPONENT_BITS, POWER_BITS, LOG_BITS = 16, 22, 16
 # Exponents at and beyond which a power of two is zero.
 MAX_EXPONENT = 31
-# Of `exp2_short`: fractional bits of its result, and the largest exponent that it takes.
+# Of `exp2_short`: fractional bits of its result, and the largest exponent.
 SHORT_BITS, MAX_SHORT_EXPONENT = 15, 29
+
+# A maximum over no more is not taken apart.
+_FEW = 32
 
 _INTERVALS = np.arange(257) / 256
 POWERS = np.rint(2.0 ** (POWER_BITS - _INTERVALS)).astype(np.int32)
@@ -152,6 +155,26 @@ def log2(x: jax.Array) -> jax.Array:
     return ((31 - zeros) << LOG_BITS) + ((fraction + 8) >> 4)
 
 
+@jax.jit
+def max_of_rows(x: jax.Array) -> jax.Array:
+    """The largest value along the last axis.
+
+    Halves are compared first, all at once: XLA has no fast loop for the maximum of
+    integers in a row.
+
+    Args:
+      x: integer array, with one element or more along that axis.
+
+    Example:
+      >>> max_of_rows(jnp.arange(80).reshape(2, 40))
+      Array([39, 79], dtype=int32)
+    """
+    while (count := x.shape[-1]) > _FEW:
+        half = -(-count // 2)  # an odd one is in both
+        x = jnp.maximum(x[..., :half], x[..., count - half :])
+    return jnp.max(x, axis=-1)
+
+
 def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Array:
     """A table of values at ``low, low + 2**shift, ...``, linear in between.
 
@@ -168,15 +191,14 @@ def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Ar
     offset = q - low
     if shift == 0:
         return _read(entries, offset)
-    # The barriers keep XLA from computing the place again in each loop that needs it.
-    index = lax.optimization_barrier(jnp.minimum(offset >> shift, len(table) - 2))
+    index = jnp.minimum(offset >> shift, len(table) - 2)
     rest = offset - (index << shift)
     values = np.asarray(table, np.int64)
     rises = np.diff(values)
     if np.all(np.abs(values) < 2**15) and np.all(np.abs(rises) < 2**15):
         # Both in one word: XLA makes a loop of its own for every look-up.
         pairs = jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32))
-        pair = lax.optimization_barrier(_read(pairs, index))
+        pair = _read(pairs, index)
         here, rise = pair >> 16, jnp.left_shift(pair, 16) >> 16
     else:
         here = _read(entries, index)
@@ -239,7 +261,10 @@ def _dot_limbs(
     )
     high, low = limbs(rhs)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    sums = jnp.sum(lhs, axis=lhs_contract, dtype=jnp.int32)
+    # A third product, since XLA would compute x again inside the loop of a sum.
+    ones = jnp.ones([lhs.shape[a] for a in lhs_contract], jnp.int8)
+    axes = (tuple(lhs_contract), tuple(range(ones.ndim))), ((), ())
+    sums = lax.dot_general(lhs, ones, axes, preferred_element_type=jnp.int32)
     # The free axes of the left come after those of the batch, then those of the right.
     rest = [a for a in range(lhs.ndim) if a not in lhs_contract]
     order = [*lhs_batch, *(a for a in rest if a not in lhs_batch)]

@@ -18,6 +18,7 @@ from fgrad.integer import calibration as calibrations
 from fgrad.integer import primitives
 from fgrad.integer.primitives import Grids
 from fgrad.integer.ranges import MIDDLE, ConversionError, Fixed, rescale
+from fgrad.integer.stored import stored
 from fgrad.tracing import graph as tracing
 from fgrad.tracing.graph import Graph, Node
 from fgrad.tracing.primitives import scan_sizes
@@ -323,10 +324,10 @@ def run(
 
 
 def _computed_once(x: Any) -> Any:
-    """Keeps XLA from computing a value again in each loop that reads it."""
+    """A value that several equations read; weights are stored as they are."""
     if not _is_fixed(x) or x.weight:
         return x
-    return x.replace(q=jax.lax.optimization_barrier(x.q))
+    return x.replace(q=stored(x.q))
 
 
 def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any]:

@@ -2,12 +2,12 @@
 
 XLA has fast products of int8 on a CPU, and slow convolutions. What the taps of a window
 see, side by side, is a matrix of patches, and the convolution is its product with the
-kernel; a kernel of one input channel is a sum of shifted multiplications in int32, which
-has room for 16-bit weights. Integers do not care about the order of a sum, so that the
-results are those of a convolution, bit for bit.
+kernel. A kernel of one input channel is a sum of shifted multiplications in int32,
+which has room for 16-bit weights. Integers do not care about the order of a sum, so
+that the results are those of a convolution, bit for bit.
 
-Each function is one equation of a traced program. The writer of C knows them by name and
-puts a loop in their place, so that a microcontroller needs no memory for patches.
+Each function is one equation of a traced program. The writer of C knows them by name
+and puts a loop in their place, so that a microcontroller needs no memory for patches.
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ SCALAR_FUNCTIONS = (
     *("exp2_negative", "exp2_short", "log2"),
 )
 PRODUCT_FUNCTIONS = ("exact_dot", "coarse_dot")
+ROW_FUNCTIONS = {"max_of_rows": "reduce_max"}
 DOTS = ("dot_general", "exact_dot", "coarse_dot")
 CONVOLUTIONS = ("conv_general_dilated", "plain_conv", "exact_conv", "coarse_conv")
+
+_NAMED = frozenset({*SCALAR_FUNCTIONS, *PRODUCT_FUNCTIONS, *ROW_FUNCTIONS})
 
 POINTWISE = frozenset(
     {
@@ -223,10 +226,10 @@ def _inline(
         stack = "/".join(filter(None, (layer, str(equation.source_info.name_stack))))
         called = primitives.called_jaxpr(equation)
         name = equation.params.get("name", "") if called else equation.primitive.name
-        if called and name not in (*SCALAR_FUNCTIONS, *PRODUCT_FUNCTIONS):
+        if called and name not in _NAMED:
             caller = _source(equation, source)
             outputs = _inline(*called, operands, operations, stack, caller)
-        elif name == "optimization_barrier":
+        elif name in ("optimization_barrier", "stored"):
             outputs = operands
         elif not called and (known := _known(equation, operands)) is not None:
             outputs = [known]
@@ -284,6 +287,9 @@ def _operation(
         inner = params["jaxpr"].jaxpr.eqns
         product = next(e for e in inner if e.primitive.name == "dot_general")
         params = dict(product.params)
+    if name in ROW_FUNCTIONS:
+        name = ROW_FUNCTIONS[name]
+        params["axes"] = (len(operands[0].shape) - 1,)
     if name in CONVOLUTIONS:
         params = dict(params.get("options", params))
     body = None

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from fgrad.integer import products, tables
+from fgrad.integer import arithmetic, products, tables
 from fgrad.integer.calibration import PRODUCTS, Observed
 from fgrad.integer.ranges import (
     FINE,
@@ -179,7 +179,6 @@ def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
     "rev",
     "copy",
     "copy_p",
-    "reduce_max",
     "reduce_min",
     "reduce_precision",
     "reduce_window_max",
@@ -198,6 +197,14 @@ def _unchanged(grids: Grids, node: Node, x: Fixed) -> Fixed:
             every = node.evaluate([np.broadcast_to(x.channels, x.q.shape)])[0]
             channels = _compact(every)
     return x.replace(q=_integers(node, x.q), channels=channels)
+
+
+@_rule("reduce_max")
+def _largest(grids: Grids, node: Node, x: Fixed) -> Fixed:
+    if tuple(node.equation.params["axes"]) == (x.q.ndim - 1,):
+        return x.replace(q=arithmetic.max_of_rows(x.q))
+    found: Fixed = _unchanged(grids, node, x)
+    return found
 
 
 def _compact(x: Any) -> np.ndarray:
