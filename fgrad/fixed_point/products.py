@@ -27,7 +27,6 @@ from jax.interpreters import batching, mlir
 
 from fgrad.fixed_point import windows
 from fgrad.fixed_point.qtensor import QTensor
-from fgrad.fixed_point.windows import Window
 from fgrad.tracing import execution_order
 
 # |x| <= 127 and |h|, |l|, 128 <= 2**7, so 2**17 products stay below 2**31.
@@ -188,7 +187,7 @@ def float_conv_general_dilated(
         )
     geometry = _geometry(lhs.shape, rhs.shape, *arguments)
     del geometry["lhs_dilation"]
-    y = _shifted_multiply_adds(lhs, rhs, **geometry, numbers=numbers)
+    y = windows.multiply_adds(lhs, rhs, **geometry, numbers=numbers)
     return y.astype(lhs.dtype)
 
 
@@ -278,9 +277,10 @@ def _integer_conv(
     """``conv_general_dilated`` of int8 and up to int16 integers, as float32."""
     numbers, groups = dimension_numbers, feature_group_count
     if _is_depthwise(q.shape, lhs_dilation, numbers, groups):
-        return _shifted_multiply_adds(
+        sums = windows.multiply_adds(
             x, q, window_strides, padding, rhs_dilation, numbers
         )
+        return sums.astype(jnp.float32)
     geometry = (window_strides, padding, lhs_dilation, rhs_dilation)
 
     def product(w: jax.Array) -> jax.Array:
@@ -343,48 +343,19 @@ def _join(high: jax.Array, low: jax.Array, sums: jax.Array) -> jax.Array:
     return joined + 128 * sums.astype(jnp.float32)
 
 
-def _shifted_multiply_adds(
-    x: jax.Array,
-    q: jax.Array,
-    window_strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    rhs_dilation: Sequence[int],
-    numbers: lax.ConvDimensionNumbers,
-) -> jax.Array:
-    """Depthwise convolution: ``Σ_taps x[shifted by the tap] * w[tap]``.
-
-    Of integers in int32, which needs no limbs; of floats in float32 or wider. XLA fuses
-    the sum into one pass over the image, where its depthwise convolution leaves the
-    hardware idle.
-    """
-    out_feature, in_feature, *spatial = numbers.rhs_spec
-    x = windows.features_last(x, numbers.lhs_spec)
-    integers = jnp.issubdtype(x.dtype, jnp.integer)
-    wide = jnp.int32 if integers else jnp.promote_types(x.dtype, jnp.float32)
-    w = q.transpose((*spatial, in_feature, out_feature)).astype(wide)
-    size = w.shape[: len(spatial)]
-    # Without the barrier XLA would fuse whatever makes the weights into the sum, and
-    # run it again for every pixel.
-    w = lax.optimization_barrier(w.reshape(*size, x.shape[-1], -1))
-    window = Window(size, window_strides, padding, rhs_dilation)
-    image = window.padded(x)
-    total = jnp.zeros((), wide)
-    for tap in window.taps():
-        total += window.seen_by(tap, image)[..., None].astype(wide) * w[tap]
-    y = total.reshape(*total.shape[:-2], -1)
-    y = windows.from_features_last(y, numbers.out_spec)
-    return y.astype(jnp.float32 if integers else wide)
-
-
-def _primitive(
+def product_primitive(
     name: str,
     function: Callable[..., jax.Array],
-    batch_activations: Callable[..., tuple[jax.Array, int]],
+    batch_activations: Callable[..., tuple[jax.Array, int]] | None = None,
 ) -> Primitive:
     """A primitive ``name(x, q, **parameters)`` that computes ``function``.
 
-    ``batch_activations(x, q, **parameters)`` computes it for an x that has a leading
-    axis of ``vmap``, and returns the axis of the output that belongs to it.
+    Args:
+      name: of the primitive.
+      function: ``function(x, q, **parameters)`` of arrays.
+      batch_activations: ``batch_activations(x, q, **parameters)`` computes it for an x
+        that has a leading axis of ``vmap``, and returns the axis of the output that
+        belongs to it. By default ``vmap`` takes the function apart.
     """
     primitive = Primitive(name)
 
@@ -393,7 +364,7 @@ def _primitive(
         return jax.core.ShapedArray(out.shape, out.dtype)
 
     def batch(args: Any, axes: Any, **parameters: Any) -> tuple[jax.Array, int]:
-        if axes[1] is None:
+        if axes[1] is None and batch_activations is not None:
             x = jnp.moveaxis(args[0], axes[0], 0)
             return batch_activations(x, args[1], **parameters)
         return jax.vmap(functools.partial(function, **parameters), axes)(*args), 0
@@ -434,8 +405,10 @@ def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else int(x)
 
 
-integer_dot_general_p = _primitive("integer_dot_general", _integer_dot, _batch_dot)
-integer_conv_p = _primitive("integer_conv", _integer_conv, _batch_conv)
+integer_dot_general_p = product_primitive(
+    "integer_dot_general", _integer_dot, _batch_dot
+)
+integer_conv_p = product_primitive("integer_conv", _integer_conv, _batch_conv)
 
 
 def _check_operands(

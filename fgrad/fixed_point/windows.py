@@ -110,3 +110,35 @@ def from_features_last(array: jax.Array, spec: Sequence[int]) -> jax.Array:
     """The inverse of `features_last`."""
     batch, feature, *image = spec
     return array.transpose(np.argsort((batch, *image, feature)))
+
+
+def multiply_adds(
+    x: jax.Array,
+    q: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    rhs_dilation: Sequence[int],
+    numbers: lax.ConvDimensionNumbers,
+) -> jax.Array:
+    """Depthwise convolution: ``Σ_taps x[shifted by the tap] * w[tap]``.
+
+    Of integers in int32, which needs no limbs; of floats in float32 or wider. XLA fuses
+    the sum into one pass over the image, where its depthwise convolution leaves the
+    hardware idle.
+    """
+    out_feature, in_feature, *spatial = numbers.rhs_spec
+    x = features_last(x, numbers.lhs_spec)
+    integers = jnp.issubdtype(x.dtype, jnp.integer)
+    wide = jnp.int32 if integers else jnp.promote_types(x.dtype, jnp.float32)
+    w = q.transpose((*spatial, in_feature, out_feature)).astype(wide)
+    size = w.shape[: len(spatial)]
+    # Without the barrier XLA would fuse whatever makes the weights into the sum, and
+    # run it again for every pixel.
+    w = lax.optimization_barrier(w.reshape(*size, x.shape[-1], -1))
+    window = Window(size, window_strides, padding, rhs_dilation)
+    image = window.padded(x)
+    total = jnp.zeros((), wide)
+    for tap in window.taps():
+        total += window.seen_by(tap, image)[..., None].astype(wide) * w[tap]
+    y = total.reshape(*total.shape[:-2], -1)
+    return from_features_last(y, numbers.out_spec)

@@ -5,7 +5,8 @@ Multiplication by a ratio is a multiplication by an integer and a shift to the r
 .. math:: \lfloor q \cdot m / 2^s + 1/2 \rfloor,
 
 and exponentials and logarithms have base two, so that the whole part of an exponent is
-a shift and a table of 256 intervals gives the rest.
+a shift. A table of 256 intervals gives the rest, or a polynomial where 16 bits are
+enough: XLA makes a loop of its own for every look-up.
 
 The functions that are compiled by themselves (`multiply_shift`, `exact_dot`, ...) stay
 one equation in a traced program. The writer of C knows them by name and puts a function
@@ -26,6 +27,11 @@ from jax import lax
 EXPONENT_BITS, POWER_BITS, LOG_BITS = 16, 22, 16
 # Exponents at and beyond which a power of two is zero.
 MAX_EXPONENT = 31
+# Of `exp2_short`: fractional bits of its result, and the largest exponent.
+SHORT_BITS, MAX_SHORT_EXPONENT = 15, 29
+
+# A maximum over no more is not taken apart.
+_FEW = 32
 
 _INTERVALS = np.arange(257) / 256
 POWERS = np.rint(2.0 ** (POWER_BITS - _INTERVALS)).astype(np.int32)
@@ -97,6 +103,36 @@ def exp2_negative(t: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def exp2_short(t: jax.Array) -> jax.Array:
+    r"""Powers of two, ``2**(-t / 2**16)`` in units of 2**-15, without a table.
+
+    With f the fraction of t less one half it is a polynomial,
+
+    .. math:: 2^{-f-1/2} ≈ c_0 + f (c_1 + f (c_2 + f (c_3 + f c_4))),
+
+    whose coefficients have 17, 16, 18, 20 and 22 fractional bits, so that no product
+    leaves int32.
+
+    Args:
+      t: int32 array, 0 to 29 * 2**16.
+
+    Returns:
+      int32 array, 0 to 2**15; the error is below 0.9 units.
+
+    Example:
+      >>> exp2_short(jnp.array([0, 2**15, 2**16]))
+      Array([32768, 23171, 16384], dtype=int32)
+    """
+    whole, f = t >> EXPONENT_BITS, (t & 0xFFFF) - 0x8000
+    power = -41430 + (28682 * f >> 18)
+    power = 44528 + (power * f >> 18)
+    power = -32120 + (power * f + 0x20000 >> 18)
+    power = 92682 + (power * f + 0x4000 >> 15)
+    half = jnp.left_shift(jnp.int32(2), whole)
+    return (power + half) >> (whole + 2)
+
+
+@jax.jit
 def log2(x: jax.Array) -> jax.Array:
     r"""Logarithms, ``log2(x)`` in units of 2**-16.
 
@@ -117,6 +153,26 @@ def log2(x: jax.Array) -> jax.Array:
     here, there = _read(table, index), _read(table, index + 1)
     fraction = here + (((there - here) * rest + 0x2000) >> 14)
     return ((31 - zeros) << LOG_BITS) + ((fraction + 8) >> 4)
+
+
+@jax.jit
+def max_of_rows(x: jax.Array) -> jax.Array:
+    """The largest value along the last axis.
+
+    Halves are compared first, all at once: XLA has no fast loop for the maximum of
+    integers in a row.
+
+    Args:
+      x: integer array, with one element or more along that axis.
+
+    Example:
+      >>> max_of_rows(jnp.arange(80).reshape(2, 40))
+      Array([39, 79], dtype=int32)
+    """
+    while (count := x.shape[-1]) > _FEW:
+        half = -(-count // 2)  # an odd one is in both
+        x = jnp.maximum(x[..., :half], x[..., count - half :])
+    return jnp.max(x, axis=-1)
 
 
 def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Array:
@@ -141,9 +197,8 @@ def interpolate(table: np.ndarray, q: jax.Array, low: int, shift: int) -> jax.Ar
     rises = np.diff(values)
     if np.all(np.abs(values) < 2**15) and np.all(np.abs(rises) < 2**15):
         # Both in one word: XLA makes a loop of its own for every look-up.
-        pair = _read(
-            jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32)), index
-        )
+        pairs = jnp.asarray((values[:-1] << 16 | rises & 0xFFFF).astype(np.int32))
+        pair = _read(pairs, index)
         here, rise = pair >> 16, jnp.left_shift(pair, 16) >> 16
     else:
         here = _read(entries, index)
@@ -204,9 +259,12 @@ def _dot_limbs(
         dimension_numbers=dimension_numbers,
         preferred_element_type=jnp.int32,
     )
-    high, low = _limbs(rhs)
+    high, low = limbs(rhs)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    sums = jnp.sum(lhs, axis=lhs_contract, dtype=jnp.int32)
+    # A third product, since XLA would compute x again inside the loop of a sum.
+    ones = jnp.ones([lhs.shape[a] for a in lhs_contract], jnp.int8)
+    axes = (tuple(lhs_contract), tuple(range(ones.ndim))), ((), ())
+    sums = lax.dot_general(lhs, ones, axes, preferred_element_type=jnp.int32)
     # The free axes of the left come after those of the batch, then those of the right.
     rest = [a for a in range(lhs.ndim) if a not in lhs_contract]
     order = [*lhs_batch, *(a for a in rest if a not in lhs_batch)]
@@ -217,42 +275,7 @@ def _dot_limbs(
     return product(lhs, high), product(lhs, low) + 128 * sums
 
 
-@functools.partial(jax.jit, static_argnames="options")
-def exact_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
-    """``lax.conv_general_dilated`` of int8 and int16 in int32, like `exact_dot`.
-
-    Args:
-      lhs: int8 images.
-      rhs: int16 kernel.
-      options: pairs of a name and a value, all that the equation has.
-    """
-    high, low = _conv_limbs(lhs, rhs, dict(options))
-    return (high << 8) + low
-
-
-@functools.partial(jax.jit, static_argnames="options")
-def coarse_conv(lhs: jax.Array, rhs: jax.Array, *, options: Any) -> jax.Array:
-    """``⌊exact_conv / 256 + 1/2⌋``, like `coarse_dot`."""
-    high, low = _conv_limbs(lhs, rhs, dict(options))
-    return high + ((low + 128) >> 8)
-
-
-def _conv_limbs(
-    lhs: jax.Array, rhs: jax.Array, options: dict[str, Any]
-) -> tuple[jax.Array, jax.Array]:
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x, w, **options, preferred_element_type=jnp.int32
-        )
-
-    high, low = _limbs(rhs)
-    ones = jnp.ones_like(high)
-    if options["feature_group_count"] == 1:  # one channel of sums serves all
-        out = options["dimension_numbers"].rhs_spec[0]
-        ones = lax.slice_in_dim(ones, 0, 1, axis=out)
-    return product(lhs, high), product(lhs, low) + 128 * product(lhs, ones)
-
-
-def _limbs(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+def limbs(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The int8 h and l of int16 weights ``256 h + l + 128``."""
     w = w.astype(jnp.int32)
     return (w >> 8).astype(jnp.int8), ((w & 255) - 128).astype(jnp.int8)

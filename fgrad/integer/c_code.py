@@ -35,6 +35,7 @@ _HELPERS = {
     "multiply_shift": "fgrad_multiply_shift",
     "multiply_shift_wide": "fgrad_multiply_shift_wide",
     "exp2_negative": "fgrad_exp2_negative",
+    "exp2_short": "fgrad_exp2_short",
     "log2": "fgrad_log2",
 }
 _PER_LINE = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from fgrad.integer import calibration as calibrations
 from fgrad.integer import primitives
 from fgrad.integer.primitives import Grids
 from fgrad.integer.ranges import MIDDLE, ConversionError, Fixed, rescale
+from fgrad.integer.stored import stored
 from fgrad.tracing import graph as tracing
 from fgrad.tracing.graph import Graph, Node
 from fgrad.tracing.primitives import scan_sizes
@@ -306,6 +308,8 @@ def run(
     def read(x: Any) -> Any:
         return _constant(x.value) if isinstance(x, tracing.Literal) else known[x]
 
+    read_by = (x for node in graph.nodes for x in node.inputs if isinstance(x, int))
+    uses = collections.Counter(read_by)
     for node in graph.nodes:
         values = [read(x) for x in node.inputs]
         results: Sequence[Any]
@@ -314,8 +318,16 @@ def run(
             results = [primitives.linear(grids, node, *seen)]
         else:
             results = _evaluate(grids, node, values)
-        known.update(zip(node.outputs, results, strict=True))
+        for number, x in zip(node.outputs, results, strict=True):
+            known[number] = _computed_once(x) if uses[number] > 1 else x
     return [primitives.with_one_scale(read(x)) for x in graph.outputs]
+
+
+def _computed_once(x: Any) -> Any:
+    """A value that several equations read; weights are stored as they are."""
+    if not _is_fixed(x) or x.weight:
+        return x
+    return x.replace(q=stored(x.q))
 
 
 def _evaluate(grids: Grids, node: Node, operands: Sequence[Any]) -> Sequence[Any]:

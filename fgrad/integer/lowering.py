@@ -22,10 +22,16 @@ from fgrad.tracing import primitives
 from fgrad.tracing.primitives import scan_sizes
 
 # Functions of `arithmetic` that stay one operation.
-SCALAR_FUNCTIONS = ("multiply_shift", "multiply_shift_wide", "exp2_negative", "log2")
-PRODUCT_FUNCTIONS = ("exact_dot", "coarse_dot", "exact_conv", "coarse_conv")
+SCALAR_FUNCTIONS = (
+    *("multiply_shift", "multiply_shift_wide"),
+    *("exp2_negative", "exp2_short", "log2"),
+)
+PRODUCT_FUNCTIONS = ("exact_dot", "coarse_dot")
+ROW_FUNCTIONS = {"max_of_rows": "reduce_max"}
 DOTS = ("dot_general", "exact_dot", "coarse_dot")
-CONVOLUTIONS = ("conv_general_dilated", "exact_conv", "coarse_conv")
+CONVOLUTIONS = ("conv_general_dilated", "plain_conv", "exact_conv", "coarse_conv")
+
+_NAMED = frozenset({*SCALAR_FUNCTIONS, *PRODUCT_FUNCTIONS, *ROW_FUNCTIONS})
 
 POINTWISE = frozenset(
     {
@@ -220,10 +226,10 @@ def _inline(
         stack = "/".join(filter(None, (layer, str(equation.source_info.name_stack))))
         called = primitives.called_jaxpr(equation)
         name = equation.params.get("name", "") if called else equation.primitive.name
-        if called and name not in (*SCALAR_FUNCTIONS, *PRODUCT_FUNCTIONS):
+        if called and name not in _NAMED:
             caller = _source(equation, source)
             outputs = _inline(*called, operands, operations, stack, caller)
-        elif name == "optimization_barrier":
+        elif name in ("optimization_barrier", "stored"):
             outputs = operands
         elif not called and (known := _known(equation, operands)) is not None:
             outputs = [known]
@@ -278,9 +284,14 @@ def _operation(
 ) -> Operation:
     params = dict(equation.params)
     if name in PRODUCT_FUNCTIONS:
-        kinds = ("dot_general", "conv_general_dilated")
         inner = params["jaxpr"].jaxpr.eqns
-        params = dict(next(e for e in inner if e.primitive.name in kinds).params)
+        product = next(e for e in inner if e.primitive.name == "dot_general")
+        params = dict(product.params)
+    if name in ROW_FUNCTIONS:
+        name = ROW_FUNCTIONS[name]
+        params["axes"] = (len(operands[0].shape) - 1,)
+    if name in CONVOLUTIONS:
+        params = dict(params.get("options", params))
     body = None
     if name == "scan":
         closed = params["jaxpr"]

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from fgrad.integer import products, tables
+from fgrad.integer import arithmetic, products, tables
 from fgrad.integer.calibration import PRODUCTS, Observed
 from fgrad.integer.ranges import (
     FINE,
@@ -179,7 +179,6 @@ def _settled(grids: Grids, node: Node, x: Fixed, bits: int) -> Fixed:
     "rev",
     "copy",
     "copy_p",
-    "reduce_max",
     "reduce_min",
     "reduce_precision",
     "reduce_window_max",
@@ -198,6 +197,14 @@ def _unchanged(grids: Grids, node: Node, x: Fixed) -> Fixed:
             every = node.evaluate([np.broadcast_to(x.channels, x.q.shape)])[0]
             channels = _compact(every)
     return x.replace(q=_integers(node, x.q), channels=channels)
+
+
+@_rule("reduce_max")
+def _largest(grids: Grids, node: Node, x: Fixed) -> Fixed:
+    if tuple(node.equation.params["axes"]) == (x.q.ndim - 1,):
+        return x.replace(q=arithmetic.max_of_rows(x.q))
+    found: Fixed = _unchanged(grids, node, x)
+    return found
 
 
 def _compact(x: Any) -> np.ndarray:
@@ -395,19 +402,36 @@ def _divide(grids: Grids, node: Node, a: Any, b: Any) -> Fixed:
             return _times(as_fixed(a), 1 / divisor, node)
         return _product(grids, node, as_fixed(a), as_fixed(1 / b))
     x, y = _at_most(as_fixed(a), MIDDLE), _at_most(as_fixed(b), MIDDLE)
-    # Rounded to nearest: |2**15 x| + |y| / 2 is below 2**31. A divisor that rounds to
-    # zero is taken as the least that there is.
-    sign = jnp.where(y.wide < 0, -1, 1)
-    divisor = jnp.maximum(jnp.abs(y.wide), 1)
-    dividend = x.wide * sign << (MIDDLE - 1)
-    half = divisor >> 1
-    dividend = dividend + jnp.where(dividend < 0, -half, half)
     bound = (x.magnitude << (MIDDLE - 1)) + y.magnitude // 2 + 1
     prove(-bound, bound, "a dividend")
+    # A divisor that rounds to zero is taken as the least that there is.
+    divisor = jnp.maximum(jnp.abs(y.wide), 1)
+    dividend = x.wide if y.low >= 0 else x.wide * jnp.where(y.wide < 0, -1, 1)
+    if divisor.size < dividend.size:
+        q = _by_reciprocal(dividend, divisor)
+    else:  # rounded to nearest: |2**15 x| + |y| / 2 is below 2**31
+        half = divisor >> 1
+        dividend = dividend << (MIDDLE - 1)
+        q = lax.div(dividend + jnp.where(dividend < 0, -half, half), divisor)
     low = 0 if x.low >= 0 and y.low >= 0 else -bound
-    scale = x.scale / y.scale / 2 ** (MIDDLE - 1)
-    quotient = Fixed(lax.div(dividend, divisor), scale, low, bound)
+    quotient = Fixed(q, x.scale / y.scale / 2 ** (MIDDLE - 1), low, bound)
     return _settled(grids, node, quotient, _precision([a, b]))
+
+
+def _by_reciprocal(dividend: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``2**15 dividend / divisor`` with one division for each divisor.
+
+    The reciprocal has 15 bits, so that the result has a relative error of 2**-15.
+
+    Args:
+      dividend: int32 array of up to 16 bits.
+      divisor: int32 array, 1 to 32767, of fewer elements.
+    """
+    digits = 32 - lax.clz(divisor)
+    normal = jnp.left_shift(divisor, 15 - digits)  # 2**14 to 2**15
+    reciprocal = lax.div((1 << 29) + (normal >> 1), normal)
+    half = jnp.left_shift(1, digits - 1) >> 1
+    return (dividend * reciprocal + half) >> (digits - 1)
 
 
 @_rule("neg")

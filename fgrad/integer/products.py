@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fgrad.integer import arithmetic
+from fgrad.integer import arithmetic, convolutions
 from fgrad.integer.ranges import INT32, Fixed, prove
 from fgrad.tracing.graph import Node
 
@@ -120,30 +120,20 @@ class _Dot:
 class _Convolution:
     """A convolution as plain, exact and coarse products."""
 
-    NAMES = (
-        "window_strides",
-        "padding",
-        "lhs_dilation",
-        "rhs_dilation",
-        "dimension_numbers",
-        "feature_group_count",
-        "batch_group_count",
-    )
-
     def __init__(self, params: Any):
-        self.options = tuple((name, params[name]) for name in self.NAMES)
+        self.options = tuple((name, params[name]) for name in convolutions.OPTIONS)
 
     def plain(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            lhs, rhs, **dict(self.options), preferred_element_type=jnp.int32
-        )
+        return self._bound(convolutions.plain_conv_p, lhs, rhs)
 
     def exact(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        sums: jax.Array = arithmetic.exact_conv(lhs, rhs, options=self.options)
-        return sums
+        return self._bound(convolutions.exact_conv_p, lhs, rhs)
 
     def coarse(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        sums: jax.Array = arithmetic.coarse_conv(lhs, rhs, options=self.options)
+        return self._bound(convolutions.coarse_conv_p, lhs, rhs)
+
+    def _bound(self, primitive: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        sums: jax.Array = primitive.bind(lhs, rhs, options=self.options)
         return sums
 
 

@@ -116,11 +116,8 @@ def power(x: Fixed, exponent: float, scale: float) -> Fixed:
 
 def _power_of_two(t: jax.Array, scale: float) -> Fixed:
     """``2**(t / 2**16)``, for t of up to 24 bits."""
-    digits = MIDDLE - 1  # of the result
-    top = digits + round(math.log2(scale))
-    limit = arithmetic.MAX_EXPONENT << arithmetic.EXPONENT_BITS
+    top = arithmetic.SHORT_BITS + round(math.log2(scale))
+    limit = arithmetic.MAX_SHORT_EXPONENT << arithmetic.EXPONENT_BITS
     below = jnp.clip((top << arithmetic.EXPONENT_BITS) - t, 0, limit)
-    drop = arithmetic.POWER_BITS - digits
-    q = (arithmetic.exp2_negative(below) + (1 << (drop - 1))) >> drop
     high = limit_of(MIDDLE)
-    return fixed(jnp.minimum(q, high), scale, 0, high)
+    return fixed(jnp.minimum(arithmetic.exp2_short(below), high), scale, 0, high)

@@ -358,6 +358,7 @@ _HELPER_ORDER = (
     "multiply_shift",
     "multiply_shift_wide",
     "exp2_negative",
+    "exp2_short",
     "clz",
     "log2",
     "population_count",

@@ -12,7 +12,7 @@ from sklearn import datasets
 
 from experiments.benchmarks import emulation
 from experiments.models import cnn
-from fgrad.integer import to_c
+from fgrad.integer import convert, to_c, train_step
 
 TRAIN = slice(0, 1297)
 TEST = slice(1297, None)
@@ -58,6 +58,38 @@ def pretrained(digits):
         return jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 300))[0]
 
     return train(MODEL.init(jax.random.key(0), images[:1])["params"])[0]
+
+
+def step_of_channels(bits):
+    """A step of a network whose channels have scales of their own, and a batch."""
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(0.05, 5, 4, dtype=np.float32)
+    params = {
+        "kernel": rng.normal(size=(3, 3, 1, 4)).astype(np.float32) * sizes,
+        "head": rng.normal(size=(4, 3)).astype(np.float32) * sizes[:3],
+        "bias": rng.normal(size=3).astype(np.float32),
+    }
+    x = rng.normal(size=(4, 6, 6, 4)).astype(np.float32)
+
+    def logits(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        kernel = params["kernel"]
+        h = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=numbers, feature_group_count=4
+        )
+        return jax.nn.relu(h).mean((1, 2)) @ params["head"] + params["bias"]
+
+    program = convert(logits, params, x, bits=(bits, 8), channel_axis=-1)
+    _, step = train_step(
+        program,
+        jax.random.key(0),
+        learning_rate=0.05,
+        epsilon=0.03,
+        num_perturbations=3,
+        decay_steps=20,
+        estimator="normalized",
+    )
+    return step, (np.asarray(program.encode(x)), np.arange(4, dtype=np.int32) % 3)
 
 
 def steps_in_c(step, batches, directory):

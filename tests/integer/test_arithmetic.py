@@ -1,5 +1,7 @@
 """Every integer function against Python's integers or float64."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from lanes import some
 
 from fgrad import perturbations
-from fgrad.integer import addresses, arithmetic, products, ranges, tables, training
+from fgrad.integer import (
+    addresses,
+    arithmetic,
+    convolutions,
+    primitives,
+    products,
+    ranges,
+    stored,
+    tables,
+    training,
+)
 from fgrad.integer.ranges import Fixed
 from fgrad.tracing import graph
 
@@ -119,12 +132,50 @@ def test_powers_of_two():
     assert np.max(np.abs(found - 2.0 ** (22 - t / 2**16))) < 5
 
 
+def test_short_powers_of_two():
+    t = np.unique(np.concatenate([np.arange(2**17), np.linspace(0, 29 * 2**16, 9999)]))
+    t = t.astype(np.int32)
+    found = np.asarray(arithmetic.exp2_short(jnp.asarray(t)), np.float64)
+    error = np.abs(found - 2.0 ** (15 - t / 2**16))
+    assert np.max(error) < 0.9
+
+
 def test_logarithms():
     rng = np.random.default_rng(0)
     x = np.concatenate([np.arange(1, 5000), 2 ** rng.uniform(0, 31, 5000)])
     x = np.minimum(x, 2**31 - 1).astype(np.int32)
     found = np.asarray(arithmetic.log2(jnp.asarray(x)), np.float64)
     assert np.max(np.abs(found / 2**16 - np.log2(x))) * 2**16 < 0.8
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    a=st.lists(st.integers(-32767, 32767), min_size=4, max_size=4),
+    d=st.integers(1, 32767),
+)
+def test_quotients_by_the_reciprocal_of_a_row(a, d):
+    found = primitives._by_reciprocal(jnp.array([a], jnp.int32), jnp.array([[d]]))
+    for dividend, quotient in zip(a, found[0].tolist(), strict=True):
+        exact = Fraction(dividend * 2**15, d)
+        assert abs(quotient - exact) <= Fraction(1, 2) + abs(exact) / 2**15
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 50, 129])
+def test_maxima_of_rows(count):
+    x = np.random.default_rng(count).permutation(3 * count).reshape(3, count)
+    x = (x - count).astype(np.int16)
+    np.testing.assert_array_equal(arithmetic.max_of_rows(x), x.max(1))
+
+
+def test_what_is_stored_is_the_same_and_comes_from_a_branch():
+    x = jnp.arange(stored.FEW)
+    program = jax.jit(lambda x: stored.stored(x) + 1).lower(x)
+    assert "stablehlo.case" in program.as_text()
+    np.testing.assert_array_equal(program.compile()(x), x + 1)
+    few = jax.jit(lambda x: stored.stored(x) + 1).lower(x[1:])
+    assert "stablehlo.case" not in few.as_text()
+    rows = jax.vmap(stored.stored, 1, 1)(x.reshape(-1, 2))
+    np.testing.assert_array_equal(rows, x.reshape(-1, 2))
 
 
 @pytest.mark.parametrize(
@@ -198,19 +249,31 @@ def test_dots_of_int8_and_int16(seed, terms):
     np.testing.assert_array_equal(coarse, (exact + 128) >> 8)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions_of_int8_and_int16(groups):
+# Groups, and strides, padding, dilations of the image and of the kernel.
+CONVOLUTIONS = {
+    "plain": (1, (2, 1), ((1, 1), (0, 1)), (1, 1), (1, 1)),
+    "channels_first": (1, (1, 1), ((1, 1), (0, 1)), (1, 1), (1, 1)),
+    "grouped": (2, (2, 1), ((1, 1), (0, 1)), (1, 1), (1, 1)),
+    "depthwise": (4, (1, 2), ((0, 2), (1, 1)), (1, 1), (2, 1)),
+    "spread": (1, (1, 1), ((2, 1), (-1, 3)), (2, 3), (1, 2)),
+    "spread_depthwise": (4, (1, 1), ((0, 0), (0, 0)), (2, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", some(CONVOLUTIONS, ["plain", "depthwise"]))
+def test_convolutions_of_int8_and_int16(name):
     rng = np.random.default_rng(0)
+    groups, *numbers = CONVOLUTIONS[name]
     x = rng.integers(-127, 128, (2, 6, 5, 4), dtype=np.int8)
-    w = rng.integers(-32768, 32768, (3, 3, 4 // groups, 6), dtype=np.int16)
+    w = rng.integers(-32768, 32768, (3, 3, 4 // groups, 8), dtype=np.int16)
+    layout = ("NHWC", "HWIO", "NHWC")
+    if name == "channels_first":
+        layout = ("NCHW", "OIHW", "NCHW")
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     options = {
-        "window_strides": (2, 1),
-        "padding": ((1, 1), (0, 1)),
-        "lhs_dilation": (1, 1),
-        "rhs_dilation": (1, 1),
-        "dimension_numbers": lax.conv_dimension_numbers(
-            x.shape, w.shape, ("NHWC", "HWIO", "NHWC")
-        ),
+        **dict(zip(names, numbers, strict=True)),
+        "dimension_numbers": lax.conv_dimension_numbers(x.shape, w.shape, layout),
         "feature_group_count": groups,
         "batch_group_count": 1,
     }
@@ -221,10 +284,12 @@ def test_convolutions_of_int8_and_int16(groups):
     )
     exact = 256 * high.astype(np.int64) + low.astype(np.int64)
     pairs = tuple(options.items())
-    np.testing.assert_array_equal(arithmetic.exact_conv(x, w, options=pairs), exact)
-    np.testing.assert_array_equal(
-        arithmetic.coarse_conv(x, w, options=pairs), (exact + 128) >> 8
-    )
+    found = convolutions.exact_conv_p.bind(x, w, options=pairs)
+    np.testing.assert_array_equal(found, exact)
+    found = convolutions.coarse_conv_p.bind(x, w, options=pairs)
+    np.testing.assert_array_equal(found, (exact + 128) >> 8)
+    found = convolutions.plain_conv_p.bind(x, (w >> 8).astype(np.int8), options=pairs)
+    np.testing.assert_array_equal(found, high)
 
 
 def test_sums_that_do_not_fit_are_kept_coarser():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fgrad.integer import convert, export, integers, train_step
-from tests.integer.conftest import function
+from tests.integer.conftest import function, step_of_channels
 
 BATCH = 4
 
@@ -71,6 +71,8 @@ def test_a_program_is_exported_without_custom_calls(training):
     step = training[0]
     text = str(export(step, batch_size=BATCH).mlir_module())
     assert "stablehlo.custom_call" not in text
+    # What keeps XLA from computing a value twice is not for other compilers.
+    assert "stablehlo.case" not in text
     program = step.program
     exported = export(program, batch_size=2)
     x = jnp.zeros((2, 8, 8, 1), jnp.int8)
@@ -82,11 +84,23 @@ def test_a_program_is_exported_without_custom_calls(training):
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_iree_has_the_bits_of_jax_over_an_adaptation(training):
+    step, images, labels = training
+    check_by_iree(step, zip(images, labels, strict=True))
+
+
+@pytest.mark.slow
+def test_iree_has_the_bits_of_channels_with_scales_of_their_own():
+    step, batch = step_of_channels(8)
+    check_by_iree(step, [batch] * 5)
+
+
+def check_by_iree(step, batches):
+    """Takes steps by IREE and in JAX, checks that all bits are the same."""
     compiler = pytest.importorskip("iree.compiler", reason="needs fgrad[integer]")
     runtime = pytest.importorskip("iree.runtime", reason="needs fgrad[integer]")
-    step, images, labels = training
+    batches = list(batches)
     module = compiler.compile_str(
-        str(export(step, batch_size=BATCH).mlir_module()),
+        str(export(step, batch_size=len(batches[0][1])).mlir_module()),
         target_backends=["llvm-cpu"],
         input_type="stablehlo",
         extra_args=["--iree-llvmcpu-target-cpu=generic"],
@@ -95,8 +109,8 @@ def test_iree_has_the_bits_of_jax_over_an_adaptation(training):
     context.add_vm_module(runtime.VmModule.copy_buffer(context.instance, module))
     advance = context.modules.jit_flat.main
     leaves = [np.asarray(x) for x in jax.tree.leaves(step.init())]
-    for x, y in zip(images, labels, strict=True):
+    for x, y in batches:
         leaves = advance(*leaves, x, y)
-    expected = after(step, images, labels)
+    expected = after(step, *zip(*batches, strict=True))
     for found, exact in zip(leaves, expected, strict=True):
         np.testing.assert_array_equal(found.to_host(), exact)

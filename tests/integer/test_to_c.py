@@ -20,7 +20,12 @@ from fgrad.integer import (
     to_c,
     train_step,
 )
-from tests.integer.conftest import function, same_arrays, steps_in_c
+from tests.integer.conftest import (
+    function,
+    same_arrays,
+    step_of_channels,
+    steps_in_c,
+)
 from tests.integer.test_convert import LSTM, PIECES, Transformer, W, X
 
 host = pytest.mark.skipif(
@@ -70,16 +75,24 @@ def test_an_adaptation_of_300_steps_has_the_bits_of_jax(training, tmp_path):
 @emulated
 @pytest.mark.optimized
 def test_a_cortex_m3_has_the_bits_of_jax(training):
-    init, step, written, images, labels = training
+    _, step, written, images, labels = training
+    batches = list(zip(images[:20], labels[:20], strict=True))
+    machine = steps_on_a_cortex_m3(step, written, batches)
+    assert 0 < machine.stack_bytes < 1024
+    assert written.arena_bytes <= machine.ram_bytes < written.arena_bytes + 64
+
+
+def steps_on_a_cortex_m3(step, written, batches):
+    """Takes steps on the emulated machine and in JAX, checks that bits are equal."""
     machine = emulation.CortexM3(written)
-    weights, state = init()
+    weights, state = step.init()
     c_weights, c_state = structs(written, weights, state)
-    batch = emulation.filled(written, "batch", [images[0], labels[0]])
+    batch = emulation.filled(written, "batch", batches[0])
     at = emulation.pointers(
         machine, {"weights": c_weights, "state": c_state, "batch": batch}
     )
     advance = jax.jit(step)
-    for x, y in zip(images[:20], labels[:20], strict=True):
+    for x, y in batches:
         weights, state = advance(weights, state, (x, y))
         batch = emulation.filled(written, "batch", [x, y])
         machine.machine.mem_write(at["batch"], bytes(batch))
@@ -88,8 +101,7 @@ def test_a_cortex_m3_has_the_bits_of_jax(training):
         kind = emulation.structure(written, name)
         data = machine.read(at[name], ctypes.sizeof(kind))
         same_arrays(written, name, kind.from_buffer_copy(data), arrays)
-    assert 0 < machine.stack_bytes < 1024
-    assert written.arena_bytes <= machine.ram_bytes < written.arena_bytes + 64
+    return machine
 
 
 @emulated
@@ -194,38 +206,13 @@ def check_prediction(program, x, directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 8])
 def test_channels_with_scales_of_their_own_have_the_bits_of_jax(bits, tmp_path):
-    rng = np.random.default_rng(0)
-    sizes = np.geomspace(0.05, 5, 4, dtype=np.float32)
-    params = {
-        "kernel": rng.normal(size=(3, 3, 1, 4)).astype(np.float32) * sizes,
-        "head": rng.normal(size=(4, 3)).astype(np.float32) * sizes[:3],
-        "bias": rng.normal(size=3).astype(np.float32),
-    }
-    x = rng.normal(size=(4, 6, 6, 4)).astype(np.float32)
-
-    def logits(params, x):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        kernel = params["kernel"]
-        h = jax.lax.conv_general_dilated(
-            x, kernel, (2, 2), "SAME", dimension_numbers=numbers, feature_group_count=4
-        )
-        return jax.nn.relu(h).mean((1, 2)) @ params["head"] + params["bias"]
-
-    program = convert(logits, params, x, bits=(bits, 8), channel_axis=-1)
-    _, step = train_step(
-        program,
-        jax.random.key(0),
-        learning_rate=0.05,
-        epsilon=0.03,
-        num_perturbations=3,
-        decay_steps=20,
-        estimator="normalized",
-    )
-    batch = np.asarray(program.encode(x)), np.arange(4, dtype=np.int32) % 3
+    step, batch = step_of_channels(bits)
     written, weights, _ = steps_in_c(step, [batch] * 5, tmp_path)
     assert "scale per channel [1, 1, 1, 4]" in written.header.read_text()
-    start = integers(program.params)
+    start = integers(step.program.params)
     assert all(np.any(weights[name] != start[name]) for name in ("kernel", "head"))
+    if bits == 8 and emulation.has_emulator():
+        steps_on_a_cortex_m3(step, written, [batch] * 2)
 
 
 @host
