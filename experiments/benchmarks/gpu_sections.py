@@ -536,7 +536,7 @@ def planned(
 
 
 # Width, heads and vocabulary of OPT-30B and OPT-66B; the depth is what fits.
-_LARGEST = {
+LARGEST = {
     "bfloat16": Transformer(7168, 48, 56, 512, 50_272),
     "8w8a": Transformer(9216, 58, 72, 512, 50_272, outputs_first=True),
 }
@@ -545,7 +545,7 @@ _TINY_LARGEST = {"8w8a": Transformer(16, 2, 2, 8, 11, outputs_first=True)}
 
 def plan(smoke: bool) -> Iterator[Row]:
     """The compiler's plan for 30 and 60 billion weights; nothing is allocated."""
-    networks = _TINY_LARGEST if smoke else _LARGEST
+    networks = _TINY_LARGEST if smoke else LARGEST
     for arithmetic, network in networks.items():
         yield from _planned_rows(planned(network.staged(), arithmetic), arithmetic)
     if smoke or not h100.available():
@@ -581,7 +581,7 @@ def _large_name(result: Planned) -> str:
 
 def headline(smoke: bool) -> Iterator[Row]:
     """The largest decoder that the device can train: planned, made, and stepped."""
-    for arithmetic, network in (_TINY_LARGEST if smoke else _LARGEST).items():
+    for arithmetic, network in (_TINY_LARGEST if smoke else LARGEST).items():
         try:
             yield from _largest(network, arithmetic, smoke)
         except Exception as error:
