@@ -8,10 +8,9 @@ from lanes import SLOW_FILES, SLOW_TESTS
 
 # Experiments that tests start leave nothing in the user's cache folder.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-# Most programs here run for microseconds and compile for seconds, and so do those of the
-# processes that tests start.
-UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-os.environ[UNOPTIMIZED] = "1"
+# Most programs here run for microseconds and compile for seconds; those of processes
+# that tests start as well.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 import jax
 
 # If JAX was imported before.
@@ -35,7 +34,7 @@ def optimized_if_asked(request, monkeypatch):
     if "optimized" not in request.keywords:
         yield
         return
-    monkeypatch.setenv(UNOPTIMIZED, "0")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -155,7 +155,7 @@ def test_matrices_may_be_stored_either_way():
 
 
 def test_stages_keep_leaves_within_31_bits():
-    for arithmetic, network in gpu_sections._LARGEST.items():
+    for arithmetic, network in gpu_sections.LARGEST.items():
         staged = network.staged()
         params = transformer.abstract_params(staged, arithmetic)
         leaves = jax.tree.leaves(params)
@@ -167,7 +167,7 @@ def test_stages_keep_leaves_within_31_bits():
 
 
 def test_the_largest_network_fills_what_there_is():
-    for arithmetic, network in gpu_sections._LARGEST.items():
+    for arithmetic, network in gpu_sections.LARGEST.items():
         room = 75 * 2**30
         fitted = gpu_sections.fitting(network, arithmetic, room)
 

@@ -1,8 +1,9 @@
 """A step that is called outside of `jax.jit`, beside the same step inside.
 
 The first call compiles. From the second on, a plain loss mostly takes its trace,
-which happens at every call: nothing less tells what Python would compute. A loss under
-`jax.jit` is traced once, as JAX promises for any function that is.
+which happens at every call: nothing less tells what Python would compute. What the
+trace alone takes is in the table. A loss under `jax.jit` is traced once, as JAX
+promises for any function that is.
 """
 
 from collections.abc import Iterator
@@ -90,4 +91,12 @@ def _steps(problem: Problem) -> dict[str, Any]:
         arguments = problem.params, state, problem.data
         return lambda: jax.block_until_ready(step(*arguments))
 
-    return {name: called(step) for name, step in steps.items()}
+    def traced() -> Any:
+        # JAX knows a function that it has traced by its identity.
+        return jax.make_jaxpr(lambda p: problem.loss_fn(p, **problem.data))(
+            problem.params
+        )
+
+    return {name: called(step) for name, step in steps.items()} | {
+        "the trace of the loss alone": traced
+    }

@@ -22,16 +22,16 @@ from experiments.benchmarks import compile_time
 def run(
     workdir: str,
     seconds: float | None = None,
-    arithmetics: Sequence[str] = compile_time.ARITHMETICS,
     smoke: bool = False,
+    **chosen: Sequence[str],
 ) -> bool:
     """Measures what the workdir does not have yet, and shows what it has.
 
     Args:
       workdir: records.json, tables.md and compile_time.svg go here.
       seconds: after how long no further program is begun; None for no limit.
-      arithmetics: some of `compile_time.ARITHMETICS`.
       smoke: whether to take a tiny network.
+      **chosen: which arithmetics, networks and programs, see `compile_time.records`.
 
     Returns:
       Whether everything is measured.
@@ -42,7 +42,7 @@ def run(
     records = json.loads(path.read_text()) if path.exists() else []
     start = time.monotonic()
     finished = True
-    for record in compile_time.records(records, arithmetics=arithmetics, smoke=smoke):
+    for record in compile_time.records(records, smoke=smoke, **chosen):
         records.append(record)
         path.write_text(json.dumps(records, indent=2) + "\n")
         print(json.dumps(record), flush=True)
@@ -91,7 +91,15 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     given = flags.FLAGS
-    if not run(given.workdir, given.seconds, given.arithmetic, given.smoke):
+    finished = run(
+        given.workdir,
+        given.seconds,
+        given.smoke,
+        arithmetics=given.arithmetic,
+        networks=given.network,
+        chosen=given.program,
+    )
+    if not finished:
         print("The time is up; the same command goes on.", flush=True)
 
 
@@ -101,6 +109,8 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "arithmetic", list(compile_time.ARITHMETICS), "Arithmetics of the networks."
     )
+    flags.DEFINE_multi_string("network", [], "Some of the networks, by name.")
+    flags.DEFINE_multi_string("program", [], "Some of the programs, by name.")
     flags.DEFINE_bool("smoke", False, "A tiny network, which shows no result.")
     flags.mark_flag_as_required("workdir")
     app.run(main)

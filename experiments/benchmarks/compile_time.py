@@ -76,6 +76,8 @@ def records(
     known: Sequence[Mapping[str, Any]] = (),
     *,
     arithmetics: Sequence[str] = ARITHMETICS,
+    networks: Sequence[str] = (),
+    chosen: Sequence[str] = (),
     smoke: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Measures every program of every network, one after the other.
@@ -83,6 +85,8 @@ def records(
     Args:
       known: records of earlier runs, which are not measured again.
       arithmetics: those to measure; with ``smoke`` it is float32.
+      networks: names of those to measure; all by default.
+      chosen: names of the programs to measure; all by default.
       smoke: whether to take a tiny network of 1 and 2 layers instead.
 
     Yields:
@@ -94,9 +98,11 @@ def records(
     measured(_programs(_smallest()["1 blocks"], "float32")["fgrad, m=1"])
     for arithmetic in ARITHMETICS[:1] if smoke else arithmetics:
         for network, maker in (_smallest() if smoke else _networks()).items():
+            if networks and network not in networks:
+                continue
             for program, make in _programs(maker, arithmetic).items():
                 name = (network, arithmetic, program)
-                if name not in done:
+                if name not in done and (not chosen or program in chosen):
                     seconds = measured(make, optimize=not smoke)
                     yield {**dict(zip(names, name, strict=True)), **seconds}
 

@@ -540,7 +540,7 @@ def planned(
 
 
 # Width, heads and vocabulary of OPT-30B and OPT-66B; the depth is what fits.
-_LARGEST = {
+LARGEST = {
     "bfloat16": Transformer(7168, 48, 56, 512, 50_272),
     "8w8a": Transformer(9216, 58, 72, 512, 50_272, outputs_first=True),
 }
@@ -552,7 +552,7 @@ _TINY_LARGEST = {
 
 def plan(smoke: bool) -> Iterator[Row]:
     """The compiler's plan for 30 and 60 billion weights; nothing is allocated."""
-    networks = {"8w8a": _TINY_LARGEST["8w8a"]} if smoke else _LARGEST
+    networks = {"8w8a": _TINY_LARGEST["8w8a"]} if smoke else LARGEST
     for arithmetic, network in networks.items():
         yield from _planned_rows(planned(network.staged(), arithmetic), arithmetic)
     if smoke or not h100.available():
@@ -597,7 +597,7 @@ def headline_8w8a(smoke: bool) -> Iterator[Row]:
 
 
 def _headline(arithmetic: str, smoke: bool) -> Iterator[Row]:
-    network = (_TINY_LARGEST if smoke else _LARGEST)[arithmetic]
+    network = (_TINY_LARGEST if smoke else LARGEST)[arithmetic]
     yield from _largest(network, arithmetic, smoke)
 
 

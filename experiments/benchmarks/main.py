@@ -18,10 +18,13 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments.benchmarks import measure, suite
+from experiments.benchmarks import measure, subjects, suite
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the results.")
 _ONLY = flags.DEFINE_list("only", suite.DEFAULT, "Tables to make.")
+_NETWORKS = flags.DEFINE_list(
+    "networks", [], "Networks of the tables memory, time and floor; all by default."
+)
 _PROCESSOR = flags.DEFINE_bool(
     "processor_seconds", False, "Times the processor, which wants a single thread."
 )
@@ -34,7 +37,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     clock = measure.seconds_of_the_processor if _PROCESSOR.value else None
-    with clock() if clock else contextlib.nullcontext():
+    with (
+        clock() if clock else contextlib.nullcontext(),
+        subjects.only(_NETWORKS.value),
+    ):
         suite.run(_WORKDIR.value, _ONLY.value, _SMOKE.value)
 
 

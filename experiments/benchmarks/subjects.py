@@ -1,5 +1,7 @@
 """What is measured: networks with a loss and random data of real shapes."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
@@ -61,6 +63,30 @@ SUBJECTS = {
 
 # In the tables over all batch sizes; to compile EfficientNet's steps takes minutes.
 _COMPARED = ("vit", "resnet18", "cnn", "lstm")
+_networks: contextvars.ContextVar[Sequence[str]] = contextvars.ContextVar(
+    "networks of the tables", default=_COMPARED
+)
+
+
+@contextlib.contextmanager
+def only(names: Sequence[str]) -> Iterator[None]:
+    """Leaves other networks out of `cases`.
+
+    Args:
+      names: of networks that are compared; all if there are none.
+
+    Raises:
+      ValueError: for another name.
+    """
+    if unknown := set(names) - set(_COMPARED):
+        raise ValueError(
+            f"there are no networks {sorted(unknown)}; choose from {_COMPARED}."
+        )
+    token = _networks.set(tuple(names) or _COMPARED)
+    try:
+        yield
+    finally:
+        _networks.reset(token)
 
 
 def chosen(smoke: bool) -> dict[str, Subject]:
@@ -70,7 +96,7 @@ def chosen(smoke: bool) -> dict[str, Subject]:
 
 def cases(smoke: bool, batch_sizes: Sequence[int]) -> Iterator[tuple[str, str, int]]:
     """Networks in float32 and 16w8a, with every batch size, by name."""
-    networks = chosen(smoke) if smoke else _COMPARED
+    networks = chosen(smoke) if smoke else _networks.get()
     return itertools.product(networks, ("float32", "16w8a"), batch_sizes)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -150,10 +150,6 @@ class Arithmetic:
         None where nothing is rounded: for floats, and on the grid of few bits.
         """
         return None
-
-    def frozen(self) -> jax.Array:
-        """float32 share of the weights that ε cannot move."""
-        return jnp.mean(self.is_frozen(*self.looked_at(_COUNTED)), dtype=jnp.float32)
 
     def looked_at(self, about: int) -> tuple[jax.Array, jax.Array]:
         """What `is_frozen` takes: of a large leaf, about so many weights; and ε."""
@@ -546,7 +542,23 @@ class Side(NamedTuple):
 
 
 def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
-    """How many weights ε cannot move, a float32.
+    """How many weights ε cannot move, a float32."""
+    frozen: jax.Array = jnp.float32(0)
+    for flags, weights in _looked_at(arithmetic):
+        frozen += jnp.sum(jnp.where(flags, weights, 0))
+    return frozen
+
+
+def all_frozen(arithmetic: Sequence[Arithmetic]) -> jax.Array:
+    """Whether ε cannot move any of the weights that are looked at, a bool."""
+    every = [jnp.all(flags) for flags, _ in _looked_at(arithmetic)]
+    return jnp.all(jnp.stack(every)) if every else jnp.bool_(False)
+
+
+def _looked_at(
+    arithmetic: Sequence[Arithmetic],
+) -> Iterator[tuple[jax.Array, np.ndarray | float]]:
+    """Of some weights whether ε cannot move them, and for how many each of them stands.
 
     All leaves of one kind are looked at together, since programs for each leaf take
     their time to compile.
@@ -555,7 +567,6 @@ def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
     for one in arithmetic:
         kind = (type(one), one.source, jnp.result_type(one.leaf))
         groups.setdefault(kind, []).append(one)
-    frozen: jax.Array = jnp.float32(0)
     for group in groups.values():
         about = min(_COUNTED, max(_COUNTED_AT_LEAST, _COUNTED_TOGETHER // len(group)))
         parts, epsilons, weights = [], [], []
@@ -563,7 +574,8 @@ def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
             size = math.prod(one.shape)
             part, epsilon = one.looked_at(about)
             if execution_order.is_spread(part):
-                frozen += one.frozen() * float(size)
+                flags = one.is_frozen(part, epsilon)
+                yield flags, float(size) / max(flags.size, 1)
                 continue
             parts.append(part.reshape(-1))
             epsilons.append(jnp.broadcast_to(epsilon, part.shape).reshape(-1))
@@ -572,8 +584,7 @@ def frozen_weights(arithmetic: Sequence[Arithmetic]) -> jax.Array:
             flags = group[0].is_frozen(
                 jnp.concatenate(parts), jnp.concatenate(epsilons)
             )
-            frozen += jnp.sum(jnp.where(flags, np.concatenate(weights), 0))
-    return frozen
+            yield flags, np.concatenate(weights)
 
 
 def factors_together(

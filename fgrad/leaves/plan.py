@@ -31,6 +31,7 @@ from fgrad.leaves import epsilon as epsilons
 from fgrad.leaves.arithmetic import (
     Arithmetic,
     Side,
+    all_frozen,
     arithmetic_of,
     factors_together,
     frozen_weights,
@@ -289,20 +290,25 @@ class Plan:
         one that changes no weight of any leaf. Traced values cannot be looked at here:
         then the check runs with the computation, and raises from there.
         """
-        steps, scales, frozen = {}, {}, {}
+        steps, scales, floats = {}, {}, {}
         for path, name in zip(self.paths, self.names, strict=True):
             one = self.arithmetic.get(name)
             if one is None or not math.prod(one.shape):
                 continue
             in_steps = one.epsilon_in_steps()
             if in_steps is None:
-                frozen[path_str(path)] = one.frozen()
+                floats[path_str(path)] = one
             else:
                 steps[path_str(path)], scales[path_str(path)] = in_steps, one.leaf.scale
+        # Where leaves on a grid move, floats that do not are no error.
+        frozen = _all_frozen([] if steps else list(floats.values()))
         check = functools.partial(
-            _check_frozen, self.policy.perturbation, str(self.policy.epsilon)
+            _check_frozen,
+            self.policy.perturbation,
+            str(self.policy.epsilon),
+            tuple(floats),
         )
-        arrays = [*steps.values(), *scales.values(), *frozen.values()]
+        arrays = [*steps.values(), *scales.values(), frozen]
         if all(map(is_concrete, arrays)):
             check(*jax.tree.map(numbers, (steps, scales, frozen)))
         else:
@@ -405,6 +411,12 @@ def _frozen_fraction(arithmetic: Sequence[Arithmetic]) -> jax.Array:
     """Share of the weights that ε cannot move."""
     total = sum(float(math.prod(one.shape)) for one in arithmetic)
     return frozen_weights(arithmetic) / max(total, 1)
+
+
+@compiled_once.compiled()
+def _all_frozen(arithmetic: Sequence[Arithmetic]) -> jax.Array:
+    """Whether ε cannot move any of the weights that are looked at."""
+    return all_frozen(arithmetic)
 
 
 @compiled_once.compiled()
@@ -523,22 +535,24 @@ def _directions(
 def _check_frozen(
     perturbation: perturbations.Perturbation,
     epsilon: str,
+    floats: Sequence[str],
     steps: Mapping[str, Any],
     scales: Mapping[str, Any],
-    frozen: Mapping[str, Any],
+    frozen: Any,
 ) -> None:
     """Raises for a leaf that ε cannot move.
 
     Args:
       perturbation: where z comes from.
       epsilon: ε as it was given, for messages.
+      floats: names of the leaves of floats.
       steps: ε in weight steps, of each leaf on a grid.
       scales: the weight steps of these leaves.
-      frozen: of each leaf of floats the share of weights that ε cannot move.
+      frozen: whether there are no others, and ε cannot move any of their weights.
     """
-    if frozen and not steps and all(float(share) == 1 for share in frozen.values()):
+    if bool(frozen):
         raise ValueError(
-            f"epsilon={epsilon} changes no weight of {', '.join(map(repr, frozen))}: "
+            f"epsilon={epsilon} changes no weight of {', '.join(map(repr, floats))}: "
             "added to the weights it is rounded away, so nothing would ever move. Use "
             "a larger epsilon, fgrad.relative_epsilon or a wider dtype."
         )
