@@ -52,6 +52,22 @@ def test_a_row_has_what_a_method_costs_and_its_cosines(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+def test_the_price_of_a_score_is_where_the_mean_of_the_seeds_first_has_it(tmp_path):
+    # Of four points behind the start the third is the first with a mean of 0.8.
+    late = {**RUN, "curves": [[0.5, 0.9, 0.9, 0.9, 0.7], [0.5, 0.6, 0.6, 0.7, 0.7]]}
+    results = {
+        "zero_shot": result(0.5),
+        "late": result(0.7, **late),
+        "never": result(0.725, **RUN),
+    }
+    config = {**CONFIG, "gradient_estimates": 0, "early_stopping": False}
+    config |= {"reach": 0.8, "num_evals": 4}
+    report.write(results, ConfigDict(config), tmp_path)
+    head, _, *found = rows(tmp_path / "table.md")
+    assert head[-2:] == ["passes to 80%", "seconds to 80%"]
+    assert [row[-2:] for row in found] == [["", ""], ["900", "0.9"], ["–", "–"]]
+
+
 def test_parts_stand_side_by_side_with_the_most_passes_of_each(tmp_path):
     fewer = {**RUN, "forward_passes": 900}
     results = {

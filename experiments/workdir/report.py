@@ -57,6 +57,11 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
         columns += _PRODUCTS
         for row, result in zip(rows, results.values(), strict=True):
             row += _products(result)
+    if config.get("reach", 0.0):
+        goal = f"to {100 * config.reach:g}%"
+        columns += (f"passes {goal}", f"seconds {goal}")
+        for row, result in zip(rows, results.values(), strict=True):
+            row += _reached(result, config.reach)
     if config.gradient_estimates:
         columns += ("cosine",)
         for row, result in zip(rows, results.values(), strict=True):
@@ -78,6 +83,11 @@ def write(results: dict[str, Any], config: ConfigDict, directory: pathlib.Path) 
             " forward passes count a backward pass as two, whose second half is the "
             "products of the weights' gradients; passes with these products count them "
             "for every method."
+        )
+    if config.get("reach", 0.0):
+        note += (
+            f" passes and seconds to {100 * config.reach:g}%: when the mean of the "
+            f"seeds was first seen there, at one of {config.num_evals} points of a run."
         )
     if config.gradient_estimates:
         note += (
@@ -238,6 +248,21 @@ def _products(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['passes_with_products']:,}",
         f"{result['multiply_adds'] / 1e9:.1f}",
+    ]
+
+
+def _reached(result: dict[str, Any], score: float) -> list[str]:
+    """The passes and the seconds until the mean curve has a score, if it ever has."""
+    if "steps" not in result:
+        return ["", ""]
+    curve = np.mean(result["curves"], axis=0)
+    (at,) = np.nonzero(curve >= score)
+    if not at.size:
+        return ["–", "–"]
+    share = at[0] / (len(curve) - 1)
+    return [
+        f"{share * result['forward_passes']:,.0f}",
+        f"{share * result['seconds']:.1f}",
     ]
 
 
