@@ -26,7 +26,7 @@ SUBJECTS = {
     "vit": subjects.SUBJECTS["vit"],
     "efficientnet_lite0": subjects.SUBJECTS["efficientnet_lite0"],
 }
-# Of which each is minutes of compilation: a table and its arithmetic by a name.
+# A network and its arithmetic by a name, since each is minutes of compilation.
 CASES = {
     f"joint_{name}_{arithmetic}": (name, arithmetic)
     for name, arithmetic in itertools.product(SUBJECTS, ("float32", "16w8a"))
@@ -34,13 +34,17 @@ CASES = {
 
 
 def tables(
-    smoke: bool, cases: Sequence[tuple[str, str]] = tuple(CASES.values())
+    smoke: bool,
+    cases: Sequence[tuple[str, str]] = tuple(CASES.values()),
+    *,
+    way_only: bool = False,
 ) -> Iterator[Table]:
     """Compiles the gradient of all layers, and the whole step with Adam.
 
     Args:
       smoke: whether to take a tiny network.
       cases: networks, and their arithmetic.
+      way_only: whether to compile nothing but inference and the gradient on the way.
     """
     chosen = subjects.chosen(True) if smoke else SUBJECTS
     batch_size = 8 if smoke else 64
@@ -48,20 +52,22 @@ def tables(
         (next(iter(chosen)) if smoke else name, arithmetic)
         for name, arithmetic in cases
     ):
-        yield table(name, chosen[name], arithmetic, batch_size)
+        yield table(name, chosen[name], arithmetic, batch_size, way_only)
 
 
-def table(name: str, subject: Subject, arithmetic: str, batch_size: int) -> Table:
+def table(
+    name: str, subject: Subject, arithmetic: str, batch_size: int, way_only: bool
+) -> Table:
     """The table of one network in one arithmetic."""
     problem = subjects.problem(subject, batch_size, arithmetic, of_examples=True)
-    memory = measure.plan(
-        {
-            "inference": programs.inference(problem),
-            "gradient": gradient(problem, on_the_way=False),
-            "gradient, on the way": gradient(problem, on_the_way=True),
-            "Adam, on the way": adam_step(problem),
-        }
-    )
+    compiled = {
+        "inference": programs.inference(problem),
+        "gradient, on the way": gradient(problem, on_the_way=True),
+    }
+    if not way_only:
+        compiled["gradient"] = gradient(problem, on_the_way=False)
+        compiled["Adam, on the way"] = adam_step(problem)
+    memory = measure.plan(compiled)
     inference = memory["inference"].temporaries
     ratios = {name: plan.temporaries / inference for name, plan in memory.items()}
     evaluations, work = passes(problem)

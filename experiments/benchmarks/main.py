@@ -7,9 +7,10 @@ the raw numbers and the device. Memory is the compiler's plan; times are ratios 
 the run, which wants a machine to itself and takes tens of minutes on two cores, most
 of them for compilation. Some of the tables: ``--only=bars,growth``; what compilation
 takes: ``--only=compile``, or in parts `experiments.benchmarks.compile_run`; the memory
-of joint pairs: ``--only=joint``, or in parts such as ``--only=joint_vit_16w8a``; the
-time of integer programs: ``--only=integer``. A try of some seconds: ``--smoke``. On a
-machine that others use, ``--processor_seconds`` with
+of joint pairs: ``--only=joint``, or in parts such as ``--only=joint_vit_16w8a`` and,
+with half of the programs, ``joint_vit_16w8a_way``; the time of integer programs:
+``--only=integer``. A try of some seconds: ``--smoke``. On a machine that others use,
+``--processor_seconds`` with
 ``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`` compares work rather than waiting.
 """
 
