@@ -445,7 +445,8 @@ def _steps_together(
         return [], jnp.float32(0)
     found, moved = [], []
     for leaf, update in zip(leaves, updates, strict=True):
-        steps, moves = _on_the_grid(leaf, update, _salt(leaf, update), stochastic_below)
+        salt = _salt(leaf, update, stochastic_below)
+        steps, moves = _on_the_grid(leaf, update, salt)
         found.append(steps)
         moved.append(moves.reshape(-1))
     count = jnp.sum(jnp.concatenate(moved), dtype=jnp.float32)
@@ -473,14 +474,14 @@ def _steps_of(
     """
     if is_qtensor(leaf) and last is not None and not execution_order.is_spread(last):
         leaf = dataclasses.replace(leaf, scale=_made_after(leaf.scale, last))
-    salt = _salt(leaf, update)
-    steps, moves = _on_the_grid(leaf, update, salt, stochastic_below)
+    salt = _salt(leaf, update, stochastic_below)
+    steps, moves = _on_the_grid(leaf, update, salt)
     count = jnp.sum(moves, dtype=jnp.float32)
     if not is_qtensor(leaf):
         return execution_order.delayed(steps, count), count, last
     scale = execution_order.delayed(leaf.scale, count)
     later = dataclasses.replace(leaf, scale=scale)
-    steps, _ = _on_the_grid(later, update, salt, stochastic_below)
+    steps, _ = _on_the_grid(later, update, salt)
     # As `optax.apply_updates` makes them, so that they are made once.
     return steps, count, (leaf.qvalue + steps).astype(leaf.qvalue.dtype)
 
@@ -503,30 +504,40 @@ def _made_after(scale: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _on_the_grid(
-    leaf: Any, update: Any, salt: jax.Array, stochastic_below: int
+    leaf: Any, update: Any, salt: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The update that a leaf can take, and for each weight whether it moves."""
+    """The update that a leaf can take, and for each weight whether it moves.
+
+    Args:
+      leaf: the weights.
+      update: from an optimizer.
+      salt: from `_salt`.
+    """
     if not is_qtensor(leaf):
         return update, (leaf + update).astype(jnp.result_type(leaf)) != leaf
     exact = update.qvalue / leaf.scale
-    stochastic = leaf.bits < stochastic_below
-    steps = _rounded_up_or_down(exact, salt) if stochastic else jnp.round(exact)
+    steps = jnp.round(exact) if salt is None else _rounded_up_or_down(exact, salt)
     steps = jnp.nan_to_num(steps, nan=0.0)
     steps = jnp.clip(steps, -(2.0**30), 2.0**30).astype(jnp.int32)
     steps = fixed_point.update_qvalue(leaf.qvalue, steps, leaf.bits)
     return steps, steps != 0
 
 
-def _salt(leaf: Any, update: Any) -> jax.Array:
-    """A uint32 [1] that differs between updates, for the words of their rounding."""
+def _salt(leaf: Any, update: Any, stochastic_below: int) -> jax.Array | None:
+    """A uint32 [1] that differs between updates, for the words of their rounding.
+
+    None for a leaf whose update is rounded to the nearest, or not at all.
+    """
     if not is_qtensor(leaf):
-        return jnp.zeros(1, jnp.uint32)
+        return None
     if not is_qtensor(update):
         raise TypeError(
             f"the update of a QTensor is a {type(update).__name__} of shape "
             f"{jnp.shape(update)}; quantized_update takes what an estimator of fgrad "
             "and the links after it make."
         )
+    if leaf.bits >= stochastic_below:
+        return None
     exact = (update.qvalue / leaf.scale).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
     return jnp.sum(bits, dtype=jnp.uint32).reshape(1)
