@@ -232,6 +232,7 @@ class JointStep:
             clean = self.losses.values.items()
             pair.values.update((v, array) for v, array in clean if v not in after)
         for site in self._taught:
+            self._find_output(site, pair, sign)
             told, squares = self._told(site, pair, keys, given)
             pair.find([site.activation])
             value = pair.values[site.activation]
@@ -250,6 +251,30 @@ class JointStep:
         names = [site.name for site in self.sites]
         return perturbations.leaf_keys(self.step_key(index), names)
 
+    def _find_output(
+        self, site: JointSite, pair: graph.Evaluation, sign: jax.Array
+    ) -> None:
+        """Computes the output of an integer layer in parts, on the way.
+
+        A product with weights of 16 bits is two products in int32, and their sum is a
+        third array of the same size. Integers add up to the same in any parts.
+        """
+        (here,) = (s for s in self.split.sites if s.name == site.name)
+        nodes = [node for layer in here.layers.values() for node in layer.nodes]
+        of_integers = any(node.name.startswith("integer_") for node in nodes)
+        if self.split.count == 1 or not of_integers:
+            return
+        region = self.split.region(nodes, [here.output])
+        pair.find(region.sources)
+        sources = {number: pair.values[number] for number in region.sources}
+
+        def of_part(index: Any) -> tuple[Any, jax.Array]:
+            return (), self.split.values(region, sources, index)[here.output]
+
+        waits = _arrays(sources[number] for number in self._movable(region))
+        _, output = _in_turn(of_part, self.split.count, [*waits, sign][0])
+        pair.values[here.output] = output
+
     def _told(
         self,
         site: JointSite,
@@ -261,7 +286,10 @@ class JointStep:
         unexplained = jnp.zeros((1, self.losses.examples), self.signal.dtype)
         program = self.split.losses.program
         (here,) = (s for s in self.split.sites if s.name == site.name)
-        facts = [(node, node.facts) for node in nodes_of(program, here)]
+        if here.output in pair.values and here.nonlinearity is not None:
+            facts = [(node, node.facts) for node in here.nonlinearity.nodes]
+        else:
+            facts = [(node, node.facts) for node in nodes_of(program, here)]
         nodes = [node for node, known in facts if known.elementwise or known.view]
         region = self.split.region(nodes, [here.activation])
         pair.find(region.sources)
