@@ -40,7 +40,7 @@ from fgrad.leaves.arithmetic import (
 from fgrad.leaves.guidance import Guidance
 from fgrad.leaves.low_bit import OnGrid
 from fgrad.perturbations import LeafKeys
-from fgrad.tracing import compiled_once
+from fgrad.tracing import compiled_once, execution_order
 
 Mask = Any  # None, a pytree of bools (or a prefix of one), or a function of the params
 
@@ -444,13 +444,18 @@ def _weighted_sums(
 ) -> dict[str, jax.Array]:
     """``Σᵢ cᵢ z_qᵢ`` of each trained leaf by its name."""
     totals: dict[str, jax.Array] = {}
-    latest = coefficients
+    latest: jax.Array | None = None
     for by_signs, c in ((False, coefficients), (True, signs)):
         group = {
             name: one
             for name, one in arithmetic.items()
             if one.moves_by_signs == by_signs
         }
+        if not group:
+            continue
+        # Otherwise the losses become coefficients again in the program of every leaf.
+        c = execution_order.stored(c)
+        latest = c if latest is None else latest
         small = {name: one for name, one in group.items() if one.is_small}
         totals |= _sums_together(small, keys, c)
         for name in [name for name in group if name not in small]:
