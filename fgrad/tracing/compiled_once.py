@@ -13,6 +13,7 @@ pass through the same functions.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -158,6 +159,18 @@ class _Jaxpr:
         return isinstance(other, _Jaxpr) and self._parts == other._parts
 
 
+# A loss under `jax.jit` is the same jaxpr at every call, which is then read once.
+_read: weakref.WeakKeyDictionary[core.Jaxpr, _Jaxpr] = weakref.WeakKeyDictionary()
+
+
+def _known(jaxpr: core.Jaxpr) -> _Jaxpr:
+    """The `_Jaxpr` of a jaxpr."""
+    found = _read.get(jaxpr)
+    if found is None:
+        found = _read[jaxpr] = _Jaxpr(jaxpr)
+    return found
+
+
 def _parts(jaxpr: core.Jaxpr) -> Iterator[Hashable]:
     """All that a jaxpr computes, its variables numbered in their order."""
     numbers: dict[Any, int] = {}
@@ -192,7 +205,7 @@ def _value(x: Any) -> Hashable:
     if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
         if getattr(x, "consts", ()):
             raise _UnknownError
-        return tuple(_parts(x.jaxpr if isinstance(x, core.ClosedJaxpr) else x))
+        return _known(x.jaxpr if isinstance(x, core.ClosedJaxpr) else x)
     if isinstance(x, jax.Array):
         if x.ndim or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             raise _UnknownError
