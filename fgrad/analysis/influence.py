@@ -138,7 +138,8 @@ def head_traces(
     error of order ε².
 
     Args:
-      value_fn: ``value_fn(params, **kwargs)`` gives losses [examples].
+      value_fn: ``value_fn(params, **kwargs)`` gives losses [examples], or these and an
+        aux, which does not count.
       params: pytree of float arrays and `QTensor`, a checkpoint of the run.
       head: name of the layer, as in `fgrad.activity.Site`.
       epsilon: ε in units of the outputs.

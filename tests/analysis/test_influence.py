@@ -104,6 +104,17 @@ def test_the_traces_of_a_head_are_its_gradients(bits):
     np.testing.assert_allclose(found @ found.T, true @ true.T, rtol=2e-3, atol=2e-4)
 
 
+def test_an_aux_beside_the_losses_changes_no_trace_of_a_head():
+    def with_aux(params, **kwargs):
+        return losses_fn(params, **kwargs), {"rows": kwargs["x"].sum()}
+
+    plain, same = (
+        analysis.head_traces(fn, make_params(), "head", x=X, y=Y)
+        for fn in (losses_fn, with_aux)
+    )
+    np.testing.assert_array_equal(plain, same)
+
+
 def test_influence_adds_up_checkpoints_by_their_learning_rates():
     rates, test, train = [0.5, 0.1], slice(0, 3), slice(3, None)
     traces = [true_gradients(make_params(seed)).astype(np.float32) for seed in (2, 3)]
